@@ -1,0 +1,90 @@
+"""Connections to Redis: redis-py for our keys, Celery for the queue. Made by composition roots, never at import."""
+
+import redis
+from celery import Celery
+from kombu import Queue
+from kombu.transport import TRANSPORT_ALIASES
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from config import Catalogue, Settings
+from protocol.names import Keys
+
+RedisClient = redis.Redis
+"""Everywhere without `decode_responses`: answers are bytes."""
+
+SOCKET_TIMEOUT_S = 4.0
+"""A stalled Redis must be an error before a caller's patience ends: 503 within 8 s (issue: Redis down)."""
+
+MAX_CONNECTIONS = 64
+
+
+def connect_redis(settings: Settings) -> RedisClient:
+    """A pooled client that never repeats a command by itself: redis-py's default retries double writes.
+
+    In a burst commands wait for a connection. Without that bound each caller would open one of his own, and two thousand
+    handshakes at once take longer than the time limit.
+    """
+    pool = redis.BlockingConnectionPool.from_url(
+        settings.redis_url,
+        max_connections=MAX_CONNECTIONS,
+        timeout=SOCKET_TIMEOUT_S,
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=SOCKET_TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=30,
+        retry=Retry(NoBackoff(), 0),
+    )
+    return redis.Redis.from_pool(pool)
+
+
+def namespace_of(settings: Settings, catalogue: Catalogue) -> str:
+    """NAMESPACE, by default the project's name."""
+    return settings.namespace or catalogue.project
+
+
+def visibility_timeout_s(settings: Settings) -> int:
+    """Seconds after which Redis hands an unacknowledged task out again: above every deadline."""
+    return int(max(settings.chat_deadline_s, settings.generation_deadline_s, settings.edit_deadline_s)) + 60
+
+
+def create_celery(settings: Settings, keys: Keys) -> Celery:
+    """The Celery app of web (which only sends), of workers and of Flower. Each setting was found by experiment; see
+    docs/adr/0001-threads-pool.md and docs/architecture.md for what breaks without it."""
+    # by the URL's own scheme, so that TLS and log lines stay as they are
+    TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "protocol.transport:SurvivingTransport"))
+    app = Celery("modelservice", broker=settings.redis_url, set_as_current=False)
+    app.conf.update(
+        broker_transport_options={
+            "global_keyprefix": keys.prefix,
+            "visibility_timeout": visibility_timeout_s(settings),
+            "socket_timeout": SOCKET_TIMEOUT_S,
+            "socket_connect_timeout": SOCKET_TIMEOUT_S,
+            "socket_keepalive": True,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        task_publish_retry=False,
+        # JSON alone: a pickle on a writable Redis is code execution
+        task_serializer="json",
+        accept_content=["json"],
+        result_backend=None,
+        task_ignore_result=True,
+        task_acks_late=True,
+        worker_prefetch_multiplier=1,
+        worker_pool="threads",
+        worker_send_task_events=False,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_redirect_stdouts=False,
+        task_default_queue="unused",
+        enable_utc=True,
+    )
+    return app
+
+
+def consume(app: Celery, keys: Keys, model: str, concurrency: int) -> None:
+    """Make a worker of `app` pull from the queue of `model`, `concurrency` tasks at a time."""
+    queue = keys.queue(model)
+    app.conf.task_queues = [Queue(queue)]
+    app.conf.task_default_queue = queue
+    app.conf.worker_concurrency = concurrency

@@ -1,0 +1,90 @@
+"""What web asks of a worker: resolved, bounded, complete. The HTTP schemas are turned into these in one place each.
+
+A job crosses Redis as JSON (`encode`/`decode`); pictures travel beside it as raw bytes, never inside it.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the tokens of one request are chosen. None: the model's generation config decides, then the neutral value.
+
+    `temperature` 0 is greedy. `stop` strings end the text and are not returned. `logprobs` is the number of
+    alternatives to report for each token (0: the chosen one alone), None: no report.
+    """
+
+    max_tokens: int = 2048
+    min_tokens: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+
+
+class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_defaults=True):
+    """One chat completion. `messages` hold plain strings as `content`: parts were joined by the web side."""
+
+    id: str
+    model: str
+    messages: list[dict[str, Any]]
+    sampling: SamplingParams
+    chat_template_kwargs: dict[str, Any] = {}
+    continue_final_message: bool = False
+
+
+class PictureJob(msgspec.Struct, frozen=True, kw_only=True, tag="picture", omit_defaults=True):
+    """One picture request. Sizes in pixels; None: the pipeline's own default.
+
+    `image` and `mask` are the caller's files (PNG, JPEG or WEBP bytes, header already judged, pixels not yet). The
+    mask's white (or, in a mask with an alpha channel, transparent) pixels say where to edit.
+    """
+
+    id: str
+    model: str
+    task: Literal["generation", "edit"]
+    prompt: str
+    negative_prompt: str | None = None
+    n: int = 1
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    strength: float | None = None
+    seed: int | None = None
+    image: bytes | None = None
+    mask: bytes | None = None
+
+
+Job = ChatJob | PictureJob
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(Job)
+
+
+def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
+    """A job as JSON and the pictures that travel beside it, by field name."""
+    files: dict[str, bytes] = {}
+    if isinstance(job, PictureJob):
+        files = {name: data for name in ("image", "mask") if (data := getattr(job, name)) is not None}
+        job = msgspec.structs.replace(job, image=None, mask=None)
+    return _encoder.encode(job), files
+
+
+def decode(body: bytes, files: dict[str, bytes]) -> Job:
+    """The reverse of `encode`. Raises msgspec.ValidationError when the two sides are of different versions."""
+    job: Job = _decoder.decode(body)
+    if files:
+        job = msgspec.structs.replace(job, **files)
+    return job

@@ -1,0 +1,86 @@
+"""Every name in Redis, written once. All stand under the deployment's namespace, so that two deployments never meet."""
+
+import hashlib
+from typing import NamedTuple
+
+GENERATE_TASK = "generate"
+"""The one Celery task. Its only argument is the request id, so that no prompt stands in a queue, an event or Flower."""
+
+
+class Keys(NamedTuple):
+    """Names of keys and channels. `prefix` is `<namespace>:`; Celery's `global_keyprefix` is the same."""
+
+    prefix: str
+
+    @classmethod
+    def of(cls, namespace: str) -> "Keys":
+        return cls(f"{namespace}:")
+
+    def job(self, request_id: str) -> str:
+        """Hash: the job's JSON, its files and what the claim needs to know. TTL: deadline + 30 s."""
+        return f"{self.prefix}job:{request_id}"
+
+    def claim(self, request_id: str) -> str:
+        """String: boot id of the worker that generates this request. TTL above the visibility timeout."""
+        return f"{self.prefix}claim:{request_id}"
+
+    def cancel(self, request_id: str) -> str:
+        """String: set when nobody waits for this request any more."""
+        return f"{self.prefix}cancel:{request_id}"
+
+    def replay(self, request_id: str) -> str:
+        """List: the request's envelopes in order (resends may double one)."""
+        return f"{self.prefix}events:{request_id}"
+
+    def channel(self, web_id: str) -> str:
+        """Pub/sub channel of one web process: all its requests' envelopes."""
+        return f"{self.prefix}out:{web_id}"
+
+    def web_lease(self, web_id: str) -> str:
+        """String with a TTL: that web process lives."""
+        return f"{self.prefix}web:{web_id}"
+
+    def queue(self, model: str) -> str:
+        """Celery queue of a model, without the prefix: Celery adds `global_keyprefix` itself."""
+        return f"model.{model}"
+
+    def queue_list(self, model: str) -> str:
+        """The Redis list behind `queue`."""
+        return f"{self.prefix}{self.queue(model)}"
+
+    def waiting(self, model: str) -> str:
+        """Sorted set: admitted and unclaimed request ids, scored by deadline (Redis time, seconds)."""
+        return f"{self.prefix}waiting:{model}"
+
+    def youngest_claimed(self, model: str) -> str:
+        """String: admission time of the youngest request that a worker has claimed."""
+        return f"{self.prefix}youngest:{model}"
+
+    def completions(self, model: str) -> str:
+        """Prefix of counters of finished requests, one for each ten seconds."""
+        return f"{self.prefix}done:{model}:"
+
+    @property
+    def workers(self) -> str:
+        """Set: cids ever seen and not yet forgotten."""
+        return f"{self.prefix}workers"
+
+    def worker(self, cid: str) -> str:
+        """String: the worker's record (protocol.leases.WorkerRecord as JSON). Outlives the lease, so that a lost worker shows."""
+        return f"{self.prefix}worker:{cid}"
+
+    def lease(self, cid: str) -> str:
+        """String with a TTL of 10 s: boot id of the living incarnation."""
+        return f"{self.prefix}lease:{cid}"
+
+    def node_lock(self, node_url: str, service_id: str) -> str:
+        """Lock: calls to one node go one after another."""
+        return f"{self.prefix}node:{_short_hash(service_id, node_url)}"
+
+    def reconciler(self, node_url: str, service_id: str) -> str:
+        """Lease of the one reconciler of a node."""
+        return f"{self.prefix}reconciler:{_short_hash(service_id, node_url)}"
+
+
+def _short_hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
