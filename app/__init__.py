@@ -1,0 +1,46 @@
+"""The web process: validates, admits, queues, and turns workers' events into answers. Never imports torch or workers."""
+
+import logging
+
+from flask import Flask
+
+from app.auth import Gate
+from app.errors import register_error_handlers
+from app.node_cli import node_commands
+from app.routes import chat, images, models, operations
+from app.services import Services, build_services
+from config import Catalogue, Settings
+
+log = logging.getLogger(__name__)
+
+EXTENSION = "modelservice"
+
+
+def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
+    """The Flask app. Nothing connects or starts before `app.extensions["modelservice"].start()`.
+
+    Raises ConfigurationError.
+    """
+    catalogue = catalogue or Catalogue.from_file(settings.models_file)
+    services = build_services(settings, catalogue)
+    app = Flask("modelservice", static_folder=None)
+    app.extensions[EXTENSION] = services
+
+    # the clock starts before the gate, so that refusals are counted too
+    services.metrics.init_app(app)
+    gate = Gate(settings)
+    gate.init_app(app)
+    register_error_handlers(app)
+
+    app.register_blueprint(chat.blueprint(services))
+    app.register_blueprint(images.blueprint(services))
+    app.register_blueprint(models.blueprint(services))
+    app.register_blueprint(operations.blueprint(services, gate))
+    app.cli.add_command(node_commands(lambda: services))
+
+    for warning in settings.warnings():
+        log.warning("%s", warning)
+    return app
+
+
+__all__ = ["EXTENSION", "Services", "create_app"]

@@ -1,0 +1,158 @@
+"""Looks after the requests that hear nothing: once a second, all of them in one pipeline.
+
+Fills gaps from the replay lists, fails requests whose worker is gone or whose data Redis has lost, sends again what was
+lost between the queue and a worker, deletes what finished ones left, and keeps this process's own lease.
+"""
+
+import logging
+import threading
+import time
+
+from redis.exceptions import RedisError
+
+from app.directory import Directory
+from protocol import events
+from protocol.connections import RedisClient
+from protocol.errors import QueueUnavailable, ServiceError, WorkerLost
+from protocol.event_router import EventRouter, Inbox
+from protocol.leases import REFRESH_S, Leases
+from protocol.names import Keys
+from protocol.queue import JobQueue
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+SILENCE_S = 2.0
+GAP_LIMIT_S = 10.0
+ORPHAN_S = 5.0
+
+
+class Patrol(threading.Thread):
+    """One thread (a greenlet under gunicorn) of a web process."""
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: Keys,
+        *,
+        web_id: str,
+        leases: Leases,
+        directory: Directory,
+        router: EventRouter,
+        queue: JobQueue,
+    ) -> None:
+        super().__init__(name="patrol", daemon=True)
+        self._redis = client
+        self._keys = keys
+        self._web_id = web_id
+        self._leases = leases
+        self._directory = directory
+        self._router = router
+        self._queue = queue
+        self._renew_at = 0.0
+        self._stopping = threading.Event()
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.tick()
+            except RedisError as error:
+                log.warning("Redis can't be reached: %s", error)
+            except Exception:
+                # requests would hang unwatched without this thread
+                log.exception("a round failed")
+            self._stopping.wait(TICK_S)
+        try:
+            self._leases.release_web(self._web_id)
+        except RedisError:
+            log.info("lease not released: Redis can't be reached; it lapses by itself")
+
+    def tick(self) -> None:
+        """One round. Raises redis.RedisError."""
+        now = time.monotonic()
+        if now >= self._renew_at:
+            self._leases.renew_web(self._web_id)
+            self._renew_at = now + REFRESH_S
+        self._directory.refresh()
+        self._queue.sweep()
+        silent = [inbox for inbox in self._router.inboxes() if _is_silent(inbox, now)]
+        if not silent:
+            return
+        unclaimed = []
+        for inbox, claim, job_exists in self._look_up(silent):
+            if inbox.ended or not _is_silent(inbox, time.monotonic()):
+                continue
+            boot = inbox.boot or claim
+            if failure := self._verdict(inbox, boot, claim, job_exists):
+                inbox.fail(events.Failed(failure.code, failure.message))
+            elif boot is None:
+                unclaimed.append(inbox)
+        self._send_again(unclaimed)
+
+    def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool]]:
+        """Feed what the replay lists hold; returns for each request who claimed it and whether its job stands."""
+        with self._redis.pipeline(transaction=True) as pipe:
+            for inbox in silent:
+                # entry number `seq` stands at index `seq` or later: resends only double entries
+                pipe.lrange(self._keys.replay(inbox.request_id), inbox.next_seq, -1)
+                pipe.get(self._keys.claim(inbox.request_id))
+                pipe.exists(self._keys.job(inbox.request_id))
+            answers = pipe.execute()
+        found = []
+        for inbox, entries, claim, job_exists in zip(
+            silent, answers[::3], answers[1::3], answers[2::3], strict=True
+        ):
+            for envelope in sorted(map(events.decode, entries), key=lambda envelope: envelope.seq):
+                inbox.feed(envelope)
+            found.append((inbox, claim.decode() if claim else None, bool(job_exists)))
+        return found
+
+    def _verdict(
+        self, inbox: Inbox, boot: str | None, claim: str | None, job_exists: bool
+    ) -> ServiceError | None:
+        if boot is not None and claim is None:
+            return QueueUnavailable("the queue lost its data while this request ran; send it again")
+        if boot is not None and self._directory.is_lost(boot):
+            return WorkerLost("the worker that generated this answer died; send the request again")
+        if boot is None and not job_exists:
+            return QueueUnavailable("the queue lost its data while this request waited; send it again")
+        if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
+            return QueueUnavailable("a part of the answer was lost on its way; send the request again")
+        return None
+
+    def _send_again(self, unclaimed: list[Inbox]) -> None:
+        """Send the id again, once, of what nobody claimed though its turn has passed (a stopped worker swallows one)."""
+        models = sorted({inbox.model for inbox in unclaimed})
+        if not models:
+            return
+        with self._redis.pipeline(transaction=False) as pipe:
+            for model in models:
+                pipe.llen(self._keys.queue_list(model))
+                pipe.get(self._keys.youngest_claimed(model))
+            answers = pipe.execute()
+        lines = dict(zip(models, zip(answers[::2], answers[1::2], strict=True), strict=True))
+        now = time.monotonic()
+        for inbox in unclaimed:
+            queued, youngest = lines[inbox.model]
+            passed_over = queued == 0 or (youngest is not None and float(youngest) > inbox.admitted)
+            if not passed_over:
+                inbox.orphan_since = None
+            elif inbox.orphan_since is None:
+                inbox.orphan_since = now
+            elif now - inbox.orphan_since >= ORPHAN_S and not inbox.resent:
+                inbox.resent = True
+                log.warning("request %s was lost between queue and worker: sent again", inbox.request_id)
+                try:
+                    self._queue.send(inbox.request_id, inbox.model, expires_s=inbox.expires_s)
+                except QueueUnavailable as error:
+                    inbox.fail(events.Failed(error.code, error.message))
+
+
+def _is_silent(inbox: Inbox, now: float) -> bool:
+    """Admitted, not ended, and nothing came for a while, or something is missing in between."""
+    if not inbox.admitted or inbox.ended:
+        return False
+    return inbox.gap_since is not None or now - inbox.last_event_at >= SILENCE_S

@@ -1,0 +1,75 @@
+"""POST /v1/images/generations, POST /v1/images/edits, GET /v1/images/files/<name>."""
+
+import time
+import uuid
+
+from flask import Blueprint, Response, request
+
+from app.connection import Connection
+from app.errors import json_response
+from app.request_body import ignored_params
+from app.schemas.images import (
+    ImageEditRequest,
+    ImageGenerationRequest,
+    images_response,
+    images_response_base64,
+    only_model,
+    ready_pictures,
+)
+from app.schemas.validation import parse
+from app.services import Services
+from app.uploads import read_picture_request
+from protocol.errors import NotFound
+from protocol.jobs import PictureJob
+
+FILES = "/v1/images/files/"
+
+
+def blueprint(services: Services) -> Blueprint:
+    routes = Blueprint("images", __name__)
+
+    @routes.post("/v1/images/generations")
+    def create_image() -> Response:
+        return _create(services, edit=False)
+
+    @routes.post("/v1/images/edits")
+    def create_image_edit() -> Response:
+        return _create(services, edit=True)
+
+    @routes.get(f"{FILES}<name>")
+    def get_image_file(name: str) -> Response:
+        png = services.pictures.get(name)
+        if png is None:
+            ttl_s = services.settings.image_ttl_s
+            raise NotFound(f"no such picture; links work for {ttl_s} s at most, and the oldest go first")
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600, immutable"}
+        return Response(png, content_type="image/png", headers=headers)
+
+    return routes
+
+
+def _create(services: Services, *, edit: bool) -> Response:
+    """Both end points: a form with a picture is an edit at either, since the node knows one URL of a model alone."""
+    received = read_picture_request(request, edit=edit)
+    fields = received.fields
+    schema = ImageEditRequest if received.task == "edit" else ImageGenerationRequest
+    if received.is_form and "model" not in fields:
+        fields = {**fields, "model": only_model(services.catalogue, received.task)}
+    body = parse(schema, fields, strict=received.strict)
+    entry = services.generation.entry(body.model, received.task)
+    # every bound is checked before anything is downloaded for this request
+    job = received.attach(body.to_job(f"img-{uuid.uuid4().hex}", entry), services.fetcher.fetch)
+    response = json_response(_answer(services, job, as_base64=body.response_format == "b64_json"))
+    response.headers["X-Request-Id"] = job.id
+    if ignored := ignored_params(schema, received.fields):
+        response.headers["X-Ignored-Params"] = ignored
+    return response
+
+
+def _answer(services: Services, job: PictureJob, *, as_base64: bool) -> dict[str, object]:
+    pictures = ready_pictures(services.generation.run(job, job.task, Connection(request.environ)))
+    created = int(time.time())
+    if as_base64:
+        return images_response_base64(created, job, pictures, load=services.pictures.get)
+    link = services.settings.public_url + FILES
+    return images_response(created, job, pictures, link=lambda name: link + name)

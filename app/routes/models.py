@@ -1,0 +1,53 @@
+"""GET /v1/models: the standard's rows and OpenAI's in one, one row for each model and end point."""
+
+import time
+from typing import Any
+
+from flask import Blueprint, Response
+
+from app.errors import json_response
+from app.services import Services
+from config import Task
+from protocol.errors import ModelNotFound
+
+PATHS: dict[Task, str] = {
+    "chat": "/v1/chat/completions",
+    "generation": "/v1/images/generations",
+    "edit": "/v1/images/edits",
+}
+
+
+def blueprint(services: Services) -> Blueprint:
+    routes = Blueprint("models", __name__)
+    catalogue = services.catalogue
+    created = int(time.time())
+    rows: list[dict[str, Any]] = [
+        {
+            "model": entry.name,
+            "url": services.settings.public_url + PATHS[task],
+            "object": "model",
+            "id": entry.name,
+            "created": created,
+            "owned_by": catalogue.project,
+            "task": task,
+        }
+        for entry in catalogue.models
+        for task in entry.tasks
+    ]
+
+    @routes.get("/v1/models")
+    def list_models() -> Response:
+        return json_response(
+            {"code": 0, "message": "success", "project": catalogue.project, "object": "list", "data": rows}
+        )
+
+    @routes.get("/v1/models/<path:name>")
+    def retrieve_model(name: str) -> Response:
+        found = next((row for row in rows if row["id"] == name), None)
+        if found is None:
+            raise ModelNotFound(
+                f"model {name!r} does not exist; GET /v1/models lists those that do", param="model"
+            )
+        return json_response({"code": 0, "message": "success", **found})
+
+    return routes

@@ -1,0 +1,256 @@
+"""A chat completion on the wire: OpenAI's request fields, plus those that vLLM made customary, and how they become a job.
+
+Unknown fields are ignored and reported. What is known but not served is refused, never silently dropped.
+Bounds are OpenAI's where OpenAI has them, vLLM's otherwise.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticKnownError
+
+from config import ChatDefaults, ModelEntry
+from protocol.errors import InvalidRequest, UnsupportedParameter
+from protocol.jobs import ChatJob, SamplingParams
+
+MAX_MESSAGES = 4096
+MAX_STOPS = 16
+MAX_LOGIT_BIAS = 1024
+MAX_N = 128
+MAX_PARTS = 4096
+MAX_TOKEN_ID = 2**31
+
+
+def _few_biases(value: object) -> object:
+    # before its items are judged: pydantic notes each wrong one, and a body has room for 400,000
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        bounds = {"field_type": "Dictionary", "max_length": MAX_LOGIT_BIAS, "actual_length": len(value)}
+        raise PydanticKnownError("too_long", bounds)
+    return value
+
+
+def _only_assistants_say_nothing(schema: dict[str, Any]) -> None:
+    """The model's validator in JSON Schema's words."""
+    *given, _ = schema["properties"]["content"]["anyOf"]
+    schema["anyOf"] = [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"properties": {"content": {"anyOf": given}}, "required": ["content"]},
+    ]
+
+
+def _unserved(*harmless: Any) -> Any:
+    """A field that is refused by `to_job` unless its value asks for nothing."""
+    return WithJsonSchema({"enum": [None, *harmless]})
+
+
+Number = StrictFloat | StrictInt
+_Stop = Annotated[StrictStr, Field(min_length=1, max_length=1024)]
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    include_usage: StrictBool = False
+
+
+class TextPart(BaseModel):
+    """One part of a message's content; only text is served, and other types are refused by `to_job`, by name."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"required": ["type", "text"]})
+
+    type: Annotated[StrictStr, WithJsonSchema({"const": "text"})]
+    text: Annotated[StrictStr | None, WithJsonSchema({"type": "string"})] = None
+
+
+class ChatMessage(BaseModel):
+    """One turn. `content` may be null for an assistant's turn alone."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_only_assistants_say_nothing)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    # fail_fast, here and below: a million wrong items must not become a million findings
+    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
+    name: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content must be a string or a list of parts")
+        return self
+
+
+class ChatCompletionRequest(BaseModel):
+    """POST /v1/chat/completions. None: not given, so the catalogue's defaults and the model's own decide."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_N)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = None
+    min_tokens: Annotated[StrictInt, Field(ge=0, le=2**31)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: (
+        Annotated[
+            list[Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]], Field(fail_fast=True, max_length=1024)
+        ]
+        | None
+    ) = None
+    ignore_eos: StrictBool | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[Number, Field(ge=-100, le=100)]],
+            Field(
+                max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
+            ),
+            BeforeValidator(_few_biases),
+        ]
+        | None
+    ) = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: StrictBool | None = None
+
+    # known, and not served: refused by `to_job` unless the value asks for nothing
+    tools: Annotated[Any, _unserved([])] = None
+    tool_choice: Annotated[Any, _unserved("none", "auto")] = None
+    functions: Annotated[Any, _unserved([])] = None
+    function_call: Annotated[Any, _unserved("none", "auto")] = None
+    response_format: Annotated[Any, _unserved({"type": "text"})] = None
+    audio: Annotated[Any, _unserved()] = None
+    modalities: Annotated[Any, _unserved(["text"])] = None
+    prediction: Annotated[Any, _unserved()] = None
+    web_search_options: Annotated[Any, _unserved()] = None
+
+    def to_job(self, request_id: str, entry: ModelEntry) -> ChatJob:
+        """The job for a worker: request > catalogue defaults > (None) the model's generation config.
+
+        Raises InvalidRequest and UnsupportedParameter.
+        """
+        assert isinstance(entry.defaults, ChatDefaults)
+        self._refuse_unserved(entry.name)
+        return ChatJob(
+            id=request_id,
+            model=entry.name,
+            messages=[_plain(place, message) for place, message in enumerate(self.messages)],
+            sampling=self._sampling(entry.defaults),
+            chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
+            continue_final_message=self._continues(),
+        )
+
+    def _sampling(self, defaults: ChatDefaults) -> SamplingParams:
+        max_tokens = self.max_completion_tokens or self.max_tokens or defaults.max_tokens
+        min_tokens = self.min_tokens or 0
+        if min_tokens > max_tokens:
+            raise InvalidRequest(
+                f"min_tokens is {min_tokens}; it must not be above max_tokens ({max_tokens})",
+                param="min_tokens",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+        top_k = _first(self.top_k, defaults.top_k)
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min_tokens,
+            temperature=_first(self.temperature, defaults.temperature),
+            top_p=_first(self.top_p, defaults.top_p),
+            top_k=0 if top_k == -1 else top_k,
+            min_p=_first(self.min_p, defaults.min_p),
+            seed=self.seed,
+            n=self.n or 1,
+            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            presence_penalty=_first(self.presence_penalty, defaults.presence_penalty) or 0.0,
+            frequency_penalty=_first(self.frequency_penalty, defaults.frequency_penalty) or 0.0,
+            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty),
+            logit_bias=_token_ids(self.logit_bias or {}),
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+
+    def _continues(self) -> bool:
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise InvalidRequest(
+                "continue_final_message needs a last message whose role is assistant",
+                param="continue_final_message",
+            )
+        return bool(self.continue_final_message)
+
+    def _refuse_unserved(self, model: str) -> None:
+        harmless: dict[str, tuple[Any, ...]] = {
+            "tool_choice": ("none", "auto"),
+            "function_call": ("none", "auto"),
+            "response_format": ({"type": "text"},),
+            "modalities": (["text"],),
+        }
+        for name in [
+            "tools",
+            "functions",
+            "tool_choice",
+            "function_call",
+            "response_format",
+            "audio",
+            "modalities",
+            "prediction",
+            "web_search_options",
+        ]:
+            value = getattr(self, name)
+            if value is None or value == [] or value in harmless.get(name, ()):
+                continue
+            raise UnsupportedParameter(f"{name} is not served by model {model!r}; leave it out", param=name)
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _plain(place: int, message: ChatMessage) -> dict[str, Any]:
+    """A turn as chat templates take it: text parts joined, "developer" under its older name."""
+    content = message.content
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            if part.type != "text" or part.text is None:
+                raise UnsupportedParameter(
+                    f"a part of type {part.type!r} is not served by this model; only text parts are",
+                    param=f"messages.{place}.content.{number}",
+                )
+        content = "".join(part.text or "" for part in content)
+    plain: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": content or "",
+    }
+    if message.name is not None:
+        plain["name"] = message.name
+    return plain
+
+
+def _token_ids(bias: dict[str, float]) -> dict[int, float]:
+    for token in bias:
+        if not token.isascii() or not token.isdigit() or len(token) > 9:
+            raise InvalidRequest(
+                f"logit_bias: {token[:20]!r} is no token id; keys are whole numbers", param="logit_bias"
+            )
+    return {int(token): value for token, value in bias.items()}

@@ -1,0 +1,211 @@
+"""Picture requests and answers on the wire: the standard's fields, OpenAI's, and how they become a job.
+
+The node sends `n`, `width`, `height`, `step` as 0 and `size`, `response_format` as "" when its user left them out, so these
+count as absent here (and nowhere else). Unknown fields are ignored and reported.
+"""
+
+import re
+import secrets
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from config import Catalogue, ModelEntry, PictureDefaults, PictureEngineOptions, Task
+from protocol.errors import InvalidRequest, Unavailable
+from protocol.events import Event, ImageReady
+from protocol.jobs import PictureJob
+
+MAX_PROMPT_CHARACTERS = 32_000
+_STEP_NAMES = ("step", "num_inference_steps", "steps")
+ABSENT_AS_ZERO = ("n", "width", "height", *_STEP_NAMES)
+_ABSENT_AS_EMPTY = ("size", "response_format")
+_SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
+
+
+def _readable(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be empty")
+    return _clean(text)
+
+
+def _clean(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not hold the character NUL")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("must be valid Unicode, without lone surrogates") from None
+    return text
+
+
+def _no_boolean(value: object) -> object:
+    # where forms are read, pydantic would take "true" for a number's 1
+    if isinstance(value, bool):
+        raise ValueError("must be a number, not true or false")
+    return value
+
+
+def _size_form(size: str) -> str:
+    if size != "auto" and not _SIZE.fullmatch(size):
+        raise ValueError('must be "WIDTHxHEIGHT" in pixels, like "1024x1024"')
+    return size
+
+
+Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
+Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
+Factor = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+
+
+class _PictureRequest(BaseModel):
+    """What both picture end points take. None: not given, so the catalogue's defaults and the pipeline's own decide."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+    model: Annotated[str, Field(min_length=1, max_length=256)]
+    prompt: Annotated[Text, AfterValidator(_readable)]
+    negative_prompt: Annotated[Text, AfterValidator(_clean)] | None = None
+    n: Count | None = None
+    size: Annotated[str, AfterValidator(_size_form)] | None = None
+    width: Count | None = None
+    height: Count | None = None
+    step: Count | None = None
+    num_inference_steps: Count | None = None
+    steps: Count | None = None
+    guidance_scale: Annotated[Factor, Field(ge=0, le=100)] | None = None
+    seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**63)] | None = None
+    response_format: Literal["url", "b64_json"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_absent(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if not _is_absent(name, value)}
+
+    def to_job(self, request_id: str, entry: ModelEntry) -> PictureJob:
+        """The job for a worker: request > catalogue defaults > (None) the pipeline's own.
+
+        Raises InvalidRequest for what lies beyond the entry's limits.
+        """
+        defaults, limits = entry.defaults, entry.engine
+        assert isinstance(defaults, PictureDefaults) and isinstance(limits, PictureEngineOptions)
+        step_name = next((name for name in _STEP_NAMES if getattr(self, name) is not None), "step")
+        steps = getattr(self, step_name)
+        _check_at_most("n", self.n, limits.max_n)
+        _check_at_most(step_name, steps, limits.max_steps)
+        width, height = self._sides(limits)
+        return PictureJob(
+            id=request_id,
+            model=entry.name,
+            task="generation",
+            prompt=self.prompt,
+            negative_prompt=_first(self.negative_prompt, defaults.negative_prompt),
+            n=self.n or 1,
+            width=width,
+            height=height,
+            num_inference_steps=_first(steps, defaults.num_inference_steps),
+            guidance_scale=_first(self.guidance_scale, defaults.guidance_scale),
+            # always set, so that it can be reported; 32 bits survive JSON readers that know doubles only
+            seed=_first(self.seed, secrets.randbelow(2**32)),
+        )
+
+    def _sides(self, limits: PictureEngineOptions) -> tuple[int | None, int | None]:
+        """Width and height asked for, judged; `width` and `height` win over `size`."""
+        pair = _SIZE.fullmatch(self.size or "")
+        width = self.width or (int(pair[1]) if pair else None)
+        height = self.height or (int(pair[2]) if pair else None)
+        for name, own, side in (("width", self.width, width), ("height", self.height, height)):
+            if side is not None:
+                _check_side(name if own else "size", name, side, limits)
+        if width and height and width * height > limits.max_pixels:
+            param = "width" if self.width else "size"
+            raise InvalidRequest(
+                f"{param}: {width}x{height} has {width * height} pixels; at most {limits.max_pixels} for this model",
+                param=param,
+            )
+        return width, height
+
+
+class ImageGenerationRequest(_PictureRequest):
+    """POST /v1/images/generations."""
+
+
+class ImageEditRequest(_PictureRequest):
+    """POST /v1/images/edits without its pictures: app.uploads takes those out of the body."""
+
+    strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
+
+    def to_job(
+        self, request_id: str, entry: ModelEntry, image: bytes | None = None, mask: bytes | None = None
+    ) -> PictureJob:
+        """As for a generation. The picture files may be given here or put into the job afterwards."""
+        assert isinstance(entry.defaults, PictureDefaults)
+        job = super().to_job(request_id, entry)
+        strength = _first(self.strength, entry.defaults.strength)
+        return msgspec.structs.replace(job, task="edit", strength=strength, image=image, mask=mask)
+
+
+def only_model(catalogue: Catalogue, task: Task) -> str:
+    """The model of a form that names none: the only one with this task. Raises InvalidRequest naming the choices."""
+    names = [model.name for model in catalogue.models if task in model.tasks]
+    if len(names) != 1:
+        raise InvalidRequest(
+            f"model is required; for this end point: {', '.join(names) or 'none'}", param="model"
+        )
+    return names[0]
+
+
+def ready_pictures(batches: Iterable[list[Event]]) -> list[ImageReady]:
+    """The pictures of a finished request, in order of their index."""
+    ready = [event for batch in batches for event in batch if isinstance(event, ImageReady)]
+    return sorted(ready, key=lambda event: event.index)
+
+
+def images_response(
+    created: int, job: PictureJob, pictures: Sequence[ImageReady], *, link: Callable[[str], str]
+) -> dict[str, Any]:
+    """The standard's answer with links; `link` makes a URL of a picture's name."""
+    return _answer(created, job, [(picture, link(picture.name), "") for picture in pictures])
+
+
+def images_response_base64(
+    created: int, job: PictureJob, pictures: Sequence[ImageReady], *, load: Callable[[str], bytes | None]
+) -> dict[str, Any]:
+    """The standard's answer with the PNG files in it. Raises Unavailable when the store has lost one meanwhile."""
+    files = [(picture, load(picture.name)) for picture in pictures]
+    if any(png is None for _, png in files):
+        raise Unavailable("the pictures made room for newer ones before they could be sent; try again")
+    return _answer(created, job, [(picture, "", b64encode(png or b"").decode()) for picture, png in files])
+
+
+def _answer(created: int, job: PictureJob, rows: Iterable[tuple[ImageReady, str, str]]) -> dict[str, Any]:
+    data = [
+        {"b64_json": b64_json, "url": url, "revised_prompt": job.prompt, "seed": picture.seed}
+        for picture, url, b64_json in rows
+    ]
+    return {"code": 0, "message": "success", "created": created, "data": data}
+
+
+def _is_absent(name: str, value: Any) -> bool:
+    if name in ABSENT_AS_ZERO:
+        return value is None or (type(value) is int and value == 0)
+    return value is None or (name in _ABSENT_AS_EMPTY and value == "")
+
+
+def _check_at_most(name: str, value: int | None, limit: int) -> None:
+    if value is not None and value > limit:
+        raise InvalidRequest(f"{name} must be at most {limit} for this model (it is {value})", param=name)
+
+
+def _check_side(param: str, side_name: str, side: int, limits: PictureEngineOptions) -> None:
+    multiple = limits.size_multiple
+    if side == 0 or side > limits.max_side or side % multiple:
+        raise InvalidRequest(
+            f"{param}: the {side_name} must be a multiple of {multiple} from {multiple} to {limits.max_side} pixels",
+            param=param,
+        )
+
+
+def _first(*values: Any) -> Any:
+    return next((value for value in values if value is not None), None)

@@ -1,0 +1,10 @@
+"""`gunicorn wsgi:app`: the web process, configured by the environment (config.py)."""
+
+import logging
+
+from app import create_app
+from config import Settings
+
+logging.basicConfig(level=logging.INFO, format="[%(asctime)s] [%(levelname)s] %(name)s: %(message)s")
+
+app = create_app(Settings.from_env())
