@@ -1,0 +1,76 @@
+"""A real generation before the first caller's: a worker that can't answer must not say that it serves."""
+
+import io
+import threading
+from collections.abc import Sequence
+
+from PIL import Image
+
+from config import ModelEntry
+from protocol.events import Event, Failed, Finished, is_terminal
+from protocol.jobs import ChatJob, Job, PictureJob, SamplingParams
+from workers.engines.base import Emit, Engine, EngineLoadError
+
+CANARY_ID = "canary"
+CANARY_S = 600
+
+
+class Outlet:
+    """Where an engine's events go: to the canary first, to callers once it has passed."""
+
+    def __init__(self) -> None:
+        self.target: Emit = lambda gained: None
+
+    def __call__(self, gained: Sequence[tuple[str, Event]]) -> None:
+        self.target(gained)
+
+
+def sing(engine: Engine, entry: ModelEntry, outlet: Outlet) -> None:
+    """Generate something small and wait for it. Raises EngineLoadError when it fails or takes ten minutes."""
+    ended = threading.Event()
+    last: list[Event] = []
+
+    def listen(gained: Sequence[tuple[str, Event]]) -> None:
+        for request_id, event in gained:
+            if request_id == CANARY_ID and is_terminal(event):
+                last.append(event)
+                ended.set()
+
+    outlet.target = listen
+    engine.submit(_job(entry))
+    if not ended.wait(CANARY_S):
+        raise EngineLoadError(f"the first generation of {entry.name!r} did not end within {CANARY_S} s")
+    if isinstance(last[0], Failed):
+        raise EngineLoadError(f"the first generation of {entry.name!r} failed: {last[0].message}")
+    assert isinstance(last[0], Finished)
+
+
+def _job(entry: ModelEntry) -> Job:
+    if entry.is_chat:
+        messages = [{"role": "user", "content": "Hello!"}]
+        return ChatJob(
+            id=CANARY_ID,
+            model=entry.name,
+            messages=messages,
+            sampling=SamplingParams(max_tokens=2, temperature=0),
+        )
+    if "generation" in entry.tasks:
+        return PictureJob(
+            id=CANARY_ID,
+            model=entry.name,
+            task="generation",
+            prompt="a circle",
+            num_inference_steps=2,
+            seed=0,
+        )
+    png = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(png, "PNG")
+    return PictureJob(
+        id=CANARY_ID,
+        model=entry.name,
+        task="edit",
+        prompt="a circle",
+        num_inference_steps=2,
+        seed=0,
+        image=png.getvalue(),
+    )

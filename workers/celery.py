@@ -1,0 +1,44 @@
+"""`celery -A workers …`: the composition root of worker processes, and the app that Flower looks through.
+
+Without WORKER_MODEL the app can be looked at but not run. A wrong configuration ends the process with status 78, which
+the supervisor doesn't retry.
+"""
+
+import sys
+
+from celery import Celery
+from celery.signals import worker_init
+
+from config import Catalogue, ConfigurationError, Settings
+from protocol.connections import consume, create_celery, namespace_of
+from protocol.names import Keys
+from workers.lifecycle import EXIT_CONFIGURATION, WorkerProcess, find_entry
+
+
+def create_worker_app(settings: Settings) -> Celery:
+    """The Celery app, bound to the model that WORKER_MODEL names. Raises ConfigurationError."""
+    catalogue = Catalogue.from_file(settings.models_file)
+    keys = Keys.of(namespace_of(settings, catalogue))
+    celery = create_celery(settings, keys)
+    if not settings.worker_model:
+        worker_init.connect(_refuse, weak=False)
+        return celery
+    entry = find_entry(settings, catalogue)
+    consume(celery, keys, entry.name, entry.engine.max_batch_size)
+    WorkerProcess(settings, catalogue, entry, celery).connect_signals()
+    return celery
+
+
+def _refuse(**_: object) -> None:
+    _exit_with("WORKER_MODEL is not set; it names the catalogue entry that this worker serves")
+
+
+def _exit_with(reason: str) -> None:
+    print(f"workers: {reason}", file=sys.stderr)
+    raise SystemExit(EXIT_CONFIGURATION)
+
+
+try:
+    app = create_worker_app(Settings.from_env())
+except ConfigurationError as error:
+    _exit_with(str(error))

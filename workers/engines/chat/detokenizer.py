@@ -1,0 +1,193 @@
+"""Tokens to text, one at a time: never half a character, never a stop string.
+
+Pure Python, no model. A byte-level tokenizer's tokens are looked up as bytes and run through an incremental UTF-8
+decoder, which costs a microsecond; any other tokenizer is asked to decode a short window of tokens again.
+"""
+
+import codecs
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+REPLACEMENT = "\ufffd"
+UTF8 = codecs.getincrementaldecoder("utf-8")
+
+
+class TextStream(Protocol):
+    """Complete characters as tokens arrive."""
+
+    def add(self, token: int) -> str:
+        """What `token` completes; may be empty."""
+
+    def flush(self) -> str:
+        """What is left when no token follows: half a character becomes U+FFFD, as tokenizers have it."""
+
+
+class ByteStream:
+    """For byte-level tokenizers. `table[token]` holds the token's bytes (none for special tokens)."""
+
+    __slots__ = ("_decoder", "_table")
+
+    def __init__(self, table: list[bytes]) -> None:
+        self._table = table
+        self._decoder = UTF8(errors="replace")
+
+    def add(self, token: int) -> str:
+        return self._decoder.decode(self._table[token] if token < len(self._table) else b"")
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """For any tokenizer: decodes the tokens since the last complete character, with those before as context.
+
+    The context matters because a tokenizer may drop the space of a first word (SentencePiece does).
+    """
+
+    __slots__ = ("_decode", "_read", "_start", "_tokens")
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._start = 0
+        self._read = 0
+
+    def add(self, token: int) -> str:
+        self._tokens.append(token)
+        before = self._decode(self._tokens[self._start : self._read])
+        now = self._decode(self._tokens[self._start :])
+        if now.endswith(REPLACEMENT) or len(now) <= len(before):
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        return now[len(before) :]
+
+    def flush(self) -> str:
+        before = self._decode(self._tokens[self._start : self._read])
+        return self._decode(self._tokens[self._start :])[len(before) :]
+
+
+class StopMatcher:
+    """Cuts text at the first stop string and holds back what may yet become one."""
+
+    __slots__ = ("_held", "_longest", "_stops")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = tuple(stop for stop in stops if stop)
+        self._longest = max(map(len, self._stops), default=0)
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, str | None]:
+        """The text that is safe to send, and the stop string that ended it."""
+        text = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, stop = min(found, key=lambda hit: hit[0])
+            self._held = ""
+            return text[:at], stop
+        # the longest end of the text that is the beginning of a stop string must wait for what follows
+        for size in range(min(self._longest - 1, len(text)), 0, -1):
+            if any(stop.startswith(text[-size:]) for stop in self._stops):
+                self._held = text[-size:]
+                return text[:-size], None
+        self._held = ""
+        return text, None
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class Detokenizer:
+    """One choice's text. `add` returns what may be sent and the stop string that was met, if any."""
+
+    __slots__ = ("_matcher", "_stream")
+
+    def __init__(self, stream: TextStream, stops: tuple[str, ...] = ()) -> None:
+        self._stream = stream
+        self._matcher = StopMatcher(stops) if stops else None
+
+    def add(self, token: int, may_stop: bool = True) -> tuple[str, str | None]:
+        """`may_stop` False (min_tokens not reached): stop strings pass as ordinary text."""
+        text = self._stream.add(token)
+        if self._matcher is None:
+            return text, None
+        if not may_stop:
+            return self._matcher.flush() + text, None
+        return self._matcher.add(text)
+
+    def flush(self) -> tuple[str, str | None]:
+        """The rest, when no token follows. Half a character can't complete a stop string, held text can't either."""
+        text = self._stream.flush()
+        if self._matcher is None:
+            return text, None
+        text, stop = self._matcher.add(text)
+        return text + self._matcher.flush(), stop
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What the engine knows of a tokenizer's tokens: how to stream them and, for logprobs, each by itself."""
+
+    table: list[bytes] | None
+    decode: Callable[[list[int]], str]
+    described: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
+
+    def detokenizer(self, stops: tuple[str, ...]) -> Detokenizer:
+        stream = ByteStream(self.table) if self.table is not None else WindowStream(self.decode)
+        return Detokenizer(stream, stops)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The token's own bytes; of a tokenizer that isn't byte-level, its text."""
+        if self.table is not None:
+            return self.table[token] if token < len(self.table) else b""
+        return self.decode([token]).encode()
+
+    def describe(self, token: int) -> tuple[str, list[int]]:
+        """A token by itself, for logprobs: its text and its bytes."""
+        if token not in self.described:
+            own = self.token_bytes(token)
+            self.described[token] = own.decode("utf-8", errors="replace"), list(own)
+        return self.described[token]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> "Vocabulary":
+        """Of a transformers tokenizer; special tokens have no text."""
+
+        def decode(tokens: list[int]) -> str:
+            text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            return text
+
+        return cls(_byte_table(tokenizer), decode)
+
+
+def _byte_table(tokenizer: Any) -> list[bytes] | None:
+    """Each token's bytes, or None when the tokenizer isn't byte-level."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    kinds = [part["type"] for part in decoder.get("decoders", [decoder]) if "type" in part]
+    if kinds != ["ByteLevel"]:
+        return None
+    byte_of = {character: byte for byte, character in _byte_characters().items()}
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    table = [b""] * (max(tokenizer.get_vocab().values()) + 1)
+    for text, token in tokenizer.get_vocab().items():
+        if token not in special:
+            # a token with a character outside the map was added as it is written
+            plain = all(character in byte_of for character in text)
+            table[token] = bytes(byte_of[character] for character in text) if plain else text.encode()
+    return table
+
+
+def _byte_characters() -> dict[int, str]:
+    """Byte-level BPE's map from bytes to printable characters (GPT-2's): the others are moved above 255."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    moved = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + at) for at, byte in enumerate(moved)}

@@ -1,0 +1,214 @@
+"""Weights and tokenizer from disk to device, and the refusal, by name, of what this engine can't run.
+
+A model must be decoder-only with standard attention caches. What its configuration doesn't tell, `check_output` finds:
+it compares the paged attention with the model's own on a few tokens before the first request.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+from config import ChatEngineOptions, ModelEntry
+from workers.engines.base import EngineLoadError
+from workers.engines.chat.attention import PagedAttention, UnsupportedAttention
+from workers.engines.chat.cuda_runner import FlashPagedAttention
+from workers.engines.chat.kv_cache import CacheShape, KVCache
+from workers.engines.chat.model_runner import Chunk, ModelRunner
+
+Attention = PagedAttention | FlashPagedAttention
+
+SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+CPU_PAGE, GPU_PAGE = 24, 256
+"""Tokens of a page: small ones waste less, FlashAttention's block tables want multiples of 256."""
+
+CPU_CACHE_FRACTION = 0.1
+"""Of the machine's memory, where the catalogue says nothing: several workers may share the machine."""
+
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+"""Largest difference of logits, relative to their spread, that rounding explains."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Weights on their device, ready but for the cache."""
+
+    model: Any
+    tokenizer: Any
+    text_config: PreTrainedConfig
+    max_context: int
+    device: torch.device
+    name: str
+
+
+def load_model(entry: ModelEntry) -> LoadedModel:
+    """Raises EngineLoadError with one line for the operator."""
+    options = entry.engine
+    assert isinstance(options, ChatEngineOptions)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(entry.weights, **source)
+        refuse_unsupported(config)
+        tokenizer = AutoTokenizer.from_pretrained(entry.weights, **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            entry.weights, config=config, dtype=_dtype(options, device), use_safetensors=True, **source
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
+        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {_first_line(error)}") from error
+    except EngineLoadError as error:
+        raise EngineLoadError(f"{entry.name}: {error}") from error
+    if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
+        raise EngineLoadError(f"{entry.name}: {type(model).__name__} has no standard attention cache")
+    if not tokenizer.chat_template:
+        raise EngineLoadError(f"{entry.name}: {entry.weights} has no chat template")
+    text_config = config.get_text_config()
+    return LoadedModel(
+        model=model.to(device).eval(),
+        tokenizer=tokenizer,
+        text_config=text_config,
+        max_context=_max_context(entry.name, text_config, options),
+        device=device,
+        name=entry.name,
+    )
+
+
+def refuse_unsupported(config: PreTrainedConfig) -> None:
+    """Raises EngineLoadError for an architecture whose configuration says that it won't work."""
+    name = ", ".join(config.architectures or [config.model_type])
+    text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise EngineLoadError(f"{name} is an encoder-decoder model; chat needs a decoder-only one")
+    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    if strange:
+        raise EngineLoadError(
+            f"{name} has layers of type {', '.join(strange)}; only standard attention is served"
+        )
+
+
+def wants_flash(loaded: LoadedModel) -> bool:
+    """Whether torch's FlashAttention can be tried: a GPU, half precision, no softcap on scores."""
+    softcap = getattr(loaded.text_config, "attn_logit_softcapping", None)
+    half = loaded.model.dtype in (torch.float16, torch.bfloat16)
+    return loaded.device.type == "cuda" and half and softcap is None
+
+
+def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
+    """Raises EngineLoadError where layers differ in their heads."""
+    text = loaded.text_config
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
+        raise EngineLoadError(f"{loaded.name}: layers with different numbers of heads are not served")
+    return CacheShape(text.num_hidden_layers, kv_heads, head_dim, loaded.model.dtype, token_major)
+
+
+def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOptions) -> int:
+    """Tokens that the KV cache may hold. Never more than the batch could use."""
+    most = options.max_batch_size * loaded.max_context
+    if options.kv_cache_tokens is not None:
+        return min(most, options.kv_cache_tokens)
+    if loaded.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(loaded.device)
+        room = int(free * options.memory_fraction)
+    else:
+        room = int(_machine_memory() * CPU_CACHE_FRACTION)
+    tokens = room // shape.bytes_per_token
+    if tokens < 64:
+        raise EngineLoadError(
+            f"{loaded.name}: no memory is left for a KV cache; it needs room for 64 tokens at least"
+        )
+    return min(most, tokens)
+
+
+@torch.inference_mode()
+def check_output(
+    loaded: LoadedModel, runner: ModelRunner, cache: KVCache, attention: Attention, name: str
+) -> None:
+    """Compare logits of the paged path with the model's own, over a prefill in two chunks and one decode row.
+
+    Raises EngineLoadError when the model can't run or its output differs.
+    """
+    model, text = loaded.model, loaded.text_config
+    count = min(24, cache.num_pages * cache.page_size - 1, loaded.max_context - 1)
+    ids = [(7 * place + 3) % text.vocab_size for place in range(count)]
+    first = count // 2
+    architecture = type(model).__name__
+    try:
+        model.set_attn_implementation("eager")
+        expected = (
+            model(input_ids=torch.tensor([ids], device=loaded.device), use_cache=False).logits[0].float()
+        )
+        model.set_attn_implementation(name)
+        slot = cache.take_slot()
+        try:
+            cache.grow(slot, count)
+            parts = [Chunk(slot, 0, ids[:first], True), Chunk(slot, first, ids[first:-1], True)]
+            parts.append(Chunk(slot, count - 1, ids[-1:], True))
+            found = torch.cat([runner.forward([part]) for part in parts])
+        finally:
+            cache.release(slot)
+    except (UnsupportedAttention, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        raise EngineLoadError(
+            f"{loaded.name}: {architecture} can't be served: {_first_line(error)}"
+        ) from error
+    expected = expected[[first - 1, count - 2, count - 1]]
+    difference = (found - expected).abs().max() / expected.std().clamp(min=1e-6)
+    if not bool(difference < TOLERANCE.get(model.dtype, 1e-1)):
+        raise EngineLoadError(
+            f"{loaded.name}: {architecture} can't be served: its attention is not the standard one"
+        )
+    _check_windows(loaded, attention)
+
+
+def _check_windows(loaded: LoadedModel, attention: Attention) -> None:
+    """A window wider than the few tokens above leaves no trace in the output: see that it was handed over."""
+    kinds = getattr(loaded.text_config, "layer_types", None) or ()
+    expected = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+    if not expected <= attention.windowed_layers:
+        raise EngineLoadError(
+            f"{loaded.name}: {type(loaded.model).__name__} hides its sliding window from attention"
+        )
+
+
+def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) -> int:
+    own = getattr(text, "max_position_embeddings", None) or options.max_context
+    if own is None:
+        raise EngineLoadError(f"{name}: the model doesn't say how long its context is; set max_context")
+    context = min(int(own), options.max_context or int(own))
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type") if isinstance(rope, dict) else None
+    trained = rope.get("original_max_position_embeddings") or getattr(
+        text, "original_max_position_embeddings", None
+    )
+    if kind in LENGTH_DEPENDENT_ROPE and context > int(trained or own):
+        # its angles depend on the longest sequence of a batch: one caller's length would change another's text
+        raise EngineLoadError(
+            f"{name}: {kind} positions can't be batched; set max_context to {trained or own} or less"
+        )
+    return context
+
+
+def _dtype(options: ChatEngineOptions, device: torch.device) -> torch.dtype:
+    if options.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, options.dtype)
+    return dtype
+
+
+def _machine_memory() -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) * 1024
+    return 8 << 30
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

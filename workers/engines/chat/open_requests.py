@@ -1,0 +1,118 @@
+"""The requests that are not yet answered, and what the next `emit` says of them. Used by the engine thread alone."""
+
+from collections.abc import Callable
+
+from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
+from workers.engines.base import CancelReason
+from workers.engines.chat.detokenizer import Vocabulary
+from workers.engines.chat.metrics import Metrics
+from workers.engines.chat.sampling import Sampled
+from workers.engines.chat.scheduler import BatchScheduler
+from workers.engines.chat.sequence import Request, Sequence
+
+
+class OpenRequests:
+    """Turns tokens into events, and ends choices and requests. `on_end` is told the id of a request that has ended."""
+
+    def __init__(
+        self,
+        scheduler: BatchScheduler,
+        vocabulary: Vocabulary,
+        metrics: Metrics,
+        on_end: Callable[[str], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._vocabulary = vocabulary
+        self._metrics = metrics
+        self._on_end = on_end
+        self._events: list[tuple[str, Event]] = []
+        self.by_id: dict[str, Request] = {}
+
+    def add(self, request: Request) -> None:
+        self.by_id[request.id] = request
+        # the other choices start from the first one's prompt, once that is computed
+        self._scheduler.add(request.sequences[0])
+
+    def take_events(self) -> list[tuple[str, Event]]:
+        """What has happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def advance(self, sequence: Sequence, sampled: Sampled) -> None:
+        """Give a choice its token: text, stop conditions, events."""
+        if sequence.finished:
+            return  # its request failed on another choice of this step
+        sampling, token = sequence.sampling, sampled.token
+        sequence.output.append(token)
+        sequence.unsent_tokens += 1
+        self._metrics.output_tokens += 1
+        may_stop = len(sequence.output) > sampling.min_tokens
+        if may_stop and token in sampling.stop_token_ids:
+            self._finish(sequence, "stop", token)
+            return
+        if sampling.logprobs is not None:
+            sequence.unsent_logprobs.append(self._token_logprob(sampled))
+        text, stop = sequence.detokenizer.add(token, may_stop)
+        if stop is not None:
+            self._finish(sequence, "stop", stop, text, flush=False)
+        elif len(sequence.output) >= sampling.max_tokens:
+            self._finish(sequence, "length", None, text)
+        elif text:
+            self._events.append((sequence.request.id, sequence.take_delta(text)))
+
+    def _finish(
+        self,
+        sequence: Sequence,
+        finish_reason: str,
+        stop_reason: int | str | None = None,
+        text: str = "",
+        flush: bool = True,
+    ) -> None:
+        """End a choice, and its request when it was the last one."""
+        request = sequence.request
+        if flush:
+            rest, stop = sequence.detokenizer.flush()
+            text += rest
+            if stop is not None:
+                finish_reason, stop_reason = "stop", stop
+        self._events.append((request.id, sequence.take_delta(text, finish_reason, stop_reason)))
+        sequence.finished = True
+        self._scheduler.remember(sequence)
+        self._scheduler.remove([sequence])
+        request.finished += 1
+        if request.finished == len(request.sequences):
+            self._close(request, Finished(request.usage))
+
+    def fail(self, request: Request, code: str, message: str) -> None:
+        """End a request with an error."""
+        for sequence in request.sequences:
+            sequence.finished = True
+        self._scheduler.remove(request.sequences)
+        self._close(request, Failed(code, message))
+
+    def _close(self, request: Request, event: Event) -> None:
+        if self.by_id.pop(request.id, None) is None:
+            return
+        self._events.append((request.id, event))
+        self._on_end(request.id)
+
+    def _token_logprob(self, sampled: Sampled) -> TokenLogprob:
+        describe = self._vocabulary.describe
+        assert sampled.logprob is not None
+        top = []
+        for token, logprob in sampled.top:
+            text, own = describe(token)
+            top.append(TopLogprob(text, logprob, own))
+        text, own = describe(sampled.token)
+        return TokenLogprob(text, sampled.logprob, own, top)
+
+    def cancel(self, request: Request, reason: CancelReason) -> None:
+        """As Engine.cancel says."""
+        if reason == "cancelled":
+            self.fail(request, "cancelled", "the caller left")
+        elif not request.has_token:
+            self.fail(request, "deadline_exceeded", "no answer could be begun before the deadline")
+        else:
+            for sequence in request.sequences:
+                if not sequence.finished:
+                    self._finish(sequence, "length")

@@ -1,0 +1,255 @@
+"""Logits to tokens, for all rows of a step at once, each row by its own parameters.
+
+The order is that of transformers: penalties and bias, temperature, top_k, top_p, min_p. A token is drawn with a single
+uniform number that depends on the request's seed, the choice and the place in the output alone, by inverting the
+cumulative distribution in the order of the vocabulary: so the same seed gives the same text in any batch.
+"""
+
+from collections.abc import Sequence as List
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from workers.engines.chat.sequence import Sequence
+
+CANDIDATES = 128
+"""Best tokens looked at first for top_k and top_p; a row that needs more is sorted whole."""
+
+_MASK64 = (1 << 64) - 1
+
+
+class Sampled(NamedTuple):
+    """A row's token. With logprobs: its own natural log probability and the best alternatives, best first."""
+
+    token: int
+    logprob: float | None = None
+    top: List[tuple[int, float]] = ()
+
+
+def uniform(seed: int, choice: int, place: int) -> float:
+    """A number in [0, 1) that looks random: SplitMix64 over the three. 24 bits, so that float32 holds it exactly."""
+    state = 0
+    for part in (seed, choice, place):
+        state = (state + part + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return (state >> 40) / (1 << 24)
+
+
+class _Batch:
+    """The parameters of a step's rows as tensors, reused as long as the rows stay the same."""
+
+    def __init__(self, rows: list[Sequence], device: torch.device) -> None:
+        params = [row.sampling for row in rows]
+
+        def numbers(name: str) -> torch.Tensor:
+            return torch.tensor([float(getattr(params[at], name)) for at in self.drawn], device=device)[
+                :, None
+            ]
+
+        self.rows = rows
+        self.drawn = [at for at, own in enumerate(params) if not own.greedy]
+        self.all_drawn = len(self.drawn) == len(rows)
+        self.drawn_index = torch.tensor(self.drawn, dtype=torch.int64, device=device)
+        self.temperature = numbers("temperature")
+        self.top_p = numbers("top_p")
+        self.top_k = numbers("top_k")
+        self.min_p = numbers("min_p")
+        self.most_top_k = max((params[at].top_k for at in self.drawn), default=0)
+        self.wide = False
+        """Whether the best few tokens weren't enough to find a row's cutoff."""
+        self.filters = any(params[at].top_k > 0 or params[at].top_p < 1 for at in self.drawn)
+        self.min_p_used = any(params[at].min_p > 0 for at in self.drawn)
+        self.penalised = [at for at, own in enumerate(params) if own.penalised]
+        self.logprobs = [at for at, own in enumerate(params) if own.logprobs is not None]
+        self.most_logprobs = max((params[at].logprobs or 0 for at in self.logprobs), default=0)
+        self.min_tokens = [at for at, own in enumerate(params) if own.min_tokens > 0 and own.stop_token_ids]
+        self.masked = [at for at, row in enumerate(rows) if row.mask is not None]
+        bias = [(at, token, value) for at, own in enumerate(params) for token, value in own.logit_bias]
+        self.bias = (
+            (
+                torch.tensor([at for at, _, _ in bias], device=device),
+                torch.tensor([token for _, token, _ in bias], device=device),
+                torch.tensor([value for _, _, value in bias], device=device),
+            )
+            if bias
+            else None
+        )
+        self.adjusts = bool(self.penalised or bias or self.min_tokens or self.masked)
+
+
+class Sampler:
+    """Chooses tokens. `slots` is the most sequences that run at once."""
+
+    def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
+        self._device = device
+        self._batch: _Batch | None = None
+        self._penalties = Penalties(vocabulary, slots, device)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor, rows: list[Sequence]) -> list[Sampled]:
+        """One token for each row. logits: float32 [rows, vocabulary], the caller's no longer."""
+        if self._batch is None or self._batch.rows != rows:
+            self._batch = _Batch(rows, self._device)
+        batch = self._batch
+        raw = logits[batch.logprobs].log_softmax(-1) if batch.logprobs else None
+        if batch.adjusts:
+            self._adjust(logits, batch)
+        if not batch.drawn:
+            chosen = logits.argmax(-1)
+        elif batch.all_drawn:
+            chosen = self._draw(logits, batch)
+        else:
+            chosen = logits.argmax(-1)
+            chosen[batch.drawn_index] = self._draw(logits[batch.drawn_index], batch)
+        tokens: list[int] = chosen.tolist()  # the step's one wait for the device
+        if raw is None:
+            return [Sampled(token) for token in tokens]
+        return self._with_logprobs(tokens, raw, batch)
+
+    def _adjust(self, logits: torch.Tensor, batch: _Batch) -> None:
+        """Everything that changes logits before temperature, in place."""
+        if batch.penalised:
+            rows = [batch.rows[at] for at in batch.penalised]
+            logits[batch.penalised] = self._penalties.apply(logits[batch.penalised], rows)
+        if batch.bias is not None:
+            row, token, value = batch.bias
+            logits.index_put_((row, token), value, accumulate=True)
+        for at in batch.min_tokens:
+            if len(batch.rows[at].output) < batch.rows[at].sampling.min_tokens:
+                logits[at, list(batch.rows[at].sampling.stop_token_ids)] = -torch.inf
+        for at in batch.masked:
+            row_mask = batch.rows[at].mask
+            allowed = row_mask.allowed(batch.rows[at].output) if row_mask else None
+            if allowed is not None:
+                kept = logits[at, allowed]
+                logits[at] = -torch.inf
+                logits[at, allowed] = kept
+
+    def _draw(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+        """int64 [drawn rows]. logits: the drawn rows alone."""
+        rows = [batch.rows[at] for at in batch.drawn]
+        scaled = logits / batch.temperature
+        weights = scaled.softmax(-1)
+        # products with comparisons: many times faster on a CPU than masking
+        if batch.filters:
+            weights.mul_(scaled >= _cutoff(scaled, batch))
+        if batch.min_p_used:
+            weights.mul_(weights >= batch.min_p * weights.amax(-1, keepdim=True))
+        # double: the steps of a large vocabulary must not vanish beside the sum
+        cumulative = weights.cumsum(-1, dtype=torch.float64)
+        draws = [uniform(row.sampling.seed, row.index, len(row.output)) for row in rows]
+        point = torch.tensor(draws, dtype=torch.float64, device=self._device)[:, None] * cumulative[:, -1:]
+        return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+
+    def _with_logprobs(self, tokens: list[int], raw: torch.Tensor, batch: _Batch) -> list[Sampled]:
+        """raw: log probabilities of the model itself [rows that want them, vocabulary]."""
+        own = raw.gather(1, torch.tensor([[tokens[at]] for at in batch.logprobs], device=self._device))[
+            :, 0
+        ].tolist()
+        best = raw.topk(batch.most_logprobs)
+        values, ids = best.values.tolist(), best.indices.tolist()
+        sampled = [Sampled(token) for token in tokens]
+        for at, logprob, row_ids, row_values in zip(batch.logprobs, own, ids, values, strict=True):
+            count = batch.rows[at].sampling.logprobs or 0
+            top = list(zip(row_ids[:count], row_values[:count], strict=True))
+            sampled[at] = Sampled(tokens[at], logprob, top)
+        return sampled
+
+
+def _cutoff(scaled: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    """[rows, 1]: the smallest logit that top_k and then top_p let through."""
+    vocabulary = scaled.shape[-1]
+    width = vocabulary if batch.wide else min(vocabulary, max(CANDIDATES, batch.most_top_k))
+    cut, enough = _cutoff_within(scaled, _best(scaled, width), batch)
+    if width < vocabulary and not bool(enough.all()):
+        # flat distributions stay flat: the batch's next steps sort everything at once
+        batch.wide = True
+        cut, _ = _cutoff_within(scaled, _best(scaled, vocabulary), batch)
+    return cut
+
+
+def _best(scaled: torch.Tensor, width: int) -> torch.Tensor:
+    """Each row's `width` best logits in falling order."""
+    if scaled.device.type != "cpu":
+        return scaled.topk(width).values
+    # numpy selects and sorts with vector instructions, in half of torch's time
+    logits = scaled.numpy()
+    if width < logits.shape[-1]:
+        logits = np.partition(logits, -width, axis=-1)[:, -width:]
+    return torch.from_numpy(np.sort(logits, axis=-1)[:, ::-1].copy())
+
+
+def _cutoff_within(
+    scaled: torch.Tensor, best: torch.Tensor, batch: _Batch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cutoff by each row's `best` logits, in falling order, and whether these were enough to know it."""
+    width, top_k, top_p = best.shape[-1], batch.top_k, batch.top_p
+    limit = torch.where(top_k > 0, top_k, torch.full_like(top_k, scaled.shape[-1]))
+    in_top_k = torch.arange(width, device=scaled.device) < limit
+    share = (best - scaled.logsumexp(-1, keepdim=True)).exp() * in_top_k
+    # top_p counts within what top_k let through
+    share /= torch.where(limit > width, 1.0, share.sum(-1, keepdim=True))
+    before = share.cumsum(-1) - share
+    kept = in_top_k & ((before < top_p) | (top_p >= 1))
+    kept[:, 0] = True
+    last = kept.sum(-1, keepdim=True) - 1
+    unlimited = (limit > width) & (top_p >= 1)
+    cut = best.gather(1, last).masked_fill_(unlimited, -torch.inf)
+    enough = unlimited | (last < width - 1) | (limit <= width)
+    return cut, enough
+
+
+class Penalties:
+    """What each running sequence has said, for the penalties that look at earlier tokens.
+
+    Kept by slot, made when first needed, and made again when a slot's sequence is another or was away.
+    """
+
+    def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
+        self._shape = (slots, vocabulary)
+        self._device = device
+        self._counts: torch.Tensor | None = None
+        """float32 [slots, vocabulary]: how often each token stands in the output."""
+        self._seen: torch.Tensor | None = None
+        """bool [slots, vocabulary]: whether it stands in prompt or output."""
+        self._owner: dict[int, tuple[Sequence, int]] = {}
+        """By slot, whose counts these are and how many output tokens are in them."""
+
+    def apply(self, logits: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
+        """Logits [rows, vocabulary] after penalties: repetition as transformers has it, the others as OpenAI."""
+        counts, seen = self._update(rows)
+
+        def column(name: str) -> torch.Tensor:
+            values = [getattr(row.sampling, name) for row in rows]
+            return torch.tensor(values, dtype=torch.float32, device=self._device)[:, None]
+
+        if any(row.sampling.repetition_penalty != 1.0 for row in rows):
+            repetition = column("repetition_penalty")
+            penalised = torch.where(logits > 0, logits / repetition, logits * repetition)
+            logits = torch.where(seen, penalised, logits)
+        return logits - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
+
+    def _update(self, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Counts and seen tokens of these rows, [rows, vocabulary] each, their newest tokens included."""
+        if self._counts is None or self._seen is None:
+            self._counts = torch.zeros(self._shape, device=self._device)
+            self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
+        new: list[tuple[int, int]] = []
+        for row in rows:
+            owner, counted = self._owner.get(row.slot, (None, 0))
+            if owner is not row or counted > len(row.output):
+                self._counts[row.slot] = 0
+                self._seen[row.slot] = False
+                self._seen[row.slot, row.request.prompt] = True
+                counted = 0
+            new += [(row.slot, token) for token in row.output[counted:]]
+            self._owner[row.slot] = (row, len(row.output))
+        if new:
+            slot, token = torch.tensor(new, device=self._device).T
+            self._counts.index_put_((slot, token), torch.ones(len(new), device=self._device), accumulate=True)
+            self._seen[slot, token] = True
+        slots = torch.tensor([row.slot for row in rows], device=self._device)
+        return self._counts[slots], self._seen[slots]

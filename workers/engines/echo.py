@@ -1,0 +1,126 @@
+"""An engine without a model: counts aloud at a chosen pace. It stands in for the GPU in fault tests and relay benchmarks.
+
+Chosen by `weights = "echo:"` in the catalogue, with options as a query string: `step_ms` (time of one step; 0: as fast
+as it goes) and `tokens` (length of an answer when the request sets no limit below it). A last message that is one of
+`FAULTS` makes it misbehave on purpose.
+"""
+
+import io
+import threading
+import time
+from urllib.parse import parse_qsl
+
+from PIL import Image
+
+from config import ModelEntry
+from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
+from protocol.jobs import ChatJob, Job, PictureJob
+from workers.engines.base import CancelReason, Emit, EngineStatus
+
+PREFIX = "echo:"
+FAULTS = ("raise", "out of memory", "hang", "die")
+PICTURE_STEPS = 4
+
+
+class _Running:
+    def __init__(self, job: Job, tokens: int) -> None:
+        self.job = job
+        self.total = min(job.sampling.max_tokens, tokens) if isinstance(job, ChatJob) else PICTURE_STEPS
+        self.done = 0
+        self.cancelled: CancelReason | None = None
+
+
+class EchoEngine:
+    """Implements workers.engines.base.Engine. One loop takes all jobs a step further together, as a batch would."""
+
+    def __init__(self, entry: ModelEntry) -> None:
+        options = dict(parse_qsl(entry.weights.removeprefix(PREFIX)))
+        self._step_s = float(options.get("step_ms", 0)) / 1000
+        self._tokens = int(options.get("tokens", 100))
+        self.concurrency = entry.engine.max_batch_size
+        self._lock = threading.Condition()
+        self._jobs: dict[str, _Running] = {}
+        self._steps = 0
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="echo-engine", daemon=True)
+
+    def load(self, emit: Emit) -> None:
+        self._emit = emit
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        with self._lock:
+            self._jobs[job.id] = _Running(job, self._tokens)
+            self._lock.notify()
+
+    def cancel(self, request_id: str, reason: CancelReason) -> None:
+        with self._lock:
+            if running := self._jobs.get(request_id):
+                running.cancelled = reason
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(self._thread.is_alive(), len(self._jobs), 0, self._steps)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            self._lock.notify()
+        self._thread.join(5)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                while not self._jobs and not self._closing:
+                    self._lock.wait()
+                running = list(self._jobs.items())
+            if self._closing:
+                self._emit([(name, Failed("shutting_down", "the worker is stopping")) for name, _ in running])
+                return
+            time.sleep(self._step_s)
+            gained = [(name, event) for name, job in running for event in self._step(job)]
+            self._steps += 1
+            with self._lock:
+                for name, event in gained:
+                    if isinstance(event, Finished | Failed):
+                        del self._jobs[name]
+            self._emit(gained)
+
+    def _step(self, running: _Running) -> list[Event]:
+        if running.cancelled == "cancelled":
+            return [Failed("cancelled", "nobody waits for this any more")]
+        if isinstance(running.job, PictureJob):
+            return self._picture_step(running, running.job)
+        fault = str(running.job.messages[-1]["content"])
+        if fault in FAULTS:
+            return self._misbehave(fault)
+        usage = Usage(len(running.job.messages), running.done)
+        if running.cancelled == "deadline":
+            return [Delta("", tokens=0, finish_reason="length"), Finished(usage)]
+        text = f"{running.done} "
+        running.done += 1
+        if running.done < running.total:
+            return [Delta(text)]
+        return [Delta(text, finish_reason="length"), Finished(Usage(len(running.job.messages), running.done))]
+
+    def _picture_step(self, running: _Running, job: PictureJob) -> list[Event]:
+        if running.cancelled == "deadline":
+            return [Failed("deadline_exceeded", "the picture was not ready before the deadline")]
+        running.done += 1
+        progress = Progress(running.done, running.total)
+        if running.done < running.total:
+            return [progress]
+        width, height = job.width or 64, job.height or 64
+        png = io.BytesIO()
+        Image.new("RGB", (width, height), "teal").save(png, "PNG")
+        pictures = [ImageReady(index, index, width, height, png.getvalue()) for index in range(job.n)]
+        return [progress, *pictures, Finished()]
+
+    def _misbehave(self, fault: str) -> list[Event]:
+        if fault == "raise":
+            return [Failed("engine_error", "the engine failed on this request")]
+        if fault == "out of memory":
+            return [Failed("out_of_memory", "the GPU has too little memory for this request; ask for less")]
+        if fault == "die":
+            raise SystemExit
+        threading.Event().wait()
+        return []

@@ -1,0 +1,138 @@
+"""The worker's pulse: keeps the lease, learns of cancelled requests, and ends a process whose engine is dead or stuck."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from redis.exceptions import RedisError
+
+from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
+from protocol.queue import JobQueue
+from workers.engines.base import Engine
+from workers.runner import Runner
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+
+
+class Heartbeat(threading.Thread):
+    """Runs from before the model is loaded until the process ends.
+
+    `describe()` gives the record as it is now. `on_lapsed()`: the lease had lapsed, others took this worker for lost.
+    `on_replaced()`: another incarnation of this cid lives. `on_hung(reason)`: the engine is dead or stuck.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        queue: JobQueue,
+        *,
+        describe: Callable[[], WorkerRecord],
+        on_lapsed: Callable[[], None],
+        on_replaced: Callable[[], None],
+        on_hung: Callable[[str], None],
+        hang_s: float,
+    ) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._leases = leases
+        self._queue = queue
+        self._describe = describe
+        self._on_lapsed = on_lapsed
+        self._on_replaced = on_replaced
+        self._on_hung = on_hung
+        self._hang_s = hang_s
+        self._wake = threading.Event()
+        self._stopping = False
+        self._watched: tuple[Engine, Runner] | None = None
+        self._judging = True
+        self._renew_at = 0.0
+        self._renewed_once = False
+        self._reached_since: float | None = None
+        self._progress = (0, time.monotonic())
+
+    def watch(self, engine: Engine, runner: Runner) -> None:
+        """Begin to judge the engine: it has loaded and passed its canary."""
+        self._progress = (engine.status().steps, time.monotonic())
+        self._watched = (engine, runner)
+
+    def spare_engine(self) -> None:
+        """Judge the engine no more: it is being closed."""
+        self._judging = False
+
+    def beat_now(self) -> None:
+        """Renew the lease at once: what the record says has changed."""
+        self._renew_at = 0.0
+        self._wake.set()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        self.join(2 * TICK_S)
+
+    def run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            self._judge_engine()
+            try:
+                self._beat()
+                self._reached_since = self._reached_since or time.monotonic()
+            except RedisError as error:
+                self._reached_since = None
+                log.warning("lease not renewed, Redis can't be reached: %s", error)
+            except Exception:
+                # a worker without a pulse is taken for dead
+                self._reached_since = None
+                log.exception("a beat failed")
+            self._wake.wait(TICK_S)
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now >= self._renew_at:
+            record = self._describe()
+            before = self._leases.renew_worker(record)
+            self._renew_at = now + REFRESH_S
+            if before and before != record.boot and self._renewed_once:
+                self._on_replaced()
+            elif not before and self._renewed_once:
+                log.warning("the lease had lapsed")
+                self._on_lapsed()
+            self._renewed_once = True
+            self._cancel_for_dead_webs()
+        if self._watched is not None:
+            runner = self._watched[1]
+            for request_id in self._queue.cancelled(list(runner.running())):
+                runner.cancel(request_id)
+
+    def _cancel_for_dead_webs(self) -> None:
+        """A web process without a lease is gone, and with it every caller that waited there.
+
+        Counts only after this worker itself has reached Redis for a whole lease: after a Redis that stalled or came
+        back empty the web's lease is as absent as its own was.
+        """
+        if self._watched is None or self._reached_since is None:
+            return
+        if time.monotonic() - self._reached_since < LEASE_TTL_S:
+            return
+        runner = self._watched[1]
+        running = runner.running()
+        # those judged dead before are looked at again: a process that was stopped for a while comes back
+        webs = runner.dead_webs.union(running.values())
+        runner.dead_webs = webs - self._leases.living_webs(sorted(webs))
+        for request_id, web_id in running.items():
+            if web_id in runner.dead_webs:
+                runner.cancel(request_id)
+
+    def _judge_engine(self) -> None:
+        if self._watched is None or not self._judging:
+            return
+        status = self._watched[0].status()
+        now = time.monotonic()
+        steps, since = self._progress
+        if status.steps != steps or status.running + status.waiting == 0:
+            self._progress = (status.steps, now)
+        elif now - since > self._hang_s:
+            self._on_hung(f"the engine made no progress for {self._hang_s:g} s with work in hand")
+        if not status.alive:
+            self._on_hung("the engine's thread has died")
