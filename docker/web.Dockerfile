@@ -1,0 +1,17 @@
+# The web process and Flower: no torch, a small image. Build from the repository's root (docker compose does).
+FROM python:3.12-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /srv
+COPY requirements-web.txt .
+RUN pip install --no-cache-dir -r requirements-web.txt
+
+COPY config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
+COPY app/ app/
+COPY protocol/ protocol/
+# Flower looks through the workers' Celery app; importing it loads no torch
+COPY workers/ workers/
+
+RUN useradd --system --uid 10001 --home-dir /srv service
+USER service
+CMD ["gunicorn", "wsgi:app"]

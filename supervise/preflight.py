@@ -1,0 +1,71 @@
+"""What must hold before anything is started. Each check raises with one line that says what is wrong, and where."""
+
+import re
+from pathlib import Path
+
+import redis
+
+from config import Catalogue, ConfigurationError, ModelEntry, Settings
+from supervise.listeners import Unavailable, check_free
+from supervise.plan import visible_gpus
+
+REDIS_TIMEOUT_S = 3.0
+_ECHO = "echo:"  # the engine of tests and benchmarks; it has no weights
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.1-8B-Instruct"
+_NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
+
+
+def check(settings: Settings, catalogue: Catalogue, models_file: Path, *, own_redis: bool) -> None:
+    """Raises ConfigurationError or Unavailable."""
+    for model in catalogue.models:
+        _check_weights(model, models_file)
+        _check_gpus(model, settings, models_file)
+    check_free(settings)
+    if not own_redis:
+        _check_redis(settings.redis_url)
+
+
+def _check_weights(model: ModelEntry, models_file: Path) -> None:
+    if model.weights.startswith(_ECHO):
+        return
+    folder = Path(model.weights).expanduser()
+    where = f"{models_file}: weights of {model.name!r}"
+    if folder.is_dir():
+        wanted = "config.json" if model.is_chat else "model_index.json"
+        if not (folder / wanted).is_file():
+            raise ConfigurationError(f"{where}: the folder {model.weights} holds no {wanted}")
+    elif folder.exists():
+        raise ConfigurationError(f"{where}: {model.weights} is a file; a folder or a hub id is wanted")
+    elif not _HUB_ID.fullmatch(model.weights) or model.weights.startswith("."):
+        raise ConfigurationError(
+            f"{where}: there is no folder {model.weights}, and a hub id looks like owner/name"
+        )
+
+
+def _check_gpus(model: ModelEntry, settings: Settings, models_file: Path) -> None:
+    visible = visible_gpus(settings)
+    if visible is not None:
+        count, which = len(visible), f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves"
+    elif _NVIDIA_GPUS.is_dir():
+        count, which = len(list(_NVIDIA_GPUS.iterdir())), "this machine has"
+    else:
+        return  # no GPU: its workers run on the CPU
+    for gpu in (gpu for gpus in model.workers or () for gpu in gpus):
+        if not 0 <= gpu < count:
+            raise ConfigurationError(
+                f"{models_file}: workers of {model.name!r}: GPU {gpu}, but {which} {count}"
+            )
+
+
+def _check_redis(url: str) -> None:
+    shown = re.sub(r"//[^@/]*@", "//…@", url)
+    try:
+        client = redis.Redis.from_url(
+            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, retry=None
+        )
+        with client:
+            client.ping()
+    except ValueError as error:
+        raise ConfigurationError(f"REDIS_URL: {shown}: {error}") from error
+    except redis.RedisError as error:
+        raise Unavailable(f"REDIS_URL: {shown} can't be reached: {error}") from error

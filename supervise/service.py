@@ -1,0 +1,129 @@
+"""The whole service in one foreground: start order, the wait until it is ready, stop order."""
+
+import asyncio
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from supervise.console import SUPERVISOR, Console
+from supervise.plan import Plan
+from supervise.process import EX_CONFIG, Process, Spec, describe_status
+from supervise.readiness import Probe
+from supervise.redis_server import EmbeddedRedis
+
+POLL_S = 0.5
+PROGRESS_EVERY_S = 15.0
+_LOG_PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # Celery's and gunicorn's time and level
+
+
+class StartFailed(Exception):
+    """The service can't come up. The message is one line; `status` is what the supervisor exits with."""
+
+    def __init__(self, reason: str, status: int) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class Service:
+    """`run()` starts the plan, reports READY, and returns once everything has been stopped in order."""
+
+    def __init__(
+        self, plan: Plan, probe: Probe, redis: EmbeddedRedis | None, console: Console, ready_line: str
+    ) -> None:
+        self._plan = plan
+        self._probe = probe
+        self._redis = redis
+        self._console = console
+        self._say = console.sayer(SUPERVISOR)
+        self._ready_line = ready_line
+        self._ready = False
+        self._stop_asked = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._groups: list[list[Process]] = []
+        self._running: list[asyncio.Task[None]] = []
+
+    async def run(self) -> None:
+        """Returns after an orderly stop that was asked for. Raises StartFailed, everything stopped, if READY never came."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self.ask_to_stop)
+        try:
+            await self._until_stopped(self._start())
+            if not self._stop_asked.is_set():
+                await self._stop_asked.wait()
+        finally:
+            await self._stop()
+
+    def ask_to_stop(self) -> None:
+        """The first time: stop in order. The second: hurry."""
+        if not self._stop_asked.is_set():
+            self._stop_asked.set()
+        elif not self._hurry.is_set():
+            self._say("hurrying")
+            self._hurry.set()
+
+    async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do `work`, but no longer than until a stop is asked for or a process ends the start. Raises StartFailed."""
+        doing = asyncio.create_task(work)
+        stop = asyncio.create_task(self._stop_asked.wait())
+        try:
+            waiting: set[asyncio.Future[Any]] = {doing, stop, self._failed}
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                self._failed.result()
+            if doing.done():
+                doing.result()
+        finally:
+            for task in (doing, stop):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, Exception):
+                    await task
+
+    async def _start(self) -> None:
+        started = time.monotonic()
+        for group in self._plan.groups:
+            self._groups.append([self._launch(spec) for spec in group])
+            if group is self._plan.redis and self._redis is not None and not await self._redis.wait():
+                raise StartFailed("the embedded Redis did not start", 1)
+        await self._wait_until_ready(started)
+        self._ready = True
+        self._say(f"{self._ready_line} (after {time.monotonic() - started:.1f} s)")
+
+    def _launch(self, spec: Spec) -> Process:
+        process = Process(spec, self._console.sayer(spec.name), self._on_exit)
+        self._running.append(asyncio.create_task(process.run()))
+        return process
+
+    async def _wait_until_ready(self, started: float) -> None:
+        said, say_again_at = "", 0.0
+        while not await asyncio.to_thread(self._probe.ready):
+            progress = await asyncio.to_thread(self._probe.progress)
+            now = time.monotonic()
+            if progress != said or now >= say_again_at:
+                self._say(f"starting ({now - started:.0f} s): {progress}")
+                said, say_again_at = progress, now + PROGRESS_EVERY_S
+            await asyncio.sleep(POLL_S)
+
+    def _on_exit(self, process: Process, status: int) -> bool:
+        """Whether to try again. What can't work at the start ends the start; the first reason is the one told."""
+        if self._ready or status not in process.spec.fatal_at_start:
+            return status != EX_CONFIG
+        if self._failed.done():
+            return False
+        if status == EX_CONFIG:
+            reason = _LOG_PREFIX.sub("", process.last_words) or describe_status(status)
+            self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", EX_CONFIG))
+        else:
+            reason = f"{describe_status(status)} while starting; its lines above say why"
+            self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", 1))
+        return False
+
+    async def _stop(self) -> None:
+        self._say("stopping: workers finish what runs, then web and Redis end (Ctrl-C again to hurry)")
+        for group in reversed(self._groups):
+            await asyncio.gather(*(process.stop(self._hurry) for process in group))
+        await asyncio.gather(*self._running)
+        self._say("stopped")
