@@ -1,0 +1,216 @@
+"""Picture requests and answers on the wire."""
+
+import pytest
+
+from app.schemas.images import (
+    ImageEditRequest,
+    ImageGenerationRequest,
+    images_response,
+    images_response_base64,
+    only_model,
+    ready_pictures,
+)
+from app.schemas.validation import parse
+from config import Catalogue, ModelEntry
+from protocol.errors import InvalidRequest, Unavailable
+from protocol.events import Finished, ImageReady, Progress
+from protocol.jobs import PictureJob
+
+
+def entry(**engine: object) -> ModelEntry:
+    return ModelEntry.model_validate(
+        {
+            "name": "painter",
+            "tasks": ["generation", "edit"],
+            "weights": "w",
+            "engine": {"max_side": 1024, "max_pixels": 512 * 1024, "max_n": 4, "max_steps": 50, **engine},
+            "defaults": {"num_inference_steps": 20, "strength": 0.6, "guidance_scale": 5.0},
+        }
+    )
+
+
+def job(**body: object) -> PictureJob:
+    request = parse(ImageGenerationRequest, {"model": "painter", "prompt": "a cat", **body})
+    return request.to_job("id", entry())
+
+
+def refusal(**body: object) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        job(**body)
+    return caught.value
+
+
+def test_what_the_node_sends_for_fields_left_out_counts_as_absent():
+    made = job(n=0, size="", width=0, height=0, step=0, response_format="")
+    assert (made.n, made.width, made.height, made.num_inference_steps) == (1, None, None, 20)
+    assert (made.guidance_scale, made.strength, made.task) == (5.0, None, "generation")
+
+
+def test_null_counts_as_absent():
+    made = job(n=None, size=None, width=None, seed=None, negative_prompt=None, guidance_scale=None)
+    assert made.n == 1 and made.width is None and made.seed is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "sides"),
+    [
+        ({"size": "512x256"}, (512, 256)),
+        ({"size": "512x256", "width": 128}, (128, 256)),
+        ({"size": "512x256", "width": 128, "height": 64}, (128, 64)),
+        ({"width": 128}, (128, None)),
+        ({"size": "auto"}, (None, None)),
+    ],
+)
+def test_width_and_height_win_over_size(body, sides):
+    made = job(**body)
+    assert (made.width, made.height) == sides
+
+
+@pytest.mark.parametrize("name", ["step", "steps", "num_inference_steps"])
+def test_every_name_of_the_step_count_is_known(name):
+    assert job(**{name: 7}).num_inference_steps == 7
+    assert refusal(**{name: 51}).param == name
+
+
+def test_a_seed_is_chosen_when_none_is_given():
+    seeds = {job().seed for _ in range(5)}
+    assert len(seeds) == 5 and all(seed is not None and 0 <= seed < 2**32 for seed in seeds)
+    assert job(seed=2**63 - 1).seed == 2**63 - 1
+    assert job(seed=0).seed == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": " \n"}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"prompt": "a\0b"}, "prompt"),
+        ({"prompt": "\ud800"}, "prompt"),
+        ({"prompt": "x" * 32_001}, "prompt"),
+        ({"negative_prompt": "\udfff"}, "negative_prompt"),
+        ({"model": ""}, "model"),
+        ({"model": 1}, "model"),
+        ({"n": 10**9}, "n"),
+        ({"n": 5}, "n"),
+        ({"n": -1}, "n"),
+        ({"n": "2"}, "n"),
+        ({"n": "0"}, "n"),
+        ({"n": 1.5}, "n"),
+        ({"n": 0.0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": False}, "n"),
+        ({"n": 10**40}, "n"),
+        ({"size": "0x0"}, "size"),
+        ({"size": "99999x1"}, "size"),
+        ({"size": "abc"}, "size"),
+        ({"size": "512×512"}, "size"),
+        ({"size": "512x512 "}, "size"),
+        ({"size": "5１２x512"}, "size"),
+        ({"size": "-8x8"}, "size"),
+        ({"size": "100x100"}, "size"),
+        ({"size": "1024x1024"}, "size"),
+        ({"size": 512}, "size"),
+        ({"width": -8}, "width"),
+        ({"width": 1032, "height": 8}, "width"),
+        ({"width": 64, "height": 12}, "height"),
+        ({"width": 1024, "height": 1024}, "width"),
+        ({"height": "64"}, "height"),
+        ({"step": -1}, "step"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 1.0}, "seed"),
+        ({"guidance_scale": -0.1}, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, "guidance_scale"),
+        ({"guidance_scale": "7"}, "guidance_scale"),
+        ({"guidance_scale": True}, "guidance_scale"),
+        ({"response_format": "png"}, "response_format"),
+    ],
+)
+def test_what_is_wrong_is_named(body, param):
+    error = refusal(**body)
+    assert error.param == param and error.status == 400
+    assert param in error.message and len(error.message) < 200
+
+
+@pytest.mark.parametrize("missing", ["model", "prompt"])
+def test_required_fields(missing):
+    body = {"model": "painter", "prompt": "a"}
+    del body[missing]
+    with pytest.raises(InvalidRequest, match=f"^{missing} is required$"):
+        parse(ImageGenerationRequest, body)
+
+
+def test_messages_say_what_would_be_right():
+    assert refusal(n="2").message == "n must be a whole number, not a string"
+    assert refusal(n=-1).message == "n must be at least 1 (it is -1)"
+    assert refusal(n=9).message == "n must be at most 4 for this model (it is 9)"
+    assert refusal(response_format="x").message == "response_format must be one of 'url' or 'b64_json'"
+    assert refusal(size="1x").message == 'size: must be "WIDTHxHEIGHT" in pixels, like "1024x1024"'
+    assert refusal(prompt="").message == "prompt: must not be empty"
+
+
+def test_a_form_brings_numbers_as_strings():
+    fields = {
+        "model": "painter",
+        "prompt": "p",
+        "n": "2",
+        "width": "64",
+        "strength": "0.5",
+        "seed": "3",
+        "extra": "x",
+    }
+    made = parse(ImageEditRequest, fields, strict=False).to_job("id", entry(), b"image", b"mask")
+    assert (made.n, made.width, made.strength, made.seed) == (2, 64, 0.5, 3)
+    assert (made.task, made.image, made.mask) == ("edit", b"image", b"mask")
+    with pytest.raises(InvalidRequest, match="n must be a whole number"):
+        parse(ImageEditRequest, fields | {"n": "two"}, strict=False)
+
+
+def test_an_edit_without_strength_takes_the_catalogues():
+    made = parse(ImageEditRequest, {"model": "painter", "prompt": "p"}).to_job("id", entry(), b"i", None)
+    assert made.strength == 0.6
+    with pytest.raises(InvalidRequest) as caught:
+        parse(ImageEditRequest, {"model": "painter", "prompt": "p", "strength": 0})
+    assert caught.value.param == "strength"
+
+
+def test_answers_have_the_standards_shape():
+    pictures = ready_pictures(
+        [
+            [Progress(1, 1), ImageReady(1, 6, 8, 8, name="second")],
+            [ImageReady(0, 5, 8, 8, name="first"), Finished()],
+        ]
+    )
+    made = job(prompt="a cat")
+    assert images_response(12, made, pictures, link=lambda name: f"http://h/{name}") == {
+        "code": 0,
+        "message": "success",
+        "created": 12,
+        "data": [
+            {"b64_json": "", "url": "http://h/first", "revised_prompt": "a cat", "seed": 5},
+            {"b64_json": "", "url": "http://h/second", "revised_prompt": "a cat", "seed": 6},
+        ],
+    }
+    stored = {"first": b"\x00\x01", "second": b"\x02"}
+    answer = images_response_base64(12, made, pictures, load=stored.get)
+    assert [(row["b64_json"], row["url"]) for row in answer["data"]] == [("AAE=", ""), ("Ag==", "")]
+    with pytest.raises(Unavailable):
+        images_response_base64(12, made, pictures, load=lambda name: None)
+
+
+def test_a_form_without_model_goes_to_the_only_one_that_edits():
+    def catalogue(*names: str) -> Catalogue:
+        models = [{"name": name, "tasks": ["edit"], "weights": "w"} for name in names]
+        chat = {"name": "chat", "tasks": ["chat"], "weights": "w"}
+        return Catalogue.model_validate({"project": "p", "models": [chat, *models]})
+
+    assert only_model(catalogue("one"), "edit") == "one"
+    with pytest.raises(InvalidRequest, match="one, two") as caught:
+        only_model(catalogue("one", "two"), "edit")
+    assert caught.value.param == "model"
+    with pytest.raises(InvalidRequest, match="none"):
+        only_model(catalogue(), "edit")

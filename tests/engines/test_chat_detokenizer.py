@@ -1,0 +1,128 @@
+"""Tokens to text: whole characters, no stop string, nothing lost. Pure: no model."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engines.tiny_chat import make_tokenizer
+from workers.engines.chat.detokenizer import ByteStream, Detokenizer, StopMatcher, Vocabulary, WindowStream
+
+TOKENIZER = make_tokenizer()
+VOCABULARY = Vocabulary.of(TOKENIZER)
+assert VOCABULARY.table is not None, "the tokenizer wasn't seen to be byte-level"
+TABLE = VOCABULARY.table
+TEXTS = st.text(
+    st.one_of(st.characters(codec="utf-8"), st.sampled_from("你好世界👩‍👩‍👧‍👦🇨🇭é́ the fox")), max_size=60
+)
+TOKENS = st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40)
+
+
+def decode(tokens: list[int]) -> str:
+    return VOCABULARY.decode(tokens)
+
+
+def encode(text: str) -> list[int]:
+    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
+
+
+def drain(detokenizer: Detokenizer, tokens: list[int]) -> tuple[list[str], str | None]:
+    """Every piece of text in order, and the stop string that ended it."""
+    pieces = []
+    for token in tokens:
+        text, stop = detokenizer.add(token)
+        pieces.append(text)
+        if stop is not None:
+            return pieces, stop
+    text, stop = detokenizer.flush()
+    return [*pieces, text], stop
+
+
+def streams() -> list[object]:
+    return [lambda: ByteStream(TABLE), lambda: WindowStream(decode)]
+
+
+@pytest.mark.parametrize("make", streams(), ids=["bytes", "window"])
+@settings(max_examples=60, deadline=None)
+@given(text=TEXTS)
+def test_text_arrives_whole_and_never_cut_inside_a_character(make, text):
+    pieces, _ = drain(Detokenizer(make()), encode(text))
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=100, deadline=None)
+@given(tokens=TOKENS)
+def test_any_tokens_give_what_the_tokenizer_gives(tokens):
+    pieces, _ = drain(Detokenizer(ByteStream(TABLE)), tokens)
+    assert "".join(pieces) == decode(tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text("abc", max_size=30),
+    stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
+    cuts=st.data(),
+)
+def test_stop_strings_cut_at_their_first_place_however_the_text_is_split(text, stops, cuts):
+    places = [text.find(stop) for stop in stops if stop in text]
+    matcher, sent, met = StopMatcher(tuple(stops)), "", None
+    rest = text
+    while rest and met is None:
+        size = cuts.draw(st.integers(1, len(rest)))
+        piece, met = matcher.add(rest[:size])
+        rest = rest[size:]
+        sent += piece
+        # what was sent holds no stop string, nor anything that could have become one in text that followed
+        assert not any(stop in sent for stop in stops)
+    if not places:
+        assert met is None
+        assert sent + matcher.flush() == text
+    else:
+        # the first to be complete ends the text; one that began earlier but ends later may be met instead
+        assert met is not None
+        assert text.startswith(sent + met)
+        assert min(places) <= len(sent) <= max(len(text), 0)
+
+
+def test_held_back_text_is_sent_once_it_can_no_longer_become_a_stop_string():
+    matcher = StopMatcher(("END",))
+    assert matcher.add("fine E") == ("fine ", None)
+    assert matcher.add("N") == ("", None)
+    assert matcher.add("ough") == ("ENough", None)
+    assert matcher.add(" EN") == (" ", None)
+    assert matcher.add("D rest") == ("", "END")
+
+
+def test_a_stop_string_may_span_tokens_and_characters_of_several_bytes():
+    pieces, stop = drain(VOCABULARY.detokenizer(("世界",)), encode("你好世界!"))
+    assert ("".join(pieces), stop) == ("你好", "世界")
+
+
+def test_half_a_character_at_the_end_shows_as_a_replacement_character():
+    pieces, _ = drain(VOCABULARY.detokenizer(()), encode("👩")[:-1])
+    assert "".join(pieces) == decode(encode("👩")[:-1]) != ""
+    assert not any(pieces[:-1])
+
+
+def test_min_tokens_lets_stop_strings_pass():
+    detokenizer = VOCABULARY.detokenizer(("fox",))
+    text = "".join(detokenizer.add(token, may_stop=False)[0] for token in encode("a fox"))
+    assert text == "a fox"
+
+
+def test_special_tokens_have_no_text():
+    assert decode(encode("a<|end|>b")) == "ab"
+    assert drain(VOCABULARY.detokenizer(()), encode("a<|end|>b"))[0] == ["a", "", "b", ""]
+
+
+def test_a_window_keeps_the_spaces_that_sentencepiece_drops_at_the_start():
+    words = ["▁one", "▁two", "▁three"]
+    stream = WindowStream(
+        lambda tokens: "".join(words[t] for t in tokens).replace("▁", " ").removeprefix(" ")
+    )
+    assert [stream.add(token) for token in (0, 1, 2)] == ["one", " two", " three"]
+
+
+def test_a_token_of_the_models_padded_vocabulary_has_no_text():
+    detokenizer = VOCABULARY.detokenizer(())
+    assert detokenizer.add(100_000) == ("", None)

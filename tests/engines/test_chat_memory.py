@@ -1,0 +1,252 @@
+"""The KV cache's budget: mixed lengths, preemption, prefixes, chunks. And the invariants of its bookkeeping."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from workers.engines.chat.kv_cache import CacheShape, KVCache, OutOfPages
+from workers.engines.chat.prefix_cache import PrefixCache
+
+PAGE = 4
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), CONFIGS["llama"]())
+
+
+def texts(weights, jobs, **options):
+    """Answers of a fresh engine, and the engine (closed) for its counters."""
+    engine, collector = make_engine(weights, **options)
+    try:
+        return [result.text() for result in run(engine, collector, jobs)], engine
+    finally:
+        engine.close()
+
+
+def mixed_jobs(count: int) -> list:
+    return [
+        chat_job(f"m{i}", "fox " * (3 + 11 * (i % 5)) + str(i), max_tokens=30 + 9 * (i % 4), ignore_eos=True)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_more_requests_than_fit_are_preempted_and_resumed_with_the_same_text(weights, prefix_cache):
+    jobs = mixed_jobs(12)
+    expected, roomy = texts(weights, jobs)
+    found, tight = texts(weights, jobs, kv_cache_tokens=312, prefix_cache=prefix_cache)
+    assert roomy.metrics.preemptions == 0
+    assert tight.metrics.preemptions > 0
+    assert tight.kv_cache_tokens == 312
+    assert found == expected
+
+
+def test_sampled_text_survives_preemption_too(weights):
+    jobs = [
+        chat_job(f"s{i}", f"{i} fox", temperature=1.0, top_p=0.9, seed=i, max_tokens=70, ignore_eos=True, n=2)
+        for i in range(6)
+    ]
+    expected, _ = texts(weights, jobs)
+    found, tight = texts(weights, jobs, kv_cache_tokens=256)
+    assert tight.metrics.preemptions > 0
+    assert found == expected
+
+
+def test_the_budget_bounds_the_context_and_is_known_before_the_first_request(weights):
+    engine, collector = make_engine(weights, kv_cache_tokens=130)
+    try:
+        assert engine.kv_cache_tokens == engine.max_context == 120
+        long, fits = run(
+            engine, collector, [chat_job("l", "fox " * 200), chat_job("f", max_tokens=999, ignore_eos=True)]
+        )
+        assert long.failed.code == "context_length_exceeded"
+        assert fits.usage.prompt_tokens + fits.usage.completion_tokens == 120
+    finally:
+        engine.close()
+
+
+def test_memory_held_follows_the_tokens_with_one_long_among_short_ones(tmp_path):
+    """At most 1.3 times what the tokens need, at every step from the moment that all are running."""
+    config = CONFIGS["llama"]()
+    config.max_position_embeddings = 4096
+    engine, collector = make_engine(save_model(tmp_path, config), prefix_cache=False, max_batch_size=32)
+    ratios: list[float] = []
+    emit = engine._emit
+
+    def watch(events):
+        running = engine._parts.scheduler.running
+        if len(running) == 32 and all(sequence.output for sequence in running):
+            held = engine._parts.cache.num_active * engine._parts.cache.page_size
+            ratios.append(held / sum(sequence.length for sequence in running))
+        emit(events)
+
+    engine._emit = watch
+    try:
+        jobs = [chat_job("long", "fox " * 2980, max_tokens=300, ignore_eos=True)]
+        jobs += [chat_job(f"short{i}", "fox " * 15, max_tokens=220 + i, ignore_eos=True) for i in range(31)]
+        results = run(engine, collector, jobs)
+        assert results[0].usage.prompt_tokens > 2900
+        assert len(ratios) > 20
+        assert max(ratios) <= 1.3
+        assert engine._parts.cache.num_active == 0
+    finally:
+        engine.close()
+
+
+def test_an_earlier_prompt_is_not_computed_again(weights):
+    engine, collector = make_engine(weights)
+    try:
+        system = "and then again the quick brown fox " * 6
+        (first,) = run(engine, collector, [chat_job("a", system + "one", max_tokens=40, ignore_eos=True)])
+        (again,) = run(engine, collector, [chat_job("b", system + "two", max_tokens=40, ignore_eos=True)])
+        assert first.usage.cached_tokens == 0
+        assert again.usage.cached_tokens >= again.usage.prompt_tokens - 2 * engine._parts.cache.page_size
+        assert engine.metrics.cached_tokens == again.usage.cached_tokens
+    finally:
+        engine.close()
+    (alone,), _ = texts(weights, [chat_job("c", system + "two", max_tokens=40, ignore_eos=True)])
+    assert again.text() == alone
+
+
+def test_without_a_prefix_cache_nothing_is_reused(weights):
+    engine, collector = make_engine(weights, prefix_cache=False)
+    try:
+        for id in ("a", "b"):
+            (result,) = run(engine, collector, [chat_job(id, "again the fox " * 20)])
+            assert result.usage.cached_tokens == 0
+    finally:
+        engine.close()
+
+
+def test_a_long_prompt_is_computed_in_chunks_while_others_go_on(weights):
+    engine, collector = make_engine(weights, prefill_chunk=32, prefix_cache=False)
+    engine._parts.step_overhead = 20.0
+    try:
+        engine.submit(chat_job("running", max_tokens=900, ignore_eos=True))
+        collector.wait_first("running")
+        before = engine._requests.by_id["running"].sequences[0].output.copy()
+        (long,) = run(engine, collector, [chat_job("long", "fox " * 400, max_tokens=2)])
+        chunks = engine.metrics.prefill_chunks - 1
+        gained = len(engine._requests.by_id["running"].sequences[0].output) - len(before)
+        assert chunks >= long.usage.prompt_tokens // 32
+        # every chunk shared its step with a token of the running request
+        assert gained >= chunks
+    finally:
+        engine.close()
+
+
+def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed(weights):
+    engine, collector = make_engine(weights, prefill_chunk=32, prefix_cache=False)
+    try:
+        order: list[str] = []
+        emit = engine._emit
+
+        def note(events):
+            order.extend(request_id for request_id, _ in events)
+            emit(events)
+
+        engine._emit = note
+        engine.submit(chat_job("long", "fox " * 900, max_tokens=1, ignore_eos=True))
+        engine.submit(chat_job("short", max_tokens=1, ignore_eos=True))
+        for id in ("long", "short"):
+            assert collector.result(id).usage.completion_tokens == 1
+        assert order[0] == "short"
+    finally:
+        engine.close()
+
+
+# the bookkeeping alone
+
+
+def small_cache(num_pages: int = 12, slots: int = 5) -> KVCache:
+    shape = CacheShape(1, 1, 1, torch.float32, token_major=False)
+    return KVCache(shape, num_pages, PAGE, slots, torch.device("cpu"))
+
+
+def write(cache: KVCache, slot: int, tokens: list[int], start: int = 0) -> None:
+    """The key of a token is the token itself, its value the position."""
+    for position in range(start, len(tokens)):
+        page, offset = cache.place(slot, position)
+        cache.pool[0, 0, page, 0, offset, 0] = tokens[position]
+        cache.pool[0, 1, page, 0, offset, 0] = position
+
+
+def read(cache: KVCache, slot: int, count: int) -> list[tuple[int, int]]:
+    places = [cache.place(slot, position) for position in range(count)]
+    return [
+        (int(cache.pool[0, 0, page, 0, offset, 0]), int(cache.pool[0, 1, page, 0, offset, 0]))
+        for page, offset in places
+    ]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pages_never_mix_whatever_happens(seed):
+    """Random growing, leaving, storing and loading of prefixes against a plain dictionary."""
+    chance = random.Random(seed)
+    cache = small_cache()
+    prefixes = PrefixCache(cache)
+    held: dict[int, list[int]] = {}
+    loaded = 0
+    for _ in range(600):
+        action = chance.random()
+        if action < 0.35 and cache.num_free_slots:
+            tokens = [chance.randrange(2) for _ in range(chance.randrange(1, 18))]
+            chain = prefixes.match(tokens)
+            slot = cache.take_slot()
+            try:
+                cache.grow(slot, len(tokens))
+            except OutOfPages:
+                cache.release(slot)
+                continue
+            have = prefixes.load(slot, chain)
+            loaded += have
+            write(cache, slot, tokens, have)
+            held[slot] = tokens
+        elif action < 0.6 and held:
+            slot = chance.choice(list(held))
+            try:
+                cache.grow(slot, len(held[slot]) + 1)
+            except OutOfPages:
+                continue
+            held[slot].append(chance.randrange(2))
+            write(cache, slot, held[slot], len(held[slot]) - 1)
+        elif held:
+            slot = chance.choice(list(held))
+            if chance.random() < 0.7:
+                prefixes.store(slot, held[slot])
+            if chance.random() < 0.7:
+                cache.release(slot)
+                del held[slot]
+        used = [page for slot in held for page in cache.tables[slot]]
+        assert sorted(used) == list(range(cache.num_active)), "the active part has holes or shared pages"
+        assert len(prefixes) <= cache.num_free_pages
+        for slot, tokens in held.items():
+            assert read(cache, slot, len(tokens)) == [(token, at) for at, token in enumerate(tokens)]
+    assert loaded > 0
+
+
+def test_the_least_recently_used_prefix_goes_first():
+    cache = small_cache(num_pages=4)
+    prefixes = PrefixCache(cache)
+    for token in (1, 2, 3):
+        slot = cache.take_slot()
+        cache.grow(slot, PAGE)
+        prefixes.store(slot, [token] * PAGE)
+        cache.release(slot)
+    assert prefixes.match([1] * PAGE)
+    slot = cache.take_slot()
+    cache.grow(slot, 2 * PAGE)
+    assert [len(prefixes.match([token] * PAGE)) for token in (1, 2, 3)] == [1, 0, 1]
+
+
+def test_growing_beyond_the_budget_changes_nothing():
+    cache = small_cache(num_pages=3)
+    slot = cache.take_slot()
+    cache.grow(slot, 2 * PAGE)
+    with pytest.raises(OutOfPages):
+        cache.grow(slot, 4 * PAGE)
+    assert (len(cache.tables[slot]), cache.num_active) == (2, 2)

@@ -1,0 +1,247 @@
+"""Sampling against transformers' own processors, and that a seed means the same in any batch."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from workers.engines.chat import sampling
+from workers.engines.chat.detokenizer import Detokenizer, WindowStream
+from workers.engines.chat.sampling import Sampler, uniform
+from workers.engines.chat.sequence import Request, Sampling, Sequence
+
+VOCABULARY = 300
+CPU = torch.device("cpu")
+
+FILTERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"top_k": 7},
+    {"top_p": 0.8},
+    {"top_p": 0.999},
+    {"min_p": 0.1},
+    {"temperature": 1.3, "top_k": 200, "top_p": 0.95, "min_p": 0.01},
+]
+
+
+def row(
+    index: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **params: Any
+) -> Sequence:
+    request = Request("r", list(prompt), Sampling(max_tokens=100, **params))
+    sequence = Sequence(request, index, Detokenizer(WindowStream(lambda tokens: "")), list(output))
+    sequence.slot = index
+    return sequence
+
+
+def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
+    """Probabilities by transformers' processors, in the order of `generate`."""
+    processors = LogitsProcessorList()
+    if temperature != 1.0:
+        processors.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p:
+        processors.append(MinPLogitsWarper(min_p))
+    return processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()[None])[0].softmax(-1)
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_sampled_tokens_follow_the_distribution_of_transformers(params):
+    """A chi-square test: with a right sampler each case fails by chance once in 100,000 runs, and seeds are fixed."""
+    torch.manual_seed(5)
+    logits = torch.randn(VOCABULARY) * 2
+    expected = reference(logits, **params)
+    draws, rows = 20_000, 500
+    sampler = Sampler(VOCABULARY, rows, CPU)
+    counts = torch.zeros(VOCABULARY)
+    for start in range(0, draws, rows):
+        batch = [row(index, seed=start + index, **params) for index in range(rows)]
+        sampled = sampler.sample(logits.repeat(rows, 1), batch)
+        counts += torch.bincount(torch.tensor([one.token for one in sampled]), minlength=VOCABULARY)
+    assert counts[expected == 0].sum() == 0, "a token was drawn that transformers filters out"
+    often = expected * draws >= 5
+    observed = torch.cat([counts[often], counts[~often].sum()[None]])
+    wanted = torch.cat([expected[often], expected[~often].sum()[None]]) * draws
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = max(len(wanted) - 1, 1)
+    # Wilson-Hilferty: the cube root of chi-square / freedom is nearly normal; 4.26 sigmas are one in 100,000
+    limit = freedom * (1 - 2 / (9 * freedom) + 4.26 * math.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic < limit
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_a_few_candidates_give_the_same_tokens_as_sorting_everything(params, monkeypatch):
+    """Peaked rows need few candidates, flat ones all."""
+    torch.manual_seed(1)
+    logits = torch.randn(6, VOCABULARY) * torch.tensor([[0.01], [0.5], [1.0], [2.0], [4.0], [8.0]])
+    for kept in (slice(0, 6), slice(4, 6)):
+        rows = [row(index, seed=index, **params) for index in range(6)][kept]
+        monkeypatch.setattr(sampling, "CANDIDATES", VOCABULARY)
+        expected = Sampler(VOCABULARY, 6, CPU).sample(logits[kept].clone(), rows)
+        monkeypatch.setattr(sampling, "CANDIDATES", 16)
+        assert Sampler(VOCABULARY, 6, CPU).sample(logits[kept].clone(), rows) == expected
+
+
+def test_uniform_numbers_look_uniform_and_independent():
+    draws = torch.tensor([[uniform(seed, choice, 7) for seed in range(400)] for choice in range(20)])
+    assert float(draws.min()) >= 0 and float(draws.max()) < 1
+    assert float(draws.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(draws.var()) == pytest.approx(1 / 12, abs=0.005)
+    assert float(torch.corrcoef(draws).fill_diagonal_(0).abs().max()) < 0.25
+
+
+def test_each_row_obeys_its_own_parameters():
+    torch.manual_seed(2)
+    logits = torch.randn(5, VOCABULARY)
+    rows = [
+        row(0, temperature=0.0),
+        row(1, seed=1, top_k=1),
+        row(2, temperature=0.0, logit_bias=((9, 100.0),)),
+        row(3, temperature=0.0, min_tokens=3, stop_token_ids=frozenset({int(logits[3].argmax())})),
+        row(4, temperature=0.0, logprobs=2),
+    ]
+    best = logits.topk(2).indices
+    sampled = Sampler(VOCABULARY, 5, CPU).sample(logits.clone(), rows)
+    tokens = [one.token for one in sampled]
+    assert tokens == [best[0, 0], best[1, 0], 9, best[3, 1], best[4, 0]]
+    assert [token for token, _ in sampled[4].top] == best[4].tolist()
+    assert sampled[0].logprob is None
+
+
+def test_penalties_are_those_of_transformers_and_openai():
+    torch.manual_seed(3)
+    logits = torch.randn(VOCABULARY)
+    prompt, output = (5, 6, 7), (8, 8, 9)
+    sampler = Sampler(VOCABULARY, 2, CPU)
+    sequence = row(
+        0,
+        prompt,
+        output,
+        temperature=0.0,
+        repetition_penalty=1.5,
+        frequency_penalty=0.3,
+        presence_penalty=0.2,
+    )
+    expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([prompt + output]), logits.clone()[None])[0]
+    expected[8] -= 0.2 + 2 * 0.3
+    expected[9] -= 0.2 + 0.3
+    found = sampler._penalties.apply(logits[None].clone(), [sequence])[0]
+    torch.testing.assert_close(found, expected)
+    # and after another token, counted one at a time
+    sequence.output.append(9)
+    expected[9] -= 0.3
+    torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [sequence])[0], expected)
+    # the slot's next owner starts afresh
+    other = row(0, (1,), (), temperature=0.0, presence_penalty=1.0)
+    torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [other])[0], logits)
+
+
+def test_a_mask_rules_what_may_follow():
+    class OnlyEven:
+        def allowed(self, output: list[int]) -> list[int] | None:
+            return [2, 4] if len(output) < 2 else None
+
+    torch.manual_seed(4)
+    logits = torch.randn(2, VOCABULARY)
+    free, guided = row(0, temperature=0.0), row(1, seed=3)
+    guided.mask = OnlyEven()
+    tokens = [one.token for one in Sampler(VOCABULARY, 2, CPU).sample(logits.clone(), [free, guided])]
+    assert tokens[0] == logits[0].argmax()
+    assert tokens[1] in (2, 4)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), CONFIGS["llama"]())
+
+
+def tokens_of(engine, collector, jobs) -> dict[str, list[list[int]]]:
+    """The tokens of every job's choices."""
+    requests = {}
+    close = engine._requests._close
+
+    def keep(request, event):
+        requests[request.id] = request
+        close(request, event)
+
+    engine._requests._close = keep
+    run(engine, collector, jobs)
+    engine._requests._close = close
+    return {job.id: [sequence.output for sequence in requests[job.id].sequences] for job in jobs}
+
+
+def margin(engine, model, job, choice: int, tokens: list[int], other: list[int]) -> float:
+    """How far the draw that parted two outputs was from the threshold between their tokens."""
+    place = next(at for at, (one, two) in enumerate(zip(tokens, other, strict=True)) if one != two)
+    prompt = engine._parts.prompts.build(job).prompt
+    with torch.inference_mode():
+        logits = model(input_ids=torch.tensor([prompt + tokens[:place]])).logits[0, -1].double()
+    names = ("temperature", "top_k", "top_p", "min_p")
+    params = {name: value for name in names if (value := getattr(job.sampling, name)) is not None}
+    cumulative = reference(logits, **params).cumsum(-1)
+    point = uniform(job.sampling.seed, choice, place)
+    return float((cumulative - point).abs().min())
+
+
+def test_a_seed_gives_the_same_text_alone_and_in_any_batch(weights):
+    """Save where a draw comes within 1e-4 of the threshold between two tokens: counted, one of 290 is allowed."""
+    mixture = [
+        *FILTERS,
+        {"repetition_penalty": 1.2},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"n": 3},
+    ]
+    jobs = [
+        chat_job(
+            f"s{i}",
+            f"{i} fox",
+            **{"temperature": 1.0, **params},
+            seed=i,
+            max_tokens=25,
+            ignore_eos=True,
+        )
+        for i, params in enumerate(mixture)
+    ]
+    engine, collector = make_engine(weights, prefix_cache=False)
+    try:
+        together = tokens_of(engine, collector, jobs)
+        assert engine.metrics.max_batch >= 10
+    finally:
+        engine.close()
+    engine, collector = make_engine(weights, max_batch_size=4)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    ties = 0
+    try:
+        for job in jobs:
+            alone = tokens_of(engine, collector, [job])[job.id]
+            for choice, (one, two) in enumerate(zip(alone, together[job.id], strict=True)):
+                if one != two:
+                    ties += 1
+                    assert margin(engine, model, job, choice, one, two) < 1e-4
+    finally:
+        engine.close()
+    assert ties <= 1
+
+
+def test_without_a_seed_answers_differ(weights):
+    engine, collector = make_engine(weights)
+    try:
+        jobs = [chat_job(f"u{i}", temperature=1.5, max_tokens=20, ignore_eos=True) for i in range(3)]
+        assert len({result.text() for result in run(engine, collector, jobs)}) == 3
+    finally:
+        engine.close()

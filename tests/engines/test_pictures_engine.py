@@ -1,0 +1,501 @@
+"""The picture engine with a real (tiny, untrained) Stable Diffusion: batches, cancelling, failures, masks."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from protocol.events import Failed, Finished, ImageReady, Progress
+from tests.engines.tiny_pictures import (
+    SIDE,
+    Ear,
+    entry,
+    job,
+    png,
+    write_inpainting_model,
+    write_instruction_model,
+    write_model,
+)
+from workers.engines.base import EngineLoadError
+from workers.engines.pictures import PictureEngine
+from workers.engines.pictures.pipeline import PicturePipeline, Piece, Recipe
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(weights: Path) -> Iterator[tuple[PictureEngine, Ear]]:
+    ear = Ear()
+    engine = PictureEngine(entry(weights, max_batch_size=3, default_size=SIDE))
+    engine.load(ear)
+    yield engine, ear
+    engine.close()
+
+
+@pytest.fixture
+def fresh(weights: Path) -> Iterator[tuple[PictureEngine, Ear]]:
+    """An engine of its own for tests that break or close it."""
+    ear = Ear()
+    engine = PictureEngine(entry(weights, max_batch_size=3, default_size=SIDE))
+    engine.load(ear)
+    yield engine, ear
+    engine.close()
+
+
+def as_array(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_a_generation_reports_each_step_and_one_picture(loaded):
+    engine, ear = loaded
+    engine.submit(job("one", num_inference_steps=3))
+    events = ear.ended("one")
+    assert [e for e in events if isinstance(e, Progress)] == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
+    ready = [e for e in events if isinstance(e, ImageReady)]
+    assert [(e.index, e.seed, e.width, e.height) for e in ready] == [(0, 7, SIDE, SIDE)]
+    assert events[-1] == Finished()
+    assert ear.pictures("one")[0].size == (SIDE, SIDE)
+
+
+def test_a_seed_gives_the_same_picture_alone_or_in_a_batch(loaded):
+    engine, ear = loaded
+    engine.submit(job("batch", seed=7, n=3))
+    engine.submit(job("alone", seed=9))
+    third, alone = ear.pictures("batch")[2], ear.pictures("alone")[0]
+    assert np.abs(as_array(third) - as_array(alone)).max() <= 1
+    first = ear.pictures("batch")[0]
+    assert np.abs(as_array(first) - as_array(alone)).max() > 10
+
+
+@contextmanager
+def held(engine: PictureEngine, ear: Ear) -> Iterator[None]:
+    """While the engine is busy with a call of another kind, so that what is submitted meanwhile waits together."""
+    name = f"holder-{len(ear.events)}"
+    engine.submit(job(name, num_inference_steps=900, width=16, height=16))
+    ear.heard(name, Progress)
+    yield
+    engine.cancel(name, "cancelled")
+
+
+def until_waiting(engine: PictureEngine, count: int) -> None:
+    with engine._work:
+        assert engine._work.wait_for(lambda: len(engine._waiting) == count, timeout=30)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Kind and number of pictures of each call."""
+    made: list[tuple[str, int]] = []
+    real = PicturePipeline.__call__
+
+    def call(self, recipe, pieces, on_step):
+        made.append((recipe.kind, len(pieces)))
+        return real(self, recipe, pieces, on_step)
+
+    monkeypatch.setattr(PicturePipeline, "__call__", call)
+    return made
+
+
+def test_n_above_the_batch_size_is_split_over_calls(loaded, calls):
+    engine, ear = loaded
+    engine.submit(job("many", n=7))
+    assert len(ear.pictures("many")) == 7
+    assert [e.seed for e in ear.ended("many") if isinstance(e, ImageReady)] == list(range(7, 14))
+    progress = [e for e in ear.ended("many") if isinstance(e, Progress)]
+    assert progress == [Progress(done, 14) for done in (3, 6, 9, 12, 13, 14)]
+    assert calls == [("text2image", 3), ("text2image", 3), ("text2image", 1)]
+
+
+def test_compatible_requests_share_calls(loaded, calls):
+    engine, ear = loaded
+    with held(engine, ear):
+        calls.clear()
+        for number in range(4):
+            engine.submit(job(f"share-{number}", prompt=f"prompt {number}"))
+        engine.submit(job("share-edit", image=png(noise())))
+        until_waiting(engine, 5)
+    for number in range(4):
+        assert len(ear.pictures(f"share-{number}")) == 1
+    assert len(ear.pictures("share-edit")) == 1
+    assert calls == [("text2image", 3), ("text2image", 1), ("image2image", 1)]
+
+
+def test_steps_count_what_was_done(loaded):
+    engine, ear = loaded
+    before = engine.status().steps
+    engine.submit(job("counted", n=2, num_inference_steps=4))
+    ear.ended("counted")
+    assert engine.status().steps - before == 1 + 4 + 2  # prepared, denoised, delivered
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"width": 48}, {"num_inference_steps": 1}, {"guidance_scale": 1.5}, {"negative_prompt": "x"}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_requests_that_differ_are_not_mixed(loaded, calls, asked):
+    engine, ear = loaded
+    name = f"differs {asked}"
+    with held(engine, ear):
+        calls.clear()
+        engine.submit(job(f"plain {name}"))
+        engine.submit(job(name, **asked))
+    assert ear.pictures(name)[0].size == (asked.get("width", SIDE), SIDE)
+    assert ear.pictures(f"plain {name}")[0].size == (SIDE, SIDE)
+    assert calls == [("text2image", 1), ("text2image", 1)]
+
+
+@pytest.mark.parametrize(("reason", "code"), [("cancelled", "cancelled"), ("deadline", "deadline_exceeded")])
+def test_a_running_request_ends_within_two_steps(loaded, reason, code):
+    engine, ear = loaded
+    steps_at_cancel = []
+
+    def cancel() -> None:
+        steps_at_cancel.append(engine.status().steps)
+        engine.cancel(reason, reason)
+
+    ear.when(reason, Progress, cancel)
+    engine.submit(job(reason, num_inference_steps=500))
+    assert ear.failure(reason).code == code
+    engine.submit(job(f"after {reason}", num_inference_steps=1))
+    ear.ended(f"after {reason}")
+    # one more of the cancelled call, one of the next; one preparation, one delivery
+    assert engine.status().steps - steps_at_cancel[0] <= 1 + 1 + 2
+
+
+def test_a_cancelled_request_leaves_its_batch_untouched(loaded, calls):
+    engine, ear = loaded
+    ear.when("leaver", Progress, lambda: engine.cancel("leaver", "cancelled"))
+    with held(engine, ear):
+        calls.clear()
+        engine.submit(job("leaver"))
+        engine.submit(job("stayer", seed=9))
+    engine.cancel("nobody", "cancelled")
+    assert [type(e) for e in ear.ended("leaver")] == [Progress, Failed]
+    assert ear.failure("leaver").code == "cancelled"
+    engine.submit(job("stayer alone", seed=9))
+    stayer, alone = ear.pictures("stayer")[0], ear.pictures("stayer alone")[0]
+    assert np.abs(as_array(stayer) - as_array(alone)).max() <= 1
+    assert calls == [("text2image", 2), ("text2image", 1)]
+
+
+def test_a_waiting_request_can_be_cancelled(loaded, calls):
+    engine, ear = loaded
+    with held(engine, ear):
+        engine.submit(job("waits"))
+        assert engine.status()[:3] == (True, 1, 1)
+        engine.cancel("waits", "cancelled")
+        assert engine.status()[:3] == (True, 1, 0)
+    engine.submit(job("last", width=48))
+    ear.ended("last")
+    assert [type(e) for e in ear.ended("waits")] == [Failed]
+    assert len(calls) == 2
+    assert engine.status()[:3] == (True, 0, 0)
+
+
+def test_a_second_job_with_a_live_id_is_ignored(loaded):
+    engine, ear = loaded
+    with held(engine, ear):
+        engine.submit(job("twice"))
+        engine.submit(job("twice", n=5))
+    assert len(ear.pictures("twice")) == 1
+
+
+def test_an_edit_keeps_the_proportions_of_its_source(loaded):
+    engine, ear = loaded
+    engine.submit(job("edit", image=png(Image.new("RGB", (200, 50), "red"))))
+    width, height = ear.pictures("edit")[0].size
+    assert (width, height) == (64, 16)
+
+
+def test_an_edit_takes_the_size_asked_for(loaded):
+    engine, ear = loaded
+    engine.submit(job("sized", image=png(Image.new("RGB", (50, 50), "red")), width=48, height=40))
+    assert ear.pictures("sized")[0].size == (48, 40)
+
+
+def test_strength_so_low_that_no_step_would_remain_still_runs_one(loaded):
+    engine, ear = loaded
+    engine.submit(
+        job("weak", image=png(Image.new("RGB", (SIDE, SIDE))), strength=0.01, num_inference_steps=49)
+    )
+    assert len(ear.pictures("weak")) == 1
+
+
+def left_half_mask(inverted: bool = False) -> bytes:
+    mask = Image.new("L", (SIDE, SIDE), 255 if inverted else 0)
+    mask.paste(0 if inverted else 255, (0, 0, SIDE // 2, SIDE))
+    return png(mask)
+
+
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8))
+
+
+def transparent_left(image: Image.Image) -> bytes:
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, SIDE // 2, SIDE))
+    with_alpha = image.copy()
+    with_alpha.putalpha(alpha)
+    return png(with_alpha)
+
+
+@pytest.mark.parametrize("how", ["white mask", "transparent mask", "transparent picture"])
+def test_inpainting_changes_the_marked_part_only(loaded, how):
+    engine, ear = loaded
+    source = noise()
+    asked = {
+        "white mask": {"image": png(source), "mask": left_half_mask()},
+        "transparent mask": {
+            "image": png(source),
+            "mask": transparent_left(Image.new("RGB", (SIDE, SIDE), "white")),
+        },
+        "transparent picture": {"image": transparent_left(source)},
+    }[how]
+    engine.submit(job(how, strength=1.0, **asked))
+    result, original = as_array(ear.pictures(how)[0]), as_array(source)
+    half = SIDE // 2
+    assert (result[:, half:] == original[:, half:]).all()
+    assert np.abs(result[:, :half] - original[:, :half]).mean() > 20
+
+
+def test_masked_edits_of_two_requests_share_a_call_and_keep_their_own_masks(loaded, calls):
+    engine, ear = loaded
+    source = noise()
+    with held(engine, ear):
+        calls.clear()
+        engine.submit(job("left", image=png(source), mask=left_half_mask()))
+        engine.submit(job("right", image=png(source), mask=left_half_mask(inverted=True)))
+        # decoded in another thread: both must wait before the engine is let go
+        until_waiting(engine, 2)
+    left, right, original = (
+        as_array(ear.pictures("left")[0]),
+        as_array(ear.pictures("right")[0]),
+        as_array(source),
+    )
+    half = SIDE // 2
+    assert (left[:, half:] == original[:, half:]).all() and (right[:, :half] == original[:, :half]).all()
+    assert calls == [("inpaint", 2)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"image": b"no picture"}, "image"),
+        ({"image": png(Image.new("RGB", (64, 64)))[:60]}, "image"),
+        ({"image": png(noise()), "mask": b"no picture"}, "mask"),
+        ({"image": png(noise()), "mask": png(Image.new("L", (SIDE, SIDE + 1), 255))}, "mask"),
+        ({"image": png(noise()), "mask": png(Image.new("L", (SIDE, SIDE), 0))}, "mask"),
+    ],
+)
+def test_bad_pictures_fail_by_name(loaded, asked, param):
+    engine, ear = loaded
+    identity = f"bad {param} {sum(map(len, asked.values()))}"
+    engine.submit(job(identity, **asked))
+    failure = ear.failure(identity)
+    assert (failure.code, failure.param) == ("invalid_image", param)
+
+
+def test_out_of_memory_in_a_batch_is_tried_again_one_by_one(fresh, monkeypatch):
+    engine, ear = fresh
+    pipe = engine._pipelines.text2image._pipe
+    decode, sizes = pipe.unet.forward, []
+
+    def forward(sample, *args, **kwargs):
+        sizes.append(len(sample) // 2)  # guidance doubles the batch
+        if len(sample) > 2:
+            raise torch.OutOfMemoryError("simulated")
+        return decode(sample, *args, **kwargs)
+
+    monkeypatch.setattr(pipe.unet, "forward", forward)
+    engine.submit(job("oom", n=3))
+    assert len(ear.pictures("oom")) == 3
+    assert sizes == [3, 1, 1, 1, 1, 1, 1]
+    steps = [e.step for e in ear.events["oom"] if isinstance(e, Progress)]
+    assert steps == sorted(set(steps))
+
+
+def test_out_of_memory_alone_fails_and_the_engine_goes_on(fresh, monkeypatch):
+    engine, ear = fresh
+    pipe = engine._pipelines.text2image._pipe
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            pipe.unet, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("simulated"))
+        )
+        engine.submit(job("oom"))
+        assert ear.failure("oom").code == "out_of_memory"
+    engine.submit(job("next"))
+    assert len(ear.pictures("next")) == 1
+
+
+def test_a_broken_pipeline_fails_the_request_without_its_prompt_in_the_log(fresh, monkeypatch, caplog):
+    engine, ear = fresh
+    pipe = engine._pipelines.text2image._pipe
+
+    def broken(prompt, *_, **__):
+        raise ValueError(f"can't read {prompt}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe, "encode_prompt", broken)
+        engine.submit(job("broken", prompt="MARKER"))
+        failure = ear.failure("broken")
+    assert failure.code == "engine_error" and "MARKER" not in failure.message
+    assert "ValueError" in caplog.text and "MARKER" not in caplog.text
+    engine.submit(job("next"))
+    assert len(ear.pictures("next")) == 1
+
+
+def test_one_request_that_spoils_a_batch_fails_alone(fresh, monkeypatch):
+    engine, ear = fresh
+    pipe = engine._pipelines.text2image._pipe
+    encode = pipe.encode_prompt
+
+    def picky(prompt, *args, **kwargs):
+        if "poison" in prompt:
+            raise ValueError("poison")
+        return encode(prompt, *args, **kwargs)
+
+    monkeypatch.setattr(pipe, "encode_prompt", picky)
+    with held(engine, ear):
+        engine.submit(job("good"))
+        engine.submit(job("bad", prompt="poison"))
+    assert ear.failure("bad").code == "engine_error"
+    assert len(ear.pictures("good")) == 1
+
+
+def test_a_prompt_longer_than_the_text_encoder_reads_is_not_logged(loaded, caplog):
+    engine, ear = loaded
+    for library in ("diffusers", "transformers"):  # their loggers don't propagate
+        logging.getLogger(library).addHandler(caplog.handler)
+    engine.submit(job("long", prompt="MARKER " * 50))
+    assert len(ear.pictures("long")) == 1
+    for library in ("diffusers", "transformers"):
+        logging.getLogger(library).removeHandler(caplog.handler)
+    assert "MARKER" not in caplog.text and "marker" not in caplog.text
+
+
+def test_closing_fails_what_is_left(fresh):
+    engine, ear = fresh
+    with held(engine, ear):
+        holder = next(iter(ear.events))
+        engine.submit(job("waits"))
+        engine.close()
+    assert ear.failure(holder).code == ear.failure("waits").code == "shutting_down"
+    engine.submit(job("late"))
+    assert ear.failure("late").code == "shutting_down"
+    assert not engine.status().alive
+
+
+def test_weights_are_shared_between_the_tasks(loaded):
+    engine, _ = loaded
+    pipelines = engine._pipelines
+    unets = {id(p._pipe.unet) for p in (pipelines.text2image, pipelines.image2image, pipelines.inpaint)}
+    assert len(unets) == 1
+
+
+def engine_of(weights: Path, *tasks: str) -> Iterator[tuple[PictureEngine, Ear]]:
+    ear = Ear()
+    engine = PictureEngine(entry(weights, tasks, max_batch_size=3, default_size=SIDE))
+    engine.load(ear)
+    yield engine, ear
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def instructed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PictureEngine, Ear]]:
+    yield from engine_of(write_instruction_model(tmp_path_factory.mktemp("instructed")), "edit")
+
+
+def test_an_instruction_model_edits_one_picture_a_call(instructed, calls):
+    engine, ear = instructed
+    engine.submit(job("instructed", image=png(noise()), n=2))
+    assert len(ear.pictures("instructed")) == 2
+    assert calls == [("image2image", 1), ("image2image", 1)]
+
+
+def test_a_mask_for_a_model_that_takes_none_is_refused_by_name(instructed):
+    engine, ear = instructed
+    engine.submit(job("masked", image=png(noise()), mask=left_half_mask()))
+    failure = ear.failure("masked")
+    assert (failure.code, failure.param) == ("unsupported_parameter", "mask")
+    engine.submit(job("transparent", image=transparent_left(noise())))
+    assert len(ear.pictures("transparent")) == 1
+
+
+def test_a_task_the_model_does_not_do_fails(instructed):
+    engine, ear = instructed
+    engine.submit(job("drawn"))
+    assert ear.failure("drawn").code == "unsupported_parameter"
+
+
+def test_an_inpainting_model_edits_with_a_mask_and_without(tmp_path, calls):
+    for engine, ear in engine_of(write_inpainting_model(tmp_path / "inpainting"), "edit"):
+        calls.clear()
+        source = noise()
+        engine.submit(job("masked", image=png(source), mask=left_half_mask()))
+        half = SIDE // 2
+        assert (as_array(ear.pictures("masked")[0])[:, half:] == as_array(source)[:, half:]).all()
+        engine.submit(job("whole", image=png(source)))
+        assert (as_array(ear.pictures("whole")[0])[:, half:] != as_array(source)[:, half:]).any()
+        assert calls == [("inpaint", 1), ("inpaint", 1)]
+
+
+def test_a_model_that_needs_a_picture_can_not_serve_generations(tmp_path):
+    folder = write_instruction_model(tmp_path / "instructed")
+    with pytest.raises(EngineLoadError, match="tiny: "):
+        PictureEngine(entry(folder, ["generation"])).load(Ear())
+
+
+def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded):
+    engine, _ = loaded
+    pipe = engine._pipelines.text2image._pipe
+
+    class Silent(StableDiffusionPipeline):
+        def __call__(self, prompt, height, width, num_inference_steps, generator, output_type="pil"):
+            return super().__call__(
+                prompt, height, width, num_inference_steps, generator=generator, output_type=output_type
+            )
+
+    silent = PicturePipeline(Silent(**pipe.components, requires_safety_checker=False), "text2image")
+    recipe = Recipe("text2image", SIDE, SIDE, 3, None, None, False)
+    steps: list[tuple[int, int]] = []
+    silent(recipe, [Piece("p", "", 7)], lambda *step: steps.append(step))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+    silent(recipe, [Piece("p", "", 7)], lambda *step: None)
+    assert len(steps) == 3 and not pipe.unet._forward_hooks
+
+
+def test_a_default_size_that_callers_could_not_ask_for_is_a_load_error(weights):
+    with pytest.raises(EngineLoadError, match="size_multiple"):
+        PictureEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Ear())
+
+
+def test_the_size_the_model_was_trained_for_is_the_default(weights):
+    ear = Ear()
+    engine = PictureEngine(entry(weights, ["generation"]))
+    engine.load(ear)
+    engine.submit(job("own size"))
+    assert ear.pictures("own size")[0].size == (SIDE, SIDE)
+    engine.close()
+
+
+def test_missing_weights_are_a_load_error(tmp_path):
+    with pytest.raises(EngineLoadError, match="tiny"):
+        PictureEngine(entry(tmp_path / "nothing")).load(Ear())
+
+
+def test_pickled_weights_are_refused(weights, tmp_path):
+    StableDiffusionPipeline.from_pretrained(weights, safety_checker=None).save_pretrained(
+        tmp_path / "pickled", safe_serialization=False
+    )
+    with pytest.raises(EngineLoadError):
+        PictureEngine(entry(tmp_path / "pickled")).load(Ear())

@@ -1,0 +1,100 @@
+"""More requests than the service can do (row 14 of the table in docs/operations.md)."""
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from tests.deployment import Deployment, wait_until
+from tests.faults.conftest import Starter, counted
+from tests.faults.test_callers import JSON, chat_body, in_hand, waiting
+
+SLOTS = 4
+MAX_WAITING = 8
+DEADLINE_S = 10
+TOKENS = 20
+STEP_MS = 50
+FLOOD_S = 20
+
+
+class Answered(NamedTuple):
+    """One request of the flood. `seconds`: from sending it to the end of its answer."""
+
+    status: int
+    seconds: float
+    retry_after: int
+    text: str
+
+
+def ask(service: Deployment) -> Answered:
+    began = time.monotonic()
+    response, connection = service.request("POST", "/v1/chat/completions", chat_body(TOKENS), JSON)
+    body = json.loads(response.read())
+    connection.close()
+    seconds = time.monotonic() - began
+    if response.status != 200:
+        assert body["error"]["code"] == "overloaded", body
+        return Answered(response.status, seconds, int(response.headers.get("Retry-After", 0)), "")
+    return Answered(200, seconds, 0, body["choices"][0]["message"]["content"])
+
+
+class Line:
+    """Watches how many wait, as Redis has it."""
+
+    def __init__(self, service: Deployment) -> None:
+        self.longest = 0
+        self._service = service
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.01):
+            self.longest = max(self.longest, waiting(self._service))
+
+    def end(self) -> int:
+        self._over.set()
+        self._thread.join()
+        return self.longest
+
+
+def flood(service: Deployment) -> list[Answered]:
+    """Ten times what the engine can do for FLOOD_S seconds, whatever comes back: the pace is the callers' own."""
+    pause_s = TOKENS * STEP_MS / 1000 / SLOTS / 10
+    answers = []
+    began = time.monotonic()
+    with ThreadPoolExecutor(64) as pool:
+        for number in range(int(FLOOD_S / pause_s)):
+            due = began + number * pause_s
+            while (early := due - time.monotonic()) > 0:
+                threading.Event().wait(early)
+            answers.append(pool.submit(ask, service))
+        return [answer.result() for answer in answers]
+
+
+def test_a_flood_of_ten_times_the_capacity(start: Starter) -> None:
+    service = start(
+        step_ms=STEP_MS, slots=SLOTS, MAX_WAITING=str(MAX_WAITING), CHAT_DEADLINE_S=str(DEADLINE_S)
+    )
+    line = Line(service)
+    answers = flood(service)
+    longest = line.end()
+    refused = [answer for answer in answers if answer.status != 200]
+    served = [answer for answer in answers if answer.status == 200]
+    slowest = max(answer.seconds for answer in served)
+    quick = sorted(answer.seconds for answer in refused)
+    print(
+        f"{len(served)} served, slowest {slowest:.1f} s; {len(refused)} refused, p99 {quick[len(quick) * 99 // 100]:.3f} s; "
+        f"line {longest}"
+    )
+    assert {answer.status for answer in refused} == {503}
+    assert all(answer.retry_after >= 1 for answer in refused)
+    assert len(refused) > len(answers) / 2, "this was no flood"
+    assert quick[-1] < 2, "a refusal must not wait in line"
+    assert 1 <= longest <= MAX_WAITING
+    assert all(answer.text == counted(TOKENS) for answer in served)
+    assert slowest < DEADLINE_S
+    # a batch of SLOTS takes a second: a service that refused what it could do would answer fewer
+    assert len(served) > SLOTS * FLOOD_S / 2
+    wait_until(lambda: in_hand(service) == 0 and not waiting(service), timeout_s=10, what="all is done")

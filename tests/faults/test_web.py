@@ -1,0 +1,278 @@
+"""Web processes that stop, die or are away (rows 12, 13 and 17 of the table in docs/operations.md)."""
+
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from http.client import HTTPConnection
+
+import psutil
+import pytest
+
+from tests.deployment import Deployment, Stream, wait_until
+from tests.faults.conftest import Reader, Starter, counted, read
+from tests.faults.test_callers import JSON, chat_body, in_hand, waiting
+from tests.stand_in_node import StandInNode
+
+# ----- row 12: SIGTERM under load
+
+
+class Crowd:
+    """Many streams at once, read by one thread: what each has received, and when it ended."""
+
+    def __init__(self, port: int, bodies: list[bytes]) -> None:
+        self.texts = [b""] * len(bodies)
+        self.ended: dict[int, float] = {}
+        self._watch = selectors.DefaultSelector()
+        for number, body in enumerate(bodies):
+            caller = socket.create_connection(("127.0.0.1", port))
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            caller.sendall(head.encode() + body)
+            caller.setblocking(False)
+            self._watch.register(caller, selectors.EVENT_READ, number)
+
+    def turn(self) -> None:
+        """Take what has come; waits at most 50 ms for it."""
+        for key, _ in self._watch.select(0.05):
+            assert isinstance(key.fileobj, socket.socket)
+            try:
+                got = key.fileobj.recv(262144)
+            except ConnectionResetError:
+                got = b""
+            self.texts[key.data] += got
+            # the last chunk ends an answer on a connection that stays open
+            if not got or self.texts[key.data].endswith(b"\r\n0\r\n\r\n"):
+                self.ended.setdefault(key.data, time.monotonic())
+            if not got:
+                self._watch.unregister(key.fileobj)
+                key.fileobj.close()
+
+    def begun(self) -> int:
+        return sum(b'"content":"' in text for text in self.texts)
+
+    def close(self) -> None:
+        for key in list(self._watch.get_map().values()):
+            assert isinstance(key.fileobj, socket.socket)
+            key.fileobj.close()
+        self._watch.close()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(240)
+def test_sigterm_with_five_hundred_streams(start: Starter) -> None:
+    service = start(step_ms=1000, slots=512, MAX_WAITING="600")
+    assert service.web is not None
+    short, long = chat_body(14, stream=True), chat_body(5000, stream=True)
+    # a connection that idles must not hold the process
+    with closing(socket.create_connection(("127.0.0.1", service.port))):
+        with closing(Crowd(service.port, [short, long] * 250)) as crowd:
+            give_up_at = time.monotonic() + 90
+            while crowd.begun() < 500:
+                assert time.monotonic() < give_up_at, f"{crowd.begun()} of 500 have begun"
+                crowd.turn()
+            service.web.signal(signal.SIGTERM)
+            told_at = time.monotonic()
+            while len(crowd.ended) < 500 or service.web.popen.poll() is None:
+                assert time.monotonic() - told_at < 60, f"{len(crowd.ended)} of 500 have ended"
+                crowd.turn()
+            exited_at = time.monotonic()
+    last = max(crowd.ended.values()) - told_at
+    finished = [text for text in crowd.texts if b"data: [DONE]" in text]
+    failed = [text for text in crowd.texts if b'"code":"shutting_down"' in text]
+    print(
+        f"{len(finished)} finished, {len(failed)} told; last {last:.1f} s, exit {exited_at - told_at:.1f} s"
+    )
+    assert len(finished) + len(failed) == 500, "a stream was cut without a word"
+    assert len(finished) >= 250, "the short ones had the time to finish"
+    assert len(failed) >= 250, "the long ones can't have finished"
+    assert not any(b"data: [DONE]" in text for text in failed)
+    assert last < 50
+    assert exited_at - told_at < 60
+    assert service.web.popen.returncode == 0
+    assert "WORKER TIMEOUT" not in service.web.tail()
+
+
+# ----- row 13: one of two is killed
+
+
+@pytest.fixture
+def callers() -> Iterator[ExitStack]:
+    """Closes what callers have open."""
+    with ExitStack() as stack:
+        yield stack
+
+
+def web_processes(service: Deployment) -> list[int]:
+    """The two gunicorn processes behind the port."""
+    assert service.web is not None
+    master = psutil.Process(service.web.pid)
+    return [child.pid for child in wait_until(lambda: _pair(master), timeout_s=30, what="two web processes")]
+
+
+def _pair(master: psutil.Process) -> list[psutil.Process]:
+    children = master.children()
+    return children if len(children) == 2 else []
+
+
+def connect_to(service: Deployment, pid: int, callers: ExitStack) -> HTTPConnection:
+    """A connection that the process `pid` has accepted: which one does is chance."""
+
+    def accepted() -> HTTPConnection | None:
+        connection = callers.enter_context(closing(HTTPConnection("127.0.0.1", service.port, timeout=60)))
+        connection.connect()
+        own = connection.sock.getsockname()
+        holder = wait_until(lambda: _holder(service, own), timeout_s=10, what="the connection is accepted")
+        if holder == pid:
+            return connection
+        # kept open: the process that holds fewer is not the likelier one, but a closed one tells nobody anything
+        return None
+
+    found = wait_until(accepted, timeout_s=60, what=f"web process {pid} takes a connection")
+    assert found is not None
+    return found
+
+
+def _holder(service: Deployment, own: tuple[str, int]) -> int | None:
+    for pid in web_processes(service):
+        for connection in psutil.Process(pid).net_connections("tcp"):
+            if tuple(connection.raddr) == own:
+                return pid
+    return None
+
+
+def stream_through(connection: HTTPConnection, tokens: int) -> Reader:
+    connection.request("POST", "/v1/chat/completions", chat_body(tokens, stream=True), JSON)
+    reader = Reader(Stream(connection.getresponse(), connection))
+    reader.wait_parts(1)
+    return reader
+
+
+def test_one_of_two_web_processes_is_killed(start: Starter, callers: ExitStack) -> None:
+    service = start(step_ms=50, slots=4, WEB_CONCURRENCY="2")
+    victim, survivor = web_processes(service)
+    cut = [stream_through(connect_to(service, victim, callers), 50_000) for _ in range(2)]
+    kept = [stream_through(connect_to(service, survivor, callers), 500) for _ in range(2)]
+    for _ in range(3):
+        connection = connect_to(service, victim, callers)
+        connection.request("POST", "/v1/chat/completions", chat_body(50_000), JSON)
+    # queued, too: a process killed between admitting and sending leaves an entry that counts until its deadline
+    wait_until(
+        lambda: waiting(service) == service.redis.client.llen("Test:model.echo") == 3,
+        timeout_s=10,
+        what="three wait",
+    )
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    for reader in cut:
+        reader.wait_end(5)
+        assert not reader.done
+    wait_until(lambda: waiting(service) == 0, timeout_s=30, what="nothing of it is counted as waiting")
+    wait_until(
+        lambda: in_hand(service) <= sum(not reader.ended.is_set() for reader in kept),
+        timeout_s=killed_at + 30 - time.monotonic(),
+        what="its tasks are cancelled",
+    )
+    print(f"cancelled after {time.monotonic() - killed_at:.1f} s")
+    for reader in kept:
+        reader.wait_end(60)
+        assert reader.done, reader.error
+        assert reader.text == counted(500)
+    assert service.chat("hi", "echo", max_tokens=3)[0] == 200
+
+
+def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter, callers: ExitStack) -> None:
+    service = start(step_ms=50, slots=1, WEB_CONCURRENCY="2", MAX_WAITING="3", CHAT_DEADLINE_S="3")
+    victim, survivor = web_processes(service)
+    through_victim = [connect_to(service, victim, callers) for _ in range(4)]
+    through_survivor = connect_to(service, survivor, callers)
+    # nobody claims: what is admitted stays so until it is too late
+    service.workers["echo-1"].signal(signal.SIGSTOP)
+    for connection in through_victim[:3]:
+        connection.request("POST", "/v1/chat/completions", chat_body(3), JSON)
+    wait_until(lambda: waiting(service) == 3, timeout_s=5, what="the line is full")
+    admitted_at = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+
+    asked_at = admitted_at
+
+    def refused() -> bool:
+        nonlocal asked_at
+        asked_at = time.monotonic()
+        through_survivor.request("POST", "/v1/chat/completions", chat_body(3), JSON)
+        response = through_survivor.getresponse()
+        body = response.read()
+        if b'"overloaded"' in body:
+            assert response.status == 503
+            return True
+        # admitted: it waited for its own deadline, since nobody works
+        assert response.status == 504, body
+        return False
+
+    assert refused(), "the dead process' requests are still in time"
+    wait_until(lambda: not refused(), timeout_s=12, what="a request is admitted again")
+    assert asked_at - admitted_at > 2
+    service.workers["echo-1"].signal(signal.SIGCONT)
+
+
+# ----- row 17: away for a while
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(240)
+def test_web_is_down_for_thirty_seconds(start: Starter) -> None:
+    with StandInNode() as node:
+        service = start(workers=2, NODE_URL=node.url)
+        node.wait_for(lambda node: len(node.cids("Test")) == 2, 20)
+        cids = sorted(node.cids("Test"))
+        assert service.web is not None
+        service.web.end()
+        down_at = time.monotonic()
+        node.wait_for(lambda node: not node.cids("Test"), 60)
+        print(f"unregistered after {time.monotonic() - down_at:.1f} s")
+        wait_until(lambda: time.monotonic() - down_at > 30, timeout_s=60, what="thirty seconds")
+        assert not node.cids("Test")
+        service.start_web()
+        up_at = time.monotonic()
+        node.wait_for(lambda node: sorted(node.cids("Test")) == cids, 60)
+        print(f"registered again after {time.monotonic() - up_at:.1f} s")
+        wait_until(lambda: service.chat("hi", "echo", max_tokens=3)[0] == 200, timeout_s=10, what="it serves")
+        assert not node.seen("project/unregister")
+        for process in service.workers.values():
+            process.check_alive()
+
+
+def probes(service: Deployment) -> float:
+    """How many GET /healthz the web process has answered."""
+    response, connection = service.request("GET", "/metrics")
+    with closing(connection):
+        lines = response.read().decode().splitlines()
+    return sum(
+        float(line.split()[-1]) for line in lines if line.startswith('http_requests_total{route="/healthz"')
+    )
+
+
+@pytest.mark.faults
+def test_a_slow_probe_changes_nothing(start: Starter) -> None:
+    with StandInNode() as node:
+        service = start(step_ms=50, NODE_URL=node.url)
+        node.wait_for(lambda node: len(node.cids("Test")) == 1, 20)
+        (reader,) = read(service, 400)
+        assert service.web is not None
+        before = probes(service)
+        wait_until(lambda: probes(service) > before, timeout_s=20, what="a probe")
+        probed_at = time.monotonic()
+        # the next probe comes after 5 s and gives up after 2
+        wait_until(lambda: time.monotonic() - probed_at > 3, timeout_s=10, what="shortly before the next")
+        os.killpg(service.web.pid, signal.SIGSTOP)
+        wait_until(lambda: time.monotonic() - probed_at > 8, timeout_s=10, what="shortly after it")
+        os.killpg(service.web.pid, signal.SIGCONT)
+        reader.wait_end(60)
+        assert reader.done, reader.error
+        assert reader.text == counted(400)
+        # two more probes: whoever counted wrongly has acted by then
+        wait_until(lambda: time.monotonic() - probed_at > 20, timeout_s=30, what="the next probes")
+        assert not [call for call in node.seen("model/unregister") if call.at > probed_at]
+        assert len(node.cids("Test")) == 1

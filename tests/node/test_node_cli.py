@@ -1,0 +1,137 @@
+"""`flask --app wsgi node …` with a real Redis and the stand-in node."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import flask
+import pytest
+from click.testing import Result
+
+from app.node_cli import compare, node_commands
+from config import Catalogue, Settings
+from protocol.connections import RedisClient
+from protocol.leases import Leases, WorkerRecord
+from protocol.node import NodeClient, Registration, default_cid, registrations_of
+from tests.stand_in_node import StandInNode
+
+Make = Callable[..., WorkerRecord]
+Run = Callable[..., Result]
+
+STALE = default_cid("host-1", "P", "gone")
+
+
+@dataclass(frozen=True)
+class Services:
+    settings: Settings
+    catalogue: Catalogue
+    namespace: str
+    leases: Leases
+    redis: RedisClient
+
+
+@pytest.fixture
+def run(settings: Settings, leases: Leases, client: RedisClient) -> Run:
+    catalogue = Catalogue.model_validate(
+        {"project": "P", "models": [{"name": "Chat", "tasks": ["chat"], "weights": "w"}]}
+    )
+    app = flask.Flask("test")
+    app.cli.add_command(node_commands(lambda: Services(settings, catalogue, "P", leases, client)))
+    runner = app.test_cli_runner()
+    return lambda *words, **options: runner.invoke(args=["node", *words], **options)
+
+
+@pytest.fixture
+def mixed(node: StandInNode, settings: Settings, leases: Leases, record: Make) -> None:
+    """One entry of each kind."""
+    listed, missing = record("c-ok"), record("c-missing")
+    for worker in (listed, missing, record("c-leaving", state="draining")):
+        leases.renew_worker(worker)
+    NodeClient(node.url).register_model(registrations_of([listed], settings)[0])
+    for cid in ("c-leaving", STALE, "d15c4007271b"):
+        node.add("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", cid=cid)
+
+
+def marks(output: str) -> dict[str, str]:
+    """cid → mark of the printed table."""
+    lines = [line.split() for line in output.splitlines() if "http" in line]
+    return {line[3]: line[0] for line in lines}
+
+
+@pytest.mark.usefixtures("mixed")
+def test_list_shows_belief_beside_truth(run: Run) -> None:
+    result = run("list")
+
+    assert result.exit_code == 0
+    assert marks(result.output) == {
+        "c-ok": "ok",
+        "c-leaving": "changing",
+        STALE: "stale",
+        "d15c4007271b": "foreign",
+        "c-missing": "missing",
+    }
+
+
+def test_an_empty_list_is_said_so(run: Run) -> None:
+    assert "lists nothing" in run("list").output
+
+
+@pytest.mark.usefixtures("mixed")
+def test_prune_takes_off_the_stale_ones_alone(run: Run, node: StandInNode) -> None:
+    result = run("prune")
+
+    assert result.exit_code == 0
+    assert STALE in result.output
+    assert node.cids() == ["c-ok", "c-leaving", "d15c4007271b"]
+
+
+@pytest.mark.usefixtures("mixed")
+def test_register_project_asks_before_it_drops_others(run: Run, node: StandInNode) -> None:
+    refused = run("register-project", input="n\n")
+    assert refused.exit_code == 1
+    assert "d15c4007271b" in refused.output
+    assert not node.seen("project/register")
+
+    assert run("register-project", "--yes").exit_code == 0
+    assert sorted(node.cids()) == ["c-missing", "c-ok"]
+
+
+def test_register_project_without_a_ready_worker_does_nothing(run: Run, node: StandInNode) -> None:
+    result = run("register-project", "--yes")
+
+    assert result.exit_code == 1
+    assert "no worker is ready" in result.output
+    assert not node.calls
+
+
+@pytest.mark.usefixtures("mixed")
+def test_unregister_project_asks_first(run: Run, node: StandInNode) -> None:
+    assert run("unregister-project", input="n\n").exit_code == 1
+    assert node.cids()
+
+    assert run("unregister-project", "--yes").exit_code == 0
+    assert not node.cids()
+
+
+def test_a_node_that_is_down_is_one_line(run: Run, node: StandInNode) -> None:
+    node.stop()
+
+    result = run("list")
+
+    assert result.exit_code == 1
+    assert result.output == f"Error: node {node.url} is unreachable: Connection refused\n"
+
+
+def test_an_entry_with_another_url_is_corrected_by_its_worker(settings: Settings, record: Make) -> None:
+    entry = Registration("P", "Chat", "http://127.0.0.1:9/v1", 0, "c-1")
+
+    rows = compare([entry], [record("c-1")], settings, "P")
+
+    assert [(row.mark, row.state) for row in rows] == [("changing", "ready")]
+
+
+def test_the_entry_of_a_lost_worker_is_stale_whatever_its_cid(settings: Settings, record: Make) -> None:
+    entry = Registration("P", "Chat", "http://127.0.0.1:1088/v1", 0, "by-hand")
+
+    rows = compare([entry], [record("by-hand", state="lost")], settings, "P")
+
+    assert [row.mark for row in rows] == ["stale"]

@@ -1,0 +1,425 @@
+"""app.reconciler with a real Redis and the stand-in node: who is taken off, and above all who is not."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from app.election import Election
+from app.reconciler import Reconciler, Timing
+from config import Settings
+from protocol.connections import RedisClient
+from protocol.leases import Leases, WorkerRecord
+from protocol.names import Keys
+from protocol.node import NodeClient, default_cid, registrations_of
+from protocol.node_lock import NodeLock
+from tests.node.conftest import RedisServer
+from tests.stand_in_node import StandInNode
+
+Make = Callable[..., WorkerRecord]
+
+QUICK = Timing(every_s=0.02, trust_lapse_after_s=0.2, trust_absence_after_s=0.4)
+OURS, SIBLING, DEAD = (default_cid("host-1", "P", slot) for slot in ("0", "1", "2"))
+
+
+class Bench:
+    """Reconcilers on one Redis and one node, with a clock of their own: minutes pass in no time."""
+
+    def __init__(self, client: RedisClient, keys: Keys, node: StandInNode, settings: Settings) -> None:
+        self.client, self.keys, self.node, self.settings = client, keys, node, settings
+        self.leases = Leases(client, keys)
+        self.now = 1000.0
+
+    def reconciler(self, keys: Keys | None = None, namespace: str = "P", **options: Any) -> Reconciler:
+        settings, keys = self.settings, keys or self.keys
+        key = keys.reconciler(settings.node_url, settings.service_id)
+        return Reconciler(
+            Election(self.client, key, Timing().election_ttl_s),
+            Leases(self.client, keys),
+            NodeClient(settings.node_url, timeout_s=2.0),
+            NodeLock(self.client, keys, settings.node_url, settings.service_id),
+            settings=settings,
+            namespace=namespace,
+            project="P",
+            **{"clock": lambda: self.now, **options},
+        )
+
+    def live(self, *records: WorkerRecord) -> None:
+        """These workers live, and the node lists them."""
+        for record in records:
+            self.leases.renew_worker(record)
+        for entry in registrations_of(records, self.settings):
+            NodeClient(self.node.url).register_model(entry)
+
+    def lapse(self, *records: WorkerRecord) -> None:
+        """Their leases end."""
+        for record in records:
+            self.client.delete(self.keys.lease(record.cid))
+
+    def watch(self, reconciler: Reconciler, seconds: float) -> None:
+        """Let time pass, with a round every three seconds."""
+        end = self.now + seconds
+        while self.now < end:
+            reconciler.round()
+            self.now += Timing().every_s
+
+    def watch_until(self, reconciler: Reconciler, holds: Callable[[], object], within_s: float) -> float:
+        """Let time pass until it is so; returns how much."""
+        started = self.now
+        while not holds():
+            assert self.now - started <= within_s, (
+                f"not within {within_s} s; the node lists {self.node.entries()}"
+            )
+            self.watch(reconciler, Timing().every_s)
+        return self.now - started
+
+
+@pytest.fixture
+def bench(client: RedisClient, keys: Keys, node: StandInNode, settings: Settings) -> Bench:
+    return Bench(client, keys, node, settings)
+
+
+def test_a_lost_worker_is_taken_off_once_its_siblings_and_foreign_entries_stay(
+    bench: Bench, node: StandInNode, record: Make
+) -> None:
+    dead, sibling = record("c-dead"), record("c-sibling")
+    bench.live(dead, sibling)
+    node.add("P", "Chat", "http://127.0.0.1:1088/v1", cid="d15c4007271b")
+    node.add("Other", "Chat", "http://127.0.0.1:1088/v1", cid="c-dead")
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 30)
+    assert len(node.cids()) == 4
+
+    bench.lapse(dead)
+    # with the 10 s that the lease takes to lapse: within 15 s of the death
+    bench.watch_until(reconciler, lambda: "c-dead" not in node.cids("P"), within_s=3)
+    bench.watch(reconciler, 300)
+
+    assert node.cids() == ["c-sibling", "d15c4007271b", "c-dead"]
+    assert [call.body for call in node.seen("model/unregister")] == [
+        {"project": "P", "model": "Chat", "cid": "c-dead"}
+    ]
+    assert len(node.seen("model/register")) == 2
+    assert not node.seen("project/register", "project/unregister")
+
+
+def test_a_lost_worker_is_shown_for_a_minute_then_forgotten(bench: Bench, record: Make) -> None:
+    dead, nowhere = record("c-dead"), record("c-nowhere", node="")
+    bench.live(dead, nowhere)
+    bench.lapse(dead, nowhere)
+    reconciler = bench.reconciler()
+
+    bench.watch(reconciler, 60)
+    assert [found.state for found in bench.leases.workers()] == ["lost", "lost"]
+
+    bench.watch_until(reconciler, lambda: not bench.leases.workers(), within_s=30)
+    # a worker without a node was never on one
+    assert len(bench.node.seen("model/unregister")) == 1
+
+
+def test_workers_of_other_machines_and_nodes_are_left_to_their_own(bench: Bench, record: Make) -> None:
+    others = [record("c-1", service_id="host-2"), record("c-2", node="http://127.0.0.1:7000")]
+    for other in others:
+        bench.leases.renew_worker(other)
+    bench.lapse(*others)
+
+    bench.watch(bench.reconciler(), 300)
+
+    assert not bench.node.seen("model/unregister")
+    assert len(bench.leases.workers()) == 2
+
+
+def test_a_worker_that_comes_back_and_is_lost_again_is_taken_off_again(bench: Bench, record: Make) -> None:
+    worker = record("c-1")
+    bench.live(worker)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 12)
+    for _ in range(2):
+        bench.lapse(worker)
+        bench.watch_until(reconciler, lambda: not bench.node.cids(), within_s=3)
+        bench.live(worker)
+        bench.watch(reconciler, 12)
+        assert bench.node.cids() == ["c-1"]
+
+
+def test_a_restarted_worker_is_not_taken_off_for_its_former_self(
+    bench: Bench, node: StandInNode, record: Make
+) -> None:
+    """It came back between the look at the leases and our turn at the node."""
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    found = bench.leases.workers()
+    bench.leases.renew_worker(record("c-1", boot="c-1:2"))
+
+    bench.reconciler()._bury(found, bench.now)
+
+    assert found[0].state == "lost"
+    assert node.cids() == ["c-1"]
+
+
+def test_a_node_that_is_down_is_told_when_it_is_back(bench: Bench, node: StandInNode, record: Make) -> None:
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    node.stop()
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 600)
+    assert bench.leases.workers()[0].state == "lost"
+
+    node.start()
+    bench.watch_until(reconciler, lambda: not node.cids(), within_s=33)
+
+
+def test_a_refusing_node_is_asked_again_less_and_less(bench: Bench, node: StandInNode, record: Make) -> None:
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    node.behave("refusing", code=5000)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 310)
+    assert 10 <= len(node.seen("model/unregister")) <= 15
+
+    node.behave("ok")
+    bench.watch_until(reconciler, lambda: not node.cids(), within_s=33)
+
+
+def test_while_another_has_the_turn_it_waits(
+    bench: Bench, node: StandInNode, client: RedisClient, record: Make
+) -> None:
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 9)
+    with NodeLock(client, bench.keys, node.url, "host-1").turn():
+        bench.watch(reconciler, 6)
+        assert node.cids() == ["c-1"]
+
+    bench.watch_until(reconciler, lambda: not node.cids(), within_s=6)
+
+
+def test_an_old_node_is_never_sent_a_project_call(bench: Bench, node: StandInNode, record: Make) -> None:
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    node.behave("old")
+
+    bench.watch(bench.reconciler(), 60)
+
+    assert not node.seen("project/register", "project/unregister")
+    assert len(node.seen("model/unregister")) == 1
+
+
+# ----- entries that nobody stands for
+
+
+def stale(node: StandInNode) -> None:
+    node.add("P", "Chat", "http://127.0.0.1:1088/v1", cid=DEAD)
+
+
+def test_a_stale_cid_of_ours_is_taken_off_and_nobody_elses(
+    bench: Bench, node: StandInNode, record: Make
+) -> None:
+    bench.live(record(OURS))
+    stale(node)
+    foreign = [
+        ("P", default_cid("host-1", "another namespace", "0")),
+        ("P", default_cid("host-2", "P", "0")),
+        ("P", "host-1-by-hand"),
+        ("Other", default_cid("host-1", "P", "9")),
+    ]
+    for project, cid in foreign:
+        node.add(project, "Chat", "http://127.0.0.1:1088/v1", cid=cid)
+    reconciler = bench.reconciler()
+
+    bench.watch_until(reconciler, lambda: DEAD not in node.cids(), within_s=33)
+    bench.watch(reconciler, 300)
+
+    assert node.cids() == [OURS, *(cid for _, cid in foreign)]
+
+
+def test_a_loading_worker_stands_for_its_cid(bench: Bench, node: StandInNode, record: Make) -> None:
+    stale(node)
+    bench.leases.renew_worker(record(DEAD, state="loading", registered=False))
+
+    bench.watch(bench.reconciler(), 300)
+
+    assert node.cids() == [DEAD]
+
+
+def test_two_namespaces_on_one_redis_and_one_node(bench: Bench, node: StandInNode, record: Make) -> None:
+    """Same machine, same SERVICE_ID, same project: the other deployment's reconciler knows no record of ours."""
+    bench.live(record(OURS), record(SIBLING))
+
+    bench.watch(bench.reconciler(Keys.of("Q"), "Q"), 300)
+
+    assert node.cids() == [OURS, SIBLING]
+
+
+def test_the_list_is_looked_at_once_a_minute(bench: Bench, node: StandInNode) -> None:
+    bench.watch(bench.reconciler(), 300)
+
+    assert len(node.seen("project/peer")) == 5
+
+
+# ----- absence that proves nothing
+
+
+def test_nothing_is_judged_before_it_has_watched_long_enough(bench: Bench, record: Make) -> None:
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+    stale(bench.node)
+    reconciler = bench.reconciler()
+
+    first = bench.watch_until(reconciler, lambda: "c-1" not in bench.node.cids(), within_s=15)
+    second = bench.watch_until(reconciler, lambda: not bench.node.cids(), within_s=33)
+
+    assert first >= 10
+    assert first + second >= 30
+
+
+def test_a_redis_that_restarts_empty_buries_nobody(
+    bench: Bench, node: StandInNode, record: Make, redis_server: RedisServer
+) -> None:
+    workers = [record(OURS), record(SIBLING)]
+    bench.live(*workers)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 120)
+
+    redis_server.kill()
+    bench.watch(reconciler, 6)
+    redis_server.start()
+    # nothing is known of anybody for a while, then they write themselves down again
+    bench.watch(reconciler, 24)
+    for worker in workers:
+        bench.leases.renew_worker(worker)
+    bench.watch(reconciler, 120)
+
+    assert node.cids() == [OURS, SIBLING]
+    assert not node.seen("model/unregister")
+
+
+def test_a_restart_too_quick_to_be_seen_buries_nobody(
+    bench: Bench, node: StandInNode, client: RedisClient, record: Make
+) -> None:
+    """Redis came back from an old snapshot between two rounds: the records are there, the leases have lapsed.
+
+    So has the reconciler's own, which tells it not to believe the others.
+    """
+    workers = [record(OURS), record(SIBLING)]
+    bench.live(*workers)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 120)
+
+    bench.lapse(*workers)
+    client.delete(bench.keys.reconciler(node.url, "host-1"))
+    bench.watch(reconciler, 6)
+    for worker in workers:
+        bench.leases.renew_worker(worker)
+    bench.watch(reconciler, 120)
+
+    assert not node.seen("model/unregister")
+
+
+def test_a_record_that_is_missing_for_a_moment_costs_nobody_the_entry(
+    bench: Bench, node: StandInNode, record: Make
+) -> None:
+    worker = record(OURS)
+    bench.live(worker)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 117)
+
+    bench.leases.forget_worker(OURS)
+    bench.watch(reconciler, 27)
+    bench.leases.renew_worker(worker)
+    bench.watch(reconciler, 120)
+
+    assert not node.seen("model/unregister")
+
+
+def test_a_redis_that_stalls_buries_nobody(
+    bench: Bench, node: StandInNode, record: Make, redis_server: RedisServer
+) -> None:
+    workers = [record("c-1"), record("c-2")]
+    bench.live(*workers)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 120)
+
+    assert redis_server.process is not None
+    os.kill(redis_server.process.pid, signal.SIGSTOP)
+    try:
+        bench.watch(reconciler, 3)
+    finally:
+        os.kill(redis_server.process.pid, signal.SIGCONT)
+    # meanwhile every lease has lapsed; it takes the workers a moment to renew them
+    bench.lapse(*workers)
+    bench.watch(reconciler, 9)
+    for worker in workers:
+        bench.leases.renew_worker(worker)
+    bench.watch(reconciler, 120)
+
+    assert not node.seen("model/unregister")
+
+
+def test_a_reconciler_that_slept_buries_nobody(bench: Bench, node: StandInNode, record: Make) -> None:
+    worker = record("c-1")
+    bench.live(worker)
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 120)
+
+    bench.now += 12
+    bench.lapse(worker)
+    bench.watch(reconciler, 3)
+    bench.leases.renew_worker(worker)
+    bench.watch(reconciler, 120)
+
+    assert not node.seen("model/unregister")
+
+
+# ----- the chosen one
+
+
+def test_only_one_of_two_acts_and_the_other_takes_over(bench: Bench, record: Make) -> None:
+    bench.live(record("c-1"))
+    first, second = bench.reconciler(), bench.reconciler()
+    first.round()
+    bench.lapse(record("c-1"))
+    bench.watch(second, 120)
+    assert bench.node.cids() == ["c-1"]
+
+    first._election.resign()
+    bench.watch_until(second, lambda: not bench.node.cids(), within_s=15)
+
+
+def test_an_election_is_won_kept_and_lost(client: RedisClient) -> None:
+    one, other = Election(client, "seat", 5), Election(client, "seat", 5)
+    assert (one.hold(), one.hold(), other.hold()) == ("won", "kept", "other")
+    # only the holder can give it back
+    other.resign()
+    assert other.hold() == "other"
+    one.resign()
+    assert (other.hold(), one.hold()) == ("won", "other")
+    client.delete("seat")
+    assert other.hold() == "won"
+
+
+@pytest.fixture
+def running(bench: Bench) -> Iterator[Reconciler]:
+    reconciler = bench.reconciler(timing=QUICK, clock=time.monotonic)
+    reconciler.start()
+    yield reconciler
+    reconciler.stop()
+    assert reconciler._thread is not None
+    reconciler._thread.join(5)
+
+
+def test_its_thread_does_all_this_and_outlives_redis(
+    bench: Bench, node: StandInNode, record: Make, redis_server: RedisServer, running: Reconciler
+) -> None:
+    redis_server.kill()
+    redis_server.start()
+    bench.live(record("c-1"))
+    bench.lapse(record("c-1"))
+
+    node.wait_for(lambda n: n.seen("model/unregister"))
+
+    assert node.cids() == []

@@ -1,0 +1,378 @@
+"""workers.registrar against the stand-in node: one entry's whole life, under every way a node can be hard to talk to."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from protocol.connections import RedisClient
+from protocol.names import Keys
+from protocol.node import NodeClient, Registration
+from protocol.node_lock import NodeLock
+from tests.node.conftest import RedisServer
+from tests.stand_in_node import StandInNode
+from workers.registrar import Registrar, Timing
+from workers.web_watch import WebWatch, http_probe
+
+OURS = Registration("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", 0, "c-1")
+QUICK = Timing(
+    first_probe_every_s=0.02,
+    probe_every_s=0.05,
+    look_every_s=0.3,
+    backoff_first_s=0.05,
+    backoff_most_s=0.2,
+    drain_s=2.0,
+)
+
+
+class Worker:
+    """A registrar with a web process that can be switched off, and a memory of what it told."""
+
+    def __init__(
+        self, node: StandInNode, turn: Callable[[], object] | None = None, **options: object
+    ) -> None:
+        self.web = True
+        self.probes = 0
+        self.shown: list[tuple[bool, str]] = []
+        self.changed = threading.Condition()
+        client = NodeClient(node.url, timeout_s=0.3, patient_timeout_s=3)
+        given = {"timing": QUICK, **options}
+        self.registrar = Registrar(
+            OURS,
+            client,
+            self.probe,
+            turn or (lambda: contextlib.nullcontext(True)),  # type: ignore[arg-type]
+            self.on_change,
+            **given,  # type: ignore[arg-type]
+        )
+
+    def probe(self) -> bool:
+        with self.changed:
+            self.probes += 1
+            self.changed.notify_all()
+        return self.web
+
+    def on_change(self) -> None:
+        with self.changed:
+            self.shown.append((self.registrar.registered, self.registrar.last_error))
+            self.changed.notify_all()
+
+    def wait_for(self, predicate: Callable[["Worker"], object], timeout_s: float = 10.0) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: predicate(self), timeout_s), f"not so; it told {self.shown}"
+
+    def serve(self) -> "Worker":
+        self.registrar.start()
+        self.registrar.set_serving(True)
+        return self
+
+
+@pytest.fixture
+def worker(node: StandInNode) -> Iterator[Worker]:
+    worker = Worker(node)
+    yield worker
+    worker.registrar.abandon()
+
+
+def is_registered(worker: Worker) -> bool:
+    return worker.registrar.registered
+
+
+def test_it_registers_once_when_it_can_serve_and_unregisters_when_it_cannot(
+    node: StandInNode, worker: Worker
+) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+    assert NodeClient(node.url).models() == [OURS]
+    assert len(node.seen("model/register")) == 1
+
+    worker.registrar.set_serving(False)
+    worker.wait_for(lambda w: not w.registrar.registered)
+
+    assert node.cids() == []
+    assert worker.registrar.last_error == ""
+    assert not node.seen("project/register", "project/unregister")
+
+
+def test_an_entry_of_an_earlier_incarnation_is_taken_off_while_the_model_loads(
+    node: StandInNode, worker: Worker
+) -> None:
+    NodeClient(node.url).register_model(OURS)
+
+    worker.registrar.start()
+    node.wait_for(lambda n: not n.cids())
+
+    worker.registrar.set_serving(True)
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+
+
+def test_without_a_node_it_does_nothing(node: StandInNode) -> None:
+    registrar = Registrar(OURS, None, lambda: True, lambda: contextlib.nullcontext(True), lambda: None)
+    registrar.start()
+    registrar.set_serving(True)
+    registrar.lease_was_lost()
+
+    assert registrar.drain()
+    assert (registrar.registered, registrar.maybe_registered, registrar.last_error) == (False, False, "")
+    assert not node.calls
+
+
+def test_a_node_that_is_down_at_the_start_is_told_when_it_comes(node: StandInNode, worker: Worker) -> None:
+    node.stop()
+    worker.serve()
+    worker.wait_for(lambda w: "Connection refused" in w.registrar.last_error)
+    assert not worker.registrar.registered
+
+    node.start()
+    worker.wait_for(is_registered)
+
+    assert worker.registrar.last_error == ""
+
+
+def test_a_node_that_comes_back_with_nothing_is_told_again(node: StandInNode, worker: Worker) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+    node.stop()
+    worker.wait_for(lambda w: "unreachable" in w.registrar.last_error)
+    # nobody has told us that the entry is gone
+    assert worker.registrar.registered
+
+    node.start(forget=True)
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+
+
+def test_an_entry_that_somebody_else_removed_or_changed_is_restored(
+    node: StandInNode, worker: Worker
+) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+    NodeClient(node.url).unregister_model("P", "Chat", "c-1")
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+
+    NodeClient(node.url).register_model(Registration("P", "Chat", "http://127.0.0.1:9/v1", 0, "c-1"))
+    node.wait_for(lambda n: n.entries()[0]["api"] == OURS.api)
+
+
+def test_the_list_is_looked_at_rarely_and_nothing_is_told_twice(node: StandInNode, worker: Worker) -> None:
+    worker.serve()
+    node.wait_for(lambda n: len(n.seen("project/peer")) == 3)
+
+    looks = [call.at for call in node.seen("project/peer")]
+    # a call's way to the node varies by milliseconds
+    assert looks[2] - looks[0] >= 2 * QUICK.look_every_s - 0.05
+    assert len(node.seen("model/register")) == 1
+
+
+def test_a_lease_that_was_lost_makes_it_look_at_once(node: StandInNode) -> None:
+    worker = Worker(node, timing=Timing(first_probe_every_s=0.02, look_every_s=3600)).serve()
+    worker.wait_for(is_registered)
+    NodeClient(node.url).unregister_model("P", "Chat", "c-1")
+
+    worker.registrar.lease_was_lost()
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+
+    worker.registrar.abandon()
+
+
+def test_a_slow_node_works_in_the_end(node: StandInNode, worker: Worker) -> None:
+    node.behave("slow", delay_s=0.6)
+    worker.serve()
+
+    worker.wait_for(lambda w: "did not answer within" in w.registrar.last_error)
+    worker.wait_for(is_registered)
+    assert worker.registrar.last_error == ""
+
+
+@pytest.mark.parametrize("code", [1001, 5000])
+def test_a_refusal_is_shown_and_tried_again(node: StandInNode, worker: Worker, code: int) -> None:
+    node.behave("refusing", code=code)
+    worker.serve()
+    worker.wait_for(lambda w: f"code {code}" in w.registrar.last_error)
+    node.wait_for(lambda n: len(n.seen("model/register")) >= 3)
+
+    node.behave("ok")
+    worker.wait_for(is_registered)
+
+
+def test_trying_again_backs_off(node: StandInNode, worker: Worker) -> None:
+    node.behave("refusing")
+    worker.serve()
+    node.wait_for(lambda n: len(n.seen("model/register")) >= 6)
+
+    tries = [call.at for call in node.seen("model/register")]
+    assert tries[5] - tries[4] >= 0.5 * QUICK.backoff_most_s > tries[1] - tries[0] - 0.1
+
+
+def test_an_old_node_is_told_of_all_of_us_and_told_again_now_and_then(node: StandInNode) -> None:
+    sibling = Registration("P", "Draw", "http://127.0.0.1:1088/v1/images/generations", 1, "c-2")
+    node.behave("old")
+    worker = Worker(node, siblings=lambda: [sibling]).serve()
+    worker.wait_for(is_registered)
+    assert [entry["model"] for entry in node.entries("P")] == ["Draw", "Chat"]
+
+    node.stop()
+    node.start(forget=True)
+    node.wait_for(lambda n: len(n.entries("P")) == 2)
+
+    assert worker.registrar.drain()
+    assert [entry["model"] for entry in node.entries("P")] == ["Draw"]
+
+
+# ----- the web process
+
+
+def test_one_good_probe_suffices_at_the_start_then_three_bad_and_two_good_count() -> None:
+    watch = WebWatch()
+    assert [seen(watch, good) for good in (False, True)] == [False, True]
+    assert [seen(watch, good) for good in (False, False, True, False, False, False)] == [True] * 5 + [False]
+    assert [seen(watch, good) for good in (True, False, True, True)] == [False] * 3 + [True]
+
+
+def seen(watch: WebWatch, good: bool) -> bool:
+    watch.saw(good)
+    return watch.up
+
+
+def test_it_waits_for_the_web_process_and_follows_it_down_and_up(node: StandInNode, worker: Worker) -> None:
+    worker.web = False
+    worker.serve()
+    worker.wait_for(lambda w: w.probes >= 3)
+    assert not node.seen("model/register")
+
+    worker.web = True
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+    worker.web = False
+    node.wait_for(lambda n: not n.cids())
+    worker.web = True
+    node.wait_for(lambda n: n.cids() == ["c-1"])
+
+
+def test_a_single_failed_probe_changes_nothing(node: StandInNode, worker: Worker) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+    told = len(node.seen("model/unregister"))
+
+    worker.web = False
+    probes = worker.probes
+    worker.wait_for(lambda w: w.probes > probes)
+    worker.web = True
+    worker.wait_for(lambda w: w.probes > probes + 5)
+
+    assert len(node.seen("model/unregister")) == told
+
+
+def test_a_probe_takes_any_answer_below_500_for_life(node: StandInNode) -> None:
+    # the stand-in answers 404 there, as the listener of NODE_BIND does
+    assert http_probe(node.url)()
+    node.stop()
+    assert not http_probe(node.url)()
+    assert not http_probe("no url")()
+
+
+# ----- the end
+
+
+@pytest.mark.parametrize("mode", ["ok", "slow", "refusing", "old", "down"])
+def test_drain_takes_two_seconds_at_most_and_nothing_is_registered_afterwards(
+    node: StandInNode, worker: Worker, mode: str
+) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+    if mode == "down":
+        node.stop()
+    else:
+        node.behave(mode, delay_s=3600, code=5000)  # type: ignore[arg-type]
+
+    started = time.monotonic()
+    told = worker.registrar.drain()
+    assert time.monotonic() - started < 2.5
+
+    assert told == (mode == "ok")
+    assert worker.registrar.maybe_registered == (mode != "ok")
+    worker.registrar.set_serving(True)
+    worker.registrar.lease_was_lost()
+    if mode == "down":
+        node.start()
+    node.behave("ok")
+    if mode != "slow":
+        # for as long as the process lives the node is told again
+        node.wait_for(lambda n: not n.cids())
+        worker.wait_for(lambda w: not w.registrar.maybe_registered)
+    assert len(node.seen("model/register")) == 1
+
+
+def test_drain_during_a_registration_that_the_node_is_slow_to_take(node: StandInNode, worker: Worker) -> None:
+    node.behave("slow", delay_s=1.5)
+    worker.serve()
+    # the second try is under way, with patience
+    worker.wait_for(lambda w: "did not answer" in w.registrar.last_error)
+
+    started = time.monotonic()
+    worker.registrar.drain()
+    assert time.monotonic() - started < 2.5
+
+    node.behave("ok")
+    worker.wait_for(lambda w: not w.registrar.maybe_registered)
+    assert node.cids() == []
+
+
+def test_drain_before_start_and_twice_is_harmless(node: StandInNode, worker: Worker) -> None:
+    worker.registrar.drain()
+    worker.serve()
+    assert worker.registrar.drain()
+    assert worker.registrar.drain()
+    assert not node.seen("model/register")
+
+
+def test_an_abandoned_entry_is_left_to_its_new_owner(node: StandInNode, worker: Worker) -> None:
+    worker.serve()
+    worker.wait_for(is_registered)
+
+    worker.registrar.abandon()
+
+    assert worker.registrar.drain()
+    assert node.cids() == ["c-1"]
+
+
+# ----- taking turns
+
+
+def test_calls_wait_for_their_turn(node: StandInNode, client: RedisClient, keys: Keys) -> None:
+    lock = NodeLock(client, keys, node.url, "host-1")
+    with lock.turn() as mine:
+        assert mine
+        with lock.turn(wait_s=0.2) as second:
+            assert not second
+        worker = Worker(node, lock.turn).serve()
+        worker.wait_for(lambda w: w.probes > 2)
+        assert not node.calls
+
+    worker.wait_for(is_registered)
+    worker.registrar.abandon()
+
+
+def test_at_the_end_the_turn_is_skipped(node: StandInNode, client: RedisClient, keys: Keys) -> None:
+    lock = NodeLock(client, keys, node.url, "host-1")
+    worker = Worker(node, lock.turn).serve()
+    worker.wait_for(is_registered)
+
+    with lock.turn():
+        started = time.monotonic()
+        assert worker.registrar.drain()
+        assert time.monotonic() - started < 2.5
+
+    assert node.cids() == []
+
+
+def test_without_redis_it_calls_out_of_turn(node: StandInNode, redis_server: RedisServer, keys: Keys) -> None:
+    client = redis_server.client()
+    redis_server.kill()
+    try:
+        worker = Worker(node, NodeLock(client, keys, node.url, "host-1").turn).serve()
+        worker.wait_for(is_registered)
+        assert worker.registrar.drain()
+    finally:
+        redis_server.start()
+        client.close()

@@ -1,0 +1,168 @@
+"""What the node does with what it is told (v0.2.3 of the real one): the order of its checks, its codes, its shapes.
+
+No sockets here: tests/stand_in_node.py serves it.
+"""
+
+import ipaddress
+import socket
+from collections.abc import Callable
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from tests.go_json import Spoiled, decode
+
+Mode = Literal["ok", "slow", "refusing", "old"]
+
+PEER_ID = "16Uiu2HAmStandInNodeOfTheTests"
+MODEL = {"model": str, "api": str, "type": int, "cid": str}
+PROJECT = {"project": str, "models": [MODEL]}
+NOT_COLLECTING = 1010
+
+
+class NodeBook:
+    """The node's registrations and its answers. `projects`: project → entries {model, api, type, cid}, in order."""
+
+    def __init__(self) -> None:
+        self.projects: dict[str, list[dict[str, Any]]] = {}
+        self.mode: Mode = "ok"
+        self.code = 1001
+
+    def answer(self, method: str, path: str, raw: bytes) -> tuple[int, Any]:
+        """Status and body: an object is sent as JSON, a string as text."""
+        routes: dict[tuple[str, str], Callable[[bytes], tuple[int, Any]]] = {
+            ("POST", "ai/model/register"): self._model_register,
+            ("POST", "ai/model/unregister"): self._model_unregister,
+            ("POST", "ai/project/register"): self._project_register,
+            ("POST", "ai/project/unregister"): self._project_unregister,
+            ("POST", "ai/project/peer"): self._projects_of_node,
+            ("GET", "id"): lambda _: (200, {"peer_id": PEER_ID, "agent_version": "v0.2.3"}),
+            # the network's lists, kept only by nodes that collect their peers: not by this one, as most
+            ("GET", "ai/projects/list"): lambda _: (
+                500,
+                {**_failure(NOT_COLLECTING, "unsupported"), "data": []},
+            ),
+            ("GET", "ai/projects/models"): lambda _: (
+                500,
+                {**_failure(NOT_COLLECTING, "unsupported"), "data": []},
+            ),
+        }
+        name = path.partition("?")[0].removeprefix("/api/v0/")
+        if self.mode == "old" and name.startswith("ai/model/"):
+            return 404, "404 page not found"
+        route = routes.get((method, name))
+        if route is None:
+            known = any(name == other for _, other in routes)
+            return (405, "405 method not allowed") if known else (404, "404 page not found")
+        if self.mode == "refusing" and name.endswith("register"):
+            return (500 if self.code == 5000 else 400), _failure(self.code, "the test says no")
+        try:
+            return route(raw)
+        except Spoiled as error:
+            return 400, _failure(1002, f"body not understood: {error}")
+        except _Bad as error:
+            return 400, _failure(1001, str(error))
+
+    def _model_register(self, raw: bytes) -> tuple[int, Any]:
+        told = decode(raw, {"project": str, **MODEL}, trailing=True)
+        _need(told["project"], "project is empty")
+        _check_model(told)
+        project = told.pop("project")
+        entries = self.projects.setdefault(project, [])
+        for index, entry in enumerate(entries):
+            if (entry["model"], entry["cid"]) == (told["model"], told["cid"]):
+                entries[index] = told
+                return 200, {"message": "ok"}
+        entries.append(told)
+        return 200, {"message": "ok"}
+
+    def _model_unregister(self, raw: bytes) -> tuple[int, Any]:
+        told = decode(raw, {"project": str, "model": str, "cid": str}, trailing=True)
+        _need(told["project"], "project is empty")
+        _need(told["model"], "model is empty")
+        entries = self.projects.get(told["project"], [])
+        left = [entry for entry in entries if (entry["model"], entry["cid"]) != (told["model"], told["cid"])]
+        if len(left) == len(entries):
+            return 200, {"message": "not existed"}
+        self.projects[told["project"]] = left
+        if not left:
+            del self.projects[told["project"]]
+        return 200, {"message": "ok"}
+
+    def _project_register(self, raw: bytes) -> tuple[int, Any]:
+        told = decode(raw, PROJECT, trailing=True)
+        _need(told["project"], "project is empty")
+        for model in told["models"]:
+            _check_model(model, cid_needed=self.mode != "old")
+            if self.mode == "old":
+                model["cid"] = ""
+        self.projects[told["project"]] = told["models"]
+        return 200, {"message": "ok"} if self.mode != "old" else {"code": 0, "message": "ok"}
+
+    def _project_unregister(self, raw: bytes) -> tuple[int, Any]:
+        told = decode(raw, PROJECT, trailing=True)
+        _need(told["project"], "project is empty")
+        existed = self.projects.pop(told["project"], None) is not None
+        return 200, {"message": "ok" if existed else "not existed"}
+
+    def _projects_of_node(self, raw: bytes) -> tuple[int, Any]:
+        told = decode(raw, {"node_id": str}, trailing=True)
+        _need(told["node_id"], "node_id is empty")
+        if told["node_id"] != PEER_ID:
+            return 504, _failure(1004, "that peer did not answer")
+        if self.mode == "old":
+            listed = [
+                {"project": name, "models": [e["model"] for e in entries]}
+                for name, entries in self.projects.items()
+            ]
+            return 200, {"code": 0, "message": "ok", "data": listed}
+        spelled = {"model": "Model", "api": "API", "type": "Type", "cid": "CID"}
+        return 200, {
+            "data": {
+                name: [{**{spelled[k]: v for k, v in entry.items()}, "Idle": 0} for entry in entries]
+                for name, entries in self.projects.items()
+            }
+        }
+
+
+class _Bad(Exception):
+    """A field that the node refuses: 400, code 1001."""
+
+
+def _failure(code: int, message: str) -> dict[str, Any]:
+    return {"code": code, "message": message}
+
+
+def _need(value: str, complaint: str) -> None:
+    if not value:
+        raise _Bad(complaint)
+
+
+def _check_model(told: dict[str, Any], *, cid_needed: bool = True) -> None:
+    """The order of the real node: model, api, URL of api, cid. `type` is not looked at."""
+    _need(told["model"], "model is empty")
+    _need(told["api"], "api is empty")
+    try:
+        host = urlsplit(told["api"]).hostname or ""
+    except ValueError as error:
+        raise _Bad(f"api is no URL: {error}") from error
+    if host != "localhost" and not _is_own_address(host):
+        raise _Bad(f"api: {host!r} is neither localhost nor an address of this machine")
+    if cid_needed:
+        _need(told["cid"], "cid is empty")
+
+
+def _is_own_address(host: str) -> bool:
+    """Whether `host` is the address of a network interface: 127.0.0.1 is, its neighbours and 0.0.0.0 are not."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if address.is_unspecified or (address.is_loopback and str(address) not in ("127.0.0.1", "::1")):
+        return False
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True

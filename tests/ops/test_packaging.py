@@ -1,0 +1,107 @@
+"""Files that nobody runs here: pins, the compose file, Dockerfiles, gunicorn's settings."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from config import Catalogue, Settings
+from tests.deployment import ROOT
+
+
+def seconds(duration: str) -> float:
+    """Docker's "90s" or "30m"."""
+    return float(duration[:-1]) * {"s": 1, "m": 60}[duration[-1]]
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    return loaded
+
+
+def workers(compose: dict[str, Any]) -> list[dict[str, Any]]:
+    return [service for name, service in compose["services"].items() if name.startswith("worker-")]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("requirements*.txt")), ids=lambda path: path.name)
+def test_every_requirement_is_pinned_exactly(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r "))]
+    assert lines
+    for line in lines:
+        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
+        assert not line.startswith(("nvidia-", "triton")), "torch names its own platform packages"
+
+
+def test_the_compose_file_is_valid() -> None:
+    tool = Path(sys.executable).with_name("check-jsonschema")
+    command: list[str | Path] = [tool, "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_containers_have_time_to_drain(compose: dict[str, Any]) -> None:
+    conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    for worker in workers(compose):
+        assert seconds(worker["stop_grace_period"]) >= float(worker["environment"]["DRAIN_S"]) + 15
+    assert seconds(compose["services"]["web"]["stop_grace_period"]) > conf["graceful_timeout"]
+
+
+def test_everything_stays_on_the_loopback(compose: dict[str, Any]) -> None:
+    for service in compose["services"].values():
+        assert service["network_mode"] == "host" and "ports" not in service
+    redis = compose["configs"]["redis"]["content"]
+    assert "bind 127.0.0.1\n" in redis and "requirepass ${REDIS_PASSWORD}" in redis
+    assert "--address=127.0.0.1" in compose["services"]["flower"]["command"]
+
+
+def test_only_flower_waits_for_its_profile(compose: dict[str, Any]) -> None:
+    assert {name for name, service in compose["services"].items() if "profiles" in service} == {"flower"}
+
+
+def test_compose_has_the_workers_of_the_example_catalogue(compose: dict[str, Any]) -> None:
+    catalogue = Catalogue.from_file(ROOT / "models.example.toml")
+    wanted = [(m.name, tuple(map(str, gpus))) for m in catalogue.models for gpus in m.workers or ()]
+    found = [
+        (
+            worker["environment"]["WORKER_MODEL"],
+            tuple(worker["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]),
+        )
+        for worker in workers(compose)
+    ]
+    assert sorted(found) == sorted(wanted)
+    nodes = [worker["command"][-1] for worker in workers(compose)]
+    assert len(set(nodes)) == len(nodes), "Flower merges workers of one name"
+
+
+def test_compose_sets_nothing_that_settings_do_not_know(compose: dict[str, Any]) -> None:
+    for name, service in compose["services"].items():
+        if name != "redis":
+            known = {field.upper() for field in Settings.model_fields} | {"NODE_NAME", "HF_TOKEN"}
+            assert set(service.get("environment", {})) <= known
+
+
+@pytest.mark.parametrize("name", ["web", "worker"])
+def test_dockerfiles_copy_what_exists(name: str) -> None:
+    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+    copied = [part for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for part in line.split()]
+    allowed = (ROOT / ".dockerignore").read_text()
+    for path in copied:
+        assert (ROOT / path).exists(), path
+        assert f"!{path}" in allowed or path.startswith("requirements"), f"{path} is in .dockerignore"
+
+
+def test_gunicorn_listens_for_the_node_only_with_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIND", "127.0.0.1:1")
+    monkeypatch.setenv("NODE_BIND", "127.0.0.1:2")
+    monkeypatch.delenv("API_KEYS", raising=False)
+    assert runpy.run_path(str(ROOT / "gunicorn.conf.py"))["bind"] == ["127.0.0.1:1"]
+    monkeypatch.setenv("API_KEYS", "key")
+    conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    assert conf["bind"] == ["127.0.0.1:1", "127.0.0.1:2"]
+    assert conf["keepalive"] > 90 and conf["max_requests"] == 0 and conf["control_socket_disable"]

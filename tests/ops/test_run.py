@@ -1,0 +1,124 @@
+"""`scripts/run` with the real web process, workers and embedded Redis, on the echo engine."""
+
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from config import Settings
+from supervise.readiness import Probe
+from tests.deployment import ROOT, free_port, wait_until
+from tests.ops.stand_ins import alive
+
+READY_S = 90.0
+CATALOGUE = """
+project = "Run"
+[[models]]
+name = "echo"
+tasks = ["chat"]
+weights = "echo:"
+workers = [[], []]
+"""
+
+
+class Run:
+    """A `scripts/run` in the background; `output` is what it has printed so far."""
+
+    def __init__(self, folder: Path) -> None:
+        catalogue = folder / "models.toml"
+        catalogue.write_text(CATALOGUE)
+        self.bind = f"127.0.0.1:{free_port()}"
+        self._log = folder / "output"
+        env = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "API_KEYS", "FLOWER_BASIC_AUTH")}
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [ROOT / "scripts" / "run", catalogue],
+                env={**env, "BIND": self.bind, "NODE_URL": "", "DRAIN_S": "2"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def until_printed(self, pattern: str) -> re.Match[str]:
+        try:
+            found = wait_until(lambda: re.search(pattern, self.output), timeout_s=READY_S, what=pattern)
+        except AssertionError as error:
+            raise AssertionError(f"{pattern!r} was never printed:\n{self.output}") from error
+        assert found
+        return found
+
+    def processes(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def workers(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "worker" in process.cmdline()]
+
+    def ready(self) -> bool:
+        return Probe(Settings(bind=self.bind)).ready()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Run]:
+    run = Run(tmp_path)
+    try:
+        run.until_printed(r"READY http://")
+        yield run
+    finally:
+        if run.process.poll() is None:
+            run.process.send_signal(signal.SIGINT)
+            run.process.send_signal(signal.SIGINT)
+            run.process.wait(60)
+        # a killed supervisor can't tidy up after itself
+        shutil.rmtree(ROOT / ".run" / run.bind.rpartition(":")[2], ignore_errors=True)
+
+
+def test_from_ready_to_one_ctrl_c(started: Run) -> None:
+    assert started.ready()
+    url_file = Path(started.until_printed(r"REDIS_URL for other terminals: (\S+)")[1])
+    assert stat.S_IMODE(url_file.stat().st_mode) == 0o600
+    with redis.Redis.from_url(url_file.read_text().strip()) as client:
+        assert client.ping()
+    processes = [process.pid for process in started.processes()]
+    assert len(processes) >= 5, "redis, gunicorn's master and worker, two workers"
+
+    started.process.send_signal(signal.SIGINT)
+    assert started.process.wait(60) == 0
+    assert not [pid for pid in processes if alive(pid)]
+    assert not url_file.exists()
+    assert "did not end in time" not in started.output
+
+
+def test_a_killed_worker_comes_back(started: Run) -> None:
+    before = {worker.pid for worker in started.workers()}
+    os.kill(min(before), signal.SIGKILL)
+    started.until_printed(r"echo-\d\s+\| ended by SIGKILL; restarting in 1 s")
+    wait_until(
+        lambda: len({w.pid for w in started.workers()} - before) == 1, timeout_s=30, what="a new worker"
+    )
+    assert started.ready()
+
+
+def test_a_killed_redis_comes_back_with_the_same_url(started: Run) -> None:
+    server = next(process for process in started.processes() if "redis-server" in process.name())
+    server.kill()
+    wait_until(lambda: not started.ready(), timeout_s=30, what="/readyz sees that Redis is gone")
+    wait_until(started.ready, timeout_s=60, what="service again by itself")
+
+
+def test_nothing_outlives_a_killed_supervisor(started: Run) -> None:
+    processes = [process.pid for process in started.processes()]
+    started.process.kill()
+    started.process.wait()
+    wait_until(lambda: not [pid for pid in processes if alive(pid)], timeout_s=45, what="all children gone")

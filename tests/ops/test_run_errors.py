@@ -1,0 +1,155 @@
+"""`scripts/run` when it can't succeed: one line that says what and where, a status that isn't 0, nothing started."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deployment import ROOT, free_port
+
+CATALOGUE = """
+project = "Test"
+[[models]]
+name = "echo"
+tasks = ["chat"]
+weights = "{weights}"
+workers = {workers}
+"""
+
+
+def run(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> tuple[int, str]:
+    """Exit status and stderr; stdout must stay empty, because nothing may have been started."""
+    own = {"BIND": f"127.0.0.1:{free_port()}", **env}
+    done = subprocess.run(
+        [ROOT / "scripts" / "run", *arguments],
+        cwd=cwd,
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.returncode, done.stderr.strip()
+
+
+@pytest.fixture
+def taken() -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def catalogue(folder: Path, weights: str = "echo:", workers: str = "[[]]") -> Path:
+    path = folder / "models.toml"
+    path.write_text(CATALOGUE.format(weights=weights, workers=workers))
+    return path
+
+
+def test_missing_catalogue(tmp_path: Path) -> None:
+    status, line = run("absent.toml", cwd=tmp_path)
+    assert status == 78
+    assert line == f"run: {tmp_path}/absent.toml: No such file or directory; MODELS_FILE names the catalogue"
+
+
+def test_broken_catalogue(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text("project = ")
+    status, line = run(path)
+    assert status == 78
+    assert line.startswith(f"run: {path}: not TOML:")
+
+
+def test_wrong_key_in_the_catalogue(tmp_path: Path) -> None:
+    path = catalogue(tmp_path)
+    path.write_text(path.read_text() + "[models.engine]\nbatch_size = 3\n")
+    status, line = run(path)
+    assert status == 78
+    assert str(path) in line and "batch_size" in line
+
+
+def test_port_taken(tmp_path: Path, taken: str) -> None:
+    assert run(catalogue(tmp_path), BIND=taken) == (1, f"run: BIND: {taken} is taken by another program")
+
+
+def test_node_port_taken(tmp_path: Path, taken: str) -> None:
+    status, line = run(catalogue(tmp_path), API_KEYS="secret", NODE_BIND=taken)
+    assert (status, line) == (1, f"run: NODE_BIND: {taken} is taken by another program")
+
+
+@pytest.mark.parametrize("bind", ["1088", "127.0.0.1:http", ":1088", "127.0.0.1:70000"])
+def test_bind_is_no_address(tmp_path: Path, bind: str) -> None:
+    assert run(catalogue(tmp_path), BIND=bind) == (78, f"run: BIND: {bind!r} is not host:port")
+
+
+def test_address_of_another_machine(tmp_path: Path) -> None:
+    status, line = run(catalogue(tmp_path), BIND="192.0.2.1:1088")
+    assert (status, line) == (78, "run: BIND: 192.0.2.1:1088: Cannot assign requested address")
+
+
+@pytest.mark.parametrize("weights", ["./absent", "/absent/model", "some/where/else"])
+def test_weights_folder_missing(tmp_path: Path, weights: str) -> None:
+    path = catalogue(tmp_path, weights=weights)
+    status, line = run(path)
+    assert status == 78
+    assert line.startswith(f"run: {path}: weights of 'echo': there is no folder {weights}")
+
+
+def test_weights_folder_without_a_model(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    status, line = run(catalogue(tmp_path, weights="weights"))
+    assert status == 78
+    assert line.endswith(f"the folder {tmp_path}/weights holds no config.json")
+
+
+def test_gpu_that_is_not_there(tmp_path: Path) -> None:
+    path = catalogue(tmp_path, workers="[[0], [2]]")
+    status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")
+    assert status == 78
+    assert line == f"run: {path}: workers of 'echo': GPU 2, but CUDA_VISIBLE_DEVICES=0,1 leaves 2"
+
+
+def test_redis_unreachable(tmp_path: Path) -> None:
+    port = free_port()
+    status, line = run(catalogue(tmp_path), REDIS_URL=f"redis://:hidden@127.0.0.1:{port}/0")
+    assert status == 1
+    assert line.startswith(f"run: REDIS_URL: redis://…@127.0.0.1:{port}/0 can't be reached:")
+    assert "hidden" not in line
+
+
+def test_redis_url_is_none(tmp_path: Path) -> None:
+    status, line = run(catalogue(tmp_path), REDIS_URL="localhost")
+    assert status == 78
+    assert line.startswith("run: REDIS_URL: localhost:")
+
+
+def test_wrong_setting(tmp_path: Path) -> None:
+    status, line = run(catalogue(tmp_path), DRAIN_S="soon")
+    assert status == 78
+    assert line.startswith("run: environment: DRAIN_S:")
+
+
+def test_gunicorn_by_itself_names_a_wrong_setting() -> None:
+    done = subprocess.run(
+        [ROOT / ".venv/bin/gunicorn", "wsgi:app"],
+        cwd=ROOT,
+        env={**os.environ, "DRAIN_S": "soon"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("web: environment: DRAIN_S:") and done.stderr.count("\n") == 1
+
+
+def test_flower_does_not_run_open() -> None:
+    done = subprocess.run(
+        [ROOT / ".venv/bin/python", ROOT / "flowerconfig.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 78
+    assert done.stderr.count("\n") == 1 and "FLOWER_BASIC_AUTH" in done.stderr

@@ -1,0 +1,132 @@
+"""Start order, failed starts and stop order of a whole plan, with stand-ins for the processes."""
+
+import asyncio
+import io
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from config import Settings
+from supervise.console import Console
+from supervise.plan import Plan
+from supervise.readiness import Probe
+from supervise.service import Service, StartFailed
+from tests.ops.stand_ins import alive, noted, stand_in, until_noted
+
+
+class StubProbe(Probe):
+    """Ready as soon as `ready_when` exists."""
+
+    def __init__(self, ready_when: Path) -> None:
+        super().__init__(Settings())
+        self._ready_when = ready_when
+
+    def ready(self) -> bool:
+        return self._ready_when.exists()
+
+    def progress(self) -> str:
+        return "m: 1 loading"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+def build(plan: Plan, log: Path) -> tuple[Service, io.StringIO]:
+    out = io.StringIO()
+    return Service(plan, StubProbe(log), None, Console(out), "READY http://stand-in"), out
+
+
+def test_workers_stop_first_and_redis_last(log: Path) -> None:
+    slow = [stand_in(name, log, stop_s=0.3) for name in ("worker-1", "worker-2")]
+    plan = Plan(
+        redis=(stand_in("redis", log),),
+        web=(stand_in("web", log),),
+        flower=(stand_in("flower", log),),
+        workers=tuple(slow),
+    )
+
+    async def story() -> str:
+        service, out = build(plan, log)
+        running = asyncio.create_task(service.run())
+        for name in ("redis", "web", "flower", "worker-1", "worker-2"):
+            await until_noted(log, f"{name} started")
+        while "READY" not in out.getvalue():
+            await asyncio.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.wait_for(running, 20)
+        return out.getvalue()
+
+    output = asyncio.run(story())
+    stops = [line for line in noted(log) if "started" not in line]
+    assert sorted(stops[:2]) == ["worker-1 stopping", "worker-2 stopping"]
+    assert sorted(stops[2:4]) == ["worker-1 stopped", "worker-2 stopped"]
+    assert stops[4:] == [
+        f"{name} {what}" for name in ("flower", "web", "redis") for what in ("stopping", "stopped")
+    ]
+    assert output.count("READY") == 1
+
+
+def test_a_configuration_error_fails_the_start_and_leaves_nothing(log: Path, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    body = f"open({str(pids)!r}, 'w').write(str(os.getpid()))"
+    plan = Plan(
+        redis=(),
+        web=(stand_in("web", log, body=body),),
+        flower=(),
+        workers=(stand_in("m-1", log, body="time.sleep(1); print('[now] m: no such folder'); os._exit(78)"),),
+    )
+
+    async def story() -> None:
+        service, _ = build(plan, tmp_path / "never")
+        await asyncio.wait_for(service.run(), 30)
+
+    with pytest.raises(StartFailed) as failure:
+        asyncio.run(story())
+    assert (str(failure.value), failure.value.status) == ("m-1: m: no such folder", 78)
+    assert not alive(int(pids.read_text()))
+
+
+def test_a_web_process_that_cannot_boot_fails_the_start(log: Path, tmp_path: Path) -> None:
+    web = stand_in("web", log, body="sys.exit(3)", fatal_at_start=frozenset({78, 3}))
+
+    async def story() -> None:
+        service, _ = build(Plan(redis=(), web=(web,), flower=(), workers=()), tmp_path / "never")
+        await asyncio.wait_for(service.run(), 30)
+
+    with pytest.raises(StartFailed, match="web: ended with status 3 while starting") as failure:
+        asyncio.run(story())
+    assert failure.value.status == 1
+
+
+def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> None:
+    plan = Plan(redis=(), web=(stand_in("web", log),), flower=(), workers=(stand_in("m-1", log),))
+
+    async def story() -> None:
+        service, _ = build(plan, tmp_path / "never")
+        running = asyncio.create_task(service.run())
+        await until_noted(log, "web started")
+        await until_noted(log, "m-1 started")
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(running, 10)
+
+    asyncio.run(story())
+    assert noted(log)[-1] == "web stopped"
+
+
+def test_a_worker_that_dies_after_ready_comes_back(log: Path) -> None:
+    body = "time.sleep(0.2); os._exit(1) if open(log).read().count('m-1 started') == 1 else None"
+    plan = Plan(redis=(), web=(), flower=(), workers=(stand_in("m-1", log, body=body),))
+
+    async def story() -> str:
+        service, out = build(plan, log)
+        running = asyncio.create_task(service.run())
+        await until_noted(log, "m-1 started", times=2)
+        service.ask_to_stop()
+        await asyncio.wait_for(running, 10)
+        return out.getvalue()
+
+    assert "ended with status 1; restarting in 1 s" in asyncio.run(story())

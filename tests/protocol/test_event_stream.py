@@ -1,0 +1,195 @@
+"""The two halves of the event stream against a real Redis: order, doubles, gaps, resends."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import redis
+
+from protocol import events
+from protocol.event_router import EventRouter, Inbox
+from protocol.event_sender import EventSender
+from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
+from protocol.names import Keys
+
+WEB = "web-1"
+
+
+class Ends:
+    """Remembers what the sender said of requests' ends."""
+
+    def __init__(self) -> None:
+        self.sent: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
+        self.lost: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def on_sent(self, request_id: str, event: Event) -> None:
+        self.sent.put((request_id, event))
+
+
+@pytest.fixture
+def ends() -> Ends:
+    return Ends()
+
+
+@pytest.fixture
+def sender(redis_client: Any, keys: Keys, ends: Ends) -> Iterator[EventSender]:
+    sender = EventSender(
+        redis_client, keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
+    )
+    sender.start()
+    yield sender
+    sender.stop(5)
+
+
+@pytest.fixture
+def router(redis_client: Any, keys: Keys) -> Iterator[EventRouter]:
+    router = EventRouter(redis_client, keys, WEB)
+    router.start()
+    assert router.subscribed.wait(5)
+    yield router
+    router.stop()
+
+
+def take(inbox: Inbox, count: int) -> list[Event]:
+    return [inbox.queue.get(timeout=10) for _ in range(count)]
+
+
+def test_events_arrive_in_order_and_stand_in_the_replay_list(
+    sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
+) -> None:
+    inbox = router.open("r", "m")
+    sender.open("r", WEB, 100)
+    told: list[Event] = [Started("cid:boot"), *(Delta(f"{n} ") for n in range(50)), Finished(Usage(1, 50))]
+    for event in told:
+        sender.emit([("r", event)])
+    assert take(inbox, len(told)) == told
+    assert inbox.boot == "cid:boot"
+    assert inbox.ended
+    replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
+    assert replay == [Envelope("r", seq, event) for seq, event in enumerate(told)]
+    assert 0 < redis_client.ttl(keys.replay("r")) <= 100
+    assert ends.sent.get(timeout=5) == ("r", told[-1])
+
+
+def test_requests_of_two_web_processes_are_kept_apart(
+    sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys
+) -> None:
+    other = EventRouter(redis_client, keys, "web-2")
+    other.start()
+    assert other.subscribed.wait(5)
+    mine, theirs = router.open("a", "m"), other.open("b", "m")
+    sender.open("a", WEB, 100)
+    sender.open("b", "web-2", 100)
+    sender.emit([("a", Delta("A")), ("b", Delta("B")), ("unknown", Delta("dropped"))])
+    assert take(mine, 1) == [Delta("A")]
+    assert take(theirs, 1) == [Delta("B")]
+    other.stop()
+
+
+def test_doubles_are_dropped_and_a_gap_waits_for_the_replay() -> None:
+    inbox = Inbox("r", "m")
+    for seq, text in ((0, "a"), (0, "a"), (2, "c"), (1, "b"), (1, "b")):
+        inbox.feed(Envelope("r", seq, Delta(text)))
+    assert take(inbox, 2) == [Delta("a"), Delta("b")]
+    assert inbox.queue.empty()
+    inbox.feed(Envelope("r", 3, Delta("d")))
+    assert inbox.gap_since is not None
+    inbox.feed(Envelope("r", 2, Delta("c")))
+    inbox.feed(Envelope("r", 3, Delta("d")))
+    assert take(inbox, 2) == [Delta("c"), Delta("d")]
+    assert inbox.gap_since is None
+
+
+def test_nothing_passes_after_the_end() -> None:
+    inbox = Inbox("r", "m")
+    inbox.fail(Failed("worker_lost", "gone"))
+    inbox.feed(Envelope("r", 0, Delta("late")))
+    assert take(inbox, 1) == [Failed("worker_lost", "gone")]
+    assert inbox.queue.empty()
+
+
+def test_a_replay_list_that_vanished_gives_the_request_up(
+    sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
+) -> None:
+    inbox = router.open("r", "m")
+    sender.open("r", WEB, 100)
+    sender.emit([("r", Delta("a"))])
+    take(inbox, 1)
+    redis_client.delete(keys.replay("r"))
+    sender.emit([("r", Delta("b"))])
+    assert ends.lost.get(timeout=5) == "r"
+    assert not redis_client.exists(keys.replay("r")), "a list made anew would have no beginning and no TTL"
+
+
+class Flaky:
+    """A client whose pipelines lose their answers after they were executed, a number of times."""
+
+    def __init__(self, client: Any, failures: int) -> None:
+        self._client = client
+        self.failures = failures
+
+    def pipeline(self, transaction: bool) -> Any:
+        pipe = self._client.pipeline(transaction=transaction)
+        execute = pipe.execute
+
+        def failing() -> Any:
+            answers = execute()
+            if self.failures:
+                self.failures -= 1
+                raise redis.TimeoutError("the answer was lost")
+            return answers
+
+        pipe.execute = failing
+        return pipe
+
+
+def test_a_write_of_unknown_fate_is_repeated_and_nobody_sees_it_twice(
+    router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
+) -> None:
+    sender = EventSender(
+        cast(Any, Flaky(redis_client, 3)),
+        keys,
+        prepare=lambda event: event,
+        on_sent=ends.on_sent,
+        on_lost=ends.lost.put,
+    )
+    sender.start()
+    inbox = router.open("r", "m")
+    sender.open("r", WEB, 100)
+    sender.emit([("r", Delta("a"))])
+    sender.emit([("r", Delta("b")), ("r", Finished())])
+    assert take(inbox, 3) == [Delta("a"), Delta("b"), Finished()]
+    assert ends.sent.get(timeout=10)[0] == "r"
+    assert inbox.queue.empty()
+    assert redis_client.llen(keys.replay("r")) > 3, "the test must have doubled something"
+    sender.stop(5)
+
+
+def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
+    blocked, release = threading.Event(), threading.Event()
+
+    class Stalled:
+        def pipeline(self, transaction: bool) -> Any:
+            blocked.set()
+            release.wait(10)
+            raise redis.ConnectionError("gone")
+
+    sender = EventSender(
+        cast(Any, Stalled()), keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
+    )
+    sender.start()
+    sender.open("r", WEB, 100)
+    sender.emit([("r", Delta("a"))])
+    assert blocked.wait(5)
+    done = threading.Event()
+
+    def emit() -> None:
+        sender.emit([("r", Delta("b"))])
+        done.set()
+
+    threading.Thread(target=emit, daemon=True).start()
+    assert done.wait(2)
+    release.set()
+    sender.stop(5)

@@ -1,0 +1,236 @@
+"""Random requests, guided by /openapi.json and not: nothing but declared answers, and no 5xx but a declared 503.
+
+2,000 cases; `FUZZ_CASES=20000 .venv/bin/python -m pytest tests/security/test_fuzz.py` runs more.
+"""
+
+import base64
+import http.client
+import io
+import json
+import os
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from schemathesis import GenerationMode
+from schemathesis.core.failures import AcceptedNegativeData
+from schemathesis.openapi.checks import RejectedPositiveData
+
+from tests.deployment import Deployment
+from tests.security.conftest import HI, Answer, check_error_body
+
+CASES = int(os.environ.get("FUZZ_CASES", "2000"))
+GUIDED = CASES // 4
+
+SEMANTIC = {
+    # fields with rules that JSON Schema has no words for: one bounds another, or the model itself does
+    "/v1/chat/completions": {"min_tokens", "top_logprobs", "continue_final_message"},
+    "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
+    "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
+}
+MODELS = {path: "echo" if "chat" in path else "echo-pictures" for path in SEMANTIC}
+ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
+GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
+GETS += ["/healthz", "/readyz", "/metrics"]
+# making what schemas forbid costs the generator ten times as much
+OPERATIONS = [(path, ALLOWED, GUIDED // 4) for path in SEMANTIC]
+OPERATIONS += [(path, FORBIDDEN, GUIDED // 20) for path in SEMANTIC]
+OPERATIONS += [(path, ALLOWED, max(1, GUIDED // 50)) for path in GETS]
+
+
+def picture() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(data, "PNG")
+    return data.getvalue()
+
+
+PICTURE = picture()
+
+
+def quietly(cases: int) -> Any:
+    """Hypothesis without a database and without shrinking: a finding is reported as it was met."""
+    return settings(
+        max_examples=cases,
+        deadline=None,
+        database=None,
+        derandomize="FUZZ_CASES" not in os.environ,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+def check_status(status: int) -> None:
+    assert status < 500 or status == 503, status
+
+
+@pytest.fixture(scope="module")
+def api(echo: Deployment) -> Any:
+    schema = schemathesis.openapi.from_url(f"{echo.url}/openapi.json")
+    schema.config.update(base_url=echo.url)
+    return schema
+
+
+def steer(path: str, body: Any) -> None:
+    """Most bodies shall reach a worker: name a model that is there, and a picture that is one."""
+    if path not in MODELS or not isinstance(body, dict):
+        return
+    if isinstance(name := body.get("model"), str) and len(name) % 8:
+        body["model"] = MODELS[path]
+    for field in ("image", "mask"):
+        if isinstance(given := body.get(field), bytes) and len(given) % 8:
+            body[field] = PICTURE
+        elif isinstance(given, str) and len(given) % 8:
+            body[field] = base64.b64encode(PICTURE).decode()
+
+
+def no_violation(case: Any, message: str) -> bool:
+    """What the generator takes for a violation although nothing of it is left in what was sent.
+
+    A pattern without anchors is met by any longer text. A form's parts are bytes, whatever their type was, and a list is
+    its items under one name each.
+    """
+    if case.media_type == "multipart/form-data" and "violates `type` at" in message:
+        return True
+    rules = (
+        "`pattern` at /properties/prompt",
+        "`format` at /properties/image",
+        "`format` at /properties/mask",
+    )
+    return any(rule in message for rule in rules)
+
+
+def excused(path: str, error: Any) -> bool:
+    """A refusal of something that the schema allows, by a rule that it can't say."""
+    return (
+        error["param"] in SEMANTIC[path]
+        or error["code"] == "invalid_image"
+        or "not a fraction" in error["message"]
+        or "NUL" in error["message"]
+    )
+
+
+@pytest.mark.timeout(max(120, CASES // 5))
+@pytest.mark.parametrize(
+    ("path", "mode", "cases"), OPERATIONS, ids=[f"{mode.value}:{path}" for path, mode, _ in OPERATIONS]
+)
+def test_every_answer_is_as_openapi_json_says(api: Any, path: str, mode: GenerationMode, cases: int) -> None:
+    method = "POST" if path in SEMANTIC else "GET"
+    operation = api[path][method]
+    seen: Counter[int] = Counter()
+
+    @quietly(cases)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def call(case: Any) -> None:
+        # what the schema forbids stays as it is, else it might be forbidden no more
+        if mode is ALLOWED:
+            steer(path, case.body)
+        response = case.call()
+        seen[response.status_code] += 1
+        check_status(response.status_code)
+        try:
+            case.validate_response(response)
+        except* RejectedPositiveData:
+            if not excused(path, response.json()["error"]):
+                raise
+        except* AcceptedNegativeData as group:
+            if not all(no_violation(case, failure.message) for failure in group.exceptions):
+                raise
+        if response.status_code >= 400 and response.status_code != 503:
+            headers = {name: values[0] for name, values in response.headers.items()}
+            check_error_body(Answer(response.status_code, headers, response.content))
+
+    call()
+    if method == "POST" and mode is ALLOWED:
+        assert seen[200] > sum(seen.values()) / 4, f"too few reach a worker: {seen}"
+
+
+scalars = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return inner | st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+
+
+any_json = nested(nested(nested(scalars)))
+values = st.one_of(
+    any_json,
+    st.integers(),
+    st.sampled_from(
+        [2**31, 2**63, -(2**63) - 1, 10**40, 1e308, 5e-324, -0.0, "\0", "\u202e", "ﷺ" * 99, {}, []]
+    ),
+    st.lists(st.sampled_from([0, None, "", {}, []]), max_size=40),
+)
+
+
+def bodies(base: dict[str, Any], fields: list[str]) -> st.SearchStrategy[bytes]:
+    """Right bodies with a few fields replaced, and those with a few bytes replaced."""
+    changes = st.dictionaries(st.sampled_from(fields) | st.text(max_size=20), values, max_size=4)
+    whole = changes.map(lambda change: json.dumps({**base, **change}).encode())
+
+    def damage(part: tuple[bytes, int, bytes]) -> bytes:
+        data, place, junk = part
+        place %= len(data)
+        return data[:place] + junk + data[place + len(junk) :]
+
+    damaged = st.tuples(whole, st.integers(0, 10**6), st.binary(min_size=1, max_size=4)).map(damage)
+    return st.one_of(whole, whole, damaged, st.binary(max_size=60))
+
+
+CHAT_BODY = {"model": "echo", "messages": HI, "max_tokens": 3}
+PICTURE_BODY = {"model": "echo-pictures", "prompt": "a", "width": 64, "height": 64}
+EDIT_BODY = {**PICTURE_BODY, "image": base64.b64encode(PICTURE).decode()}
+
+
+@pytest.mark.timeout(max(120, CASES // 5))
+@pytest.mark.parametrize(
+    ("path", "base", "share"),
+    [
+        ("/v1/chat/completions", CHAT_BODY, 0.5),
+        ("/v1/images/generations", PICTURE_BODY, 0.25),
+        ("/v1/images/edits", EDIT_BODY, 0.25),
+    ],
+)
+def test_bodies_of_all_kinds(
+    echo: Deployment, api: Any, path: str, base: dict[str, Any], share: float
+) -> None:
+    schema = api.raw_schema["components"]["schemas"]
+    names = {"chat": "ChatCompletionRequest", "generations": "ImageGenerationRequest"}
+    name = next((schema for word, schema in names.items() if word in path), "ImageEditRequest")
+    fields = list(schema[name]["properties"])
+    connection = http.client.HTTPConnection("127.0.0.1", echo.port, timeout=60)
+    seen: Counter[int] = Counter()
+
+    @quietly(int((CASES - GUIDED) * share))
+    @given(body=bodies(base, fields))
+    def call(body: bytes) -> None:
+        connection.request("POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+        seen[answer.status] += 1
+        check_status(answer.status)
+        if answer.status != 200:
+            check_error_body(answer)
+            assert answer.status in (400, 404, 413, 503), answer
+
+    try:
+        call()
+    finally:
+        connection.close()
+    assert seen[200] and seen[400], seen
+
+
+def test_the_checks_can_fail(echo: Deployment, api: Any) -> None:
+    """An answer that isn't as declared is found: the same calls against a description with one lie."""
+    document = json.loads(json.dumps(api.raw_schema))
+    document["components"]["schemas"]["Health"]["properties"]["code"] = {"const": 1}
+    lying = schemathesis.openapi.from_dict(document)
+    lying.config.update(base_url=echo.url)
+    case = lying["/healthz"]["GET"].Case()
+    with pytest.raises(BaseException, match="distinct failure"):
+        case.call_and_validate()

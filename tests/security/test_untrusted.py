@@ -1,0 +1,247 @@
+"""What comes from places that may not be ours: messages in the queue that are no JSON, and weights that would run code."""
+
+import base64
+import json
+import pickle
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deployment import ROOT, Deployment, wait_until
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.write_text, (self.path, "executed")
+
+
+def message(body: bytes, **changes: Any) -> bytes:
+    """A Celery message as kombu's Redis transport has it, with a body of any kind."""
+    task_id = uuid.uuid4().hex
+    properties = {
+        "correlation_id": task_id,
+        "delivery_mode": 2,
+        "delivery_info": {"exchange": "", "routing_key": "model.echo"},
+        "priority": 0,
+        "body_encoding": "base64",
+        "delivery_tag": uuid.uuid4().hex,
+    }
+    whole = {
+        "body": base64.b64encode(body).decode(),
+        "content-encoding": "binary",
+        "content-type": "application/x-python-serialize",
+        "headers": {
+            "lang": "py",
+            "task": "generate",
+            "id": task_id,
+            "root_id": task_id,
+            "argsrepr": "('x',)",
+        },
+        "properties": properties,
+    }
+    return json.dumps({**whole, **changes}).encode()
+
+
+def as_pickle(bomb: Path) -> bytes:
+    return message(pickle.dumps(([Bomb(bomb)], {}, {})))
+
+
+def as_old_pickle_message(bomb: Path) -> bytes:
+    body = pickle.dumps({"task": "generate", "id": "x", "args": [Bomb(bomb)], "kwargs": {}})
+    return message(body, headers={})
+
+
+def as_pickle_under_another_name(bomb: Path) -> bytes:
+    return message(pickle.dumps(Bomb(bomb)), **{"content-type": "application/x-pickle"})
+
+
+def as_yaml(bomb: Path) -> bytes:
+    body = f"!!python/object/apply:pathlib.Path.write_text [{bomb}, executed]".encode()
+    return message(body, **{"content-type": "application/x-yaml", "content-encoding": "utf-8"})
+
+
+def as_pickle_called_json(bomb: Path) -> bytes:
+    return message(pickle.dumps(Bomb(bomb)), **{"content-type": "application/json"})
+
+
+def as_another_task(bomb: Path) -> bytes:
+    body = json.dumps([[str(bomb)], {}, {}]).encode()
+    headers = {"lang": "py", "task": "celery.backend_cleanup_of_mine", "id": "x", "root_id": "x"}
+    return message(body, headers=headers, **{"content-type": "application/json", "content-encoding": "utf-8"})
+
+
+def as_a_job_of_nobody(bomb: Path) -> bytes:
+    body = json.dumps([[f"../../{bomb}"], {}, {}]).encode()
+    return message(body, **{"content-type": "application/json", "content-encoding": "utf-8"})
+
+
+HOSTILE: list[Callable[[Path], bytes]] = [
+    as_pickle,
+    as_old_pickle_message,
+    as_pickle_under_another_name,
+    as_yaml,
+    as_pickle_called_json,
+    as_another_task,
+    as_a_job_of_nobody,
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda function: function.__name__)
+def test_no_message_in_the_queue_runs_code(
+    echo: Deployment, tmp_path: Path, hostile: Callable[[Path], bytes]
+) -> None:
+    """Taken off the queue, refused, and the worker serves on: the same process, at once."""
+    bomb = tmp_path / "bomb"
+    client = echo.redis.client
+    process = next(process for name, process in echo.workers.items() if name.startswith("echo-1"))
+    client.lpush("Test:model.echo", hostile(bomb))
+    wait_until(
+        lambda: not client.exists("Test:model.echo") and not client.hlen("Test:unacked"),
+        timeout_s=30,
+        what="the message is taken and settled",
+    )
+    status, answer = echo.chat("Hi", "echo", max_tokens=3)
+    assert status == 200 and answer["choices"][0]["message"]["content"] == "0 1 2 ", answer
+    assert not bomb.exists(), "the message was executed"
+    process.check_alive()
+
+
+def test_the_bomb_works(tmp_path: Path) -> None:
+    """The proof that the test above could see an execution."""
+    bomb = tmp_path / "bomb"
+    pickle.loads(pickle.dumps(Bomb(bomb)))
+    assert bomb.read_text() == "executed"
+
+
+# ----- weights
+
+CATALOGUE = """
+project = "Test"
+[[models]]
+name = "bad"
+tasks = ["{task}"]
+weights = "{weights}"
+"""
+
+
+def chat_folder(folder: Path) -> None:
+    """The demo model with its weights as a pickle, as hubs have many."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder.mkdir()
+    source = ROOT / "demo" / "models" / "chat"
+    for file in source.iterdir():
+        if file.suffix != ".safetensors" and not file.name.endswith(".index.json"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    weights: dict[str, Any] = {}
+    for file in source.glob("*.safetensors"):
+        weights |= load_file(file)
+    torch.save(weights, folder / "pytorch_model.bin")
+
+
+def with_own_code(folder: Path) -> None:
+    """The demo model, whose configuration asks for a class of its own beside it."""
+    chat_folder(folder)
+    source = ROOT / "demo" / "models" / "chat"
+    for file in source.glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "pytorch_model.bin").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "own"
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(f"open({str(folder / 'bomb')!r}, 'w').write('executed')\n")
+
+
+def picture_folder(folder: Path) -> None:
+    """A pipeline's folder with a pickle for its denoiser."""
+    import torch
+
+    (folder / "unet").mkdir(parents=True)
+    index = {"_class_name": "DDPMPipeline", "_diffusers_version": "0.42.1"}
+    parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index | parts))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDPMScheduler"}')
+    (folder / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel", "sample_size": 8}')
+    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def pipeline_with_own_code(folder: Path) -> None:
+    """A pipeline whose index names a class in a file beside it."""
+    picture_folder(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["_class_name"] = ["pipeline", "OwnPipeline"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    bomb = folder / "bomb"
+    (folder / "pipeline.py").write_text(
+        f"open({str(bomb)!r}, 'w').write('executed')\nfrom diffusers import DiffusionPipeline\n"
+        "class OwnPipeline(DiffusionPipeline):\n    pass\n"
+    )
+
+
+WEIGHTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "pickled chat weights": ("chat", chat_folder, "safetensors"),
+    "a chat model with code of its own": ("chat", with_own_code, "custom code"),
+    "pickled picture weights": ("generation", picture_folder, "safetensors"),
+    "a pipeline with code of its own": ("generation", pipeline_with_own_code, "custom code"),
+}
+LOAD = """
+import sys
+from pathlib import Path
+from config import Catalogue
+from workers.engines.base import EngineLoadError
+from workers.engines.chat.model_loader import load_model
+from workers.engines.pictures.pipelines import load_pipelines
+for path in sys.argv[1:]:
+    (entry,) = Catalogue.from_file(Path(path)).models
+    try:
+        (load_model if entry.is_chat else load_pipelines)(entry)
+        print("LOADED")
+    except EngineLoadError as error:
+        print("REFUSED", error)
+"""
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
+    """What the functions that a worker loads with say of each folder; one process for all, since torch is slow to come."""
+    folder = tmp_path_factory.mktemp("weights")
+    catalogues = []
+    for number, (task, make, _) in enumerate(WEIGHTS.values()):
+        make(folder / f"{number}")
+        catalogue = folder / f"{number}.toml"
+        catalogue.write_text(CATALOGUE.format(task=task, weights=folder / f"{number}"))
+        catalogues.append(str(catalogue))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, *catalogues],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("REFUSED", "LOADED"))]
+    assert len(lines) == len(WEIGHTS), done.stdout + done.stderr[-3000:]
+    return {name: (line, folder / f"{n}") for n, (name, line) in enumerate(zip(WEIGHTS, lines, strict=True))}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / "demo/models/chat").is_dir(), reason="needs demo/models/chat")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_that_would_run_code_are_refused(verdicts: dict[str, tuple[str, Path]], name: str) -> None:
+    line, folder = verdicts[name]
+    assert not (folder / "bomb").exists(), "code from the weights' folder was executed"
+    assert line.startswith("REFUSED bad: can't load ") and WEIGHTS[name][2] in line, line

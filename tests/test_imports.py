@@ -1,0 +1,34 @@
+"""Which process may load what: checked in fresh processes, where a third party's hidden import shows too."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.deployment import ROOT
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("wsgi", ["torch", "transformers", "diffusers", "accelerate", "workers"]),
+        ("workers", ["flask", "torch", "app"]),
+        ("workers.celery", ["flask", "werkzeug", "gunicorn", "torch", "transformers", "diffusers", "app"]),
+        ("workers.engines", ["torch", "celery", "redis", "flask"]),
+        ("protocol.queue", ["flask", "torch", "app", "workers"]),
+    ],
+)
+def test_a_fresh_import_loads_only_its_own(module: str, forbidden: list[str]) -> None:
+    code = f"import {module}, sys; print(*[name for name in {forbidden!r} if name in sys.modules])"
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=clean,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert answer.stdout.split() == []
