@@ -1,0 +1,305 @@
+"""The chat engine by itself, without web, Redis or Celery: `python -m benchmarks.engine [--json FILE]`.
+
+Same model, same prompts, same process: each round runs transformers' static-batch `generate` and the engine one after the
+other, and ratios are taken inside a round, because a shared machine drifts. Prints
+
+- tokens/s at 1, 16 and 64 requests beside the static batch, by the clock and by CPU time (which other processes on the
+  machine don't disturb: with one torch thread both contenders are one thread's work),
+- the share of a step that passes outside the model, greedy and sampled,
+- the speed of 31 short requests beside one of 3,000 tokens, against 31 of them beside a short one,
+- the p99 gap between tokens of 16 running streams while a prompt of 2,000 tokens is computed.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from config import ModelEntry
+from protocol.events import Delta, Event, is_terminal
+from protocol.jobs import ChatJob, SamplingParams
+from workers.engines.chat import ChatEngine
+
+DEMO_MODEL = Path(__file__).parent.parent / "demo" / "models" / "chat"
+NEW_TOKENS = 128
+WORDS = [
+    "red",
+    "circle",
+    "what",
+    "can",
+    "you",
+    "draw",
+    "please",
+    "tell",
+    "me",
+    "a",
+    "story",
+    "about",
+    "ports",
+    "now",
+]
+
+
+class Timeline:
+    """An `emit` that notes when each request gained how many tokens, by the clock and by the engine thread's CPU time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.gains: dict[str, list[tuple[float, int, float]]] = {}
+        self.ended: set[str] = set()
+        self.prompt_tokens: dict[str, int] = {}
+
+    def __call__(self, events: Sequence[tuple[str, Event]]) -> None:
+        now, busy = time.perf_counter(), time.thread_time()
+        with self._changed:
+            for request_id, event in events:
+                if isinstance(event, Delta):
+                    self.gains.setdefault(request_id, []).append((now, event.tokens, busy))
+                if is_terminal(event):
+                    usage = getattr(event, "usage", None)
+                    assert usage is not None, event
+                    self.prompt_tokens[request_id] = usage.prompt_tokens
+                    self.ended.add(request_id)
+            self._changed.notify_all()
+
+    def wait(self, condition: Any) -> None:
+        with self._changed:
+            if not self._changed.wait_for(condition, 600):
+                raise TimeoutError("the engine hangs")
+
+    def tokens(self, request_id: str) -> int:
+        return sum(count for _, count, _ in self.gains.get(request_id, ()))
+
+
+class Bench:
+    """The engine and the plain model over one folder of weights."""
+
+    def __init__(self, weights: Path, threads: int) -> None:
+        options = {"torch_threads": threads, "max_batch_size": 64}
+        entry = {"name": "bench", "tasks": ["chat"], "weights": str(weights), "engine": options}
+        self.engine = ChatEngine(ModelEntry.model_validate(entry))
+        self.timeline = Timeline()
+        self.engine.load(self.timeline)
+        self.model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+        self._serial = 0
+
+    def submit(self, words: int, tokens: int = NEW_TOKENS, **sampling: Any) -> str:
+        """A request whose prompt no other has; returns its id."""
+        self._serial += 1
+        text = [str(self._serial)] + [WORDS[(self._serial * 7 + at * at) % len(WORDS)] for at in range(words)]
+        params = SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **sampling})
+        messages = [{"role": "user", "content": " ".join(text)}]
+        self.engine.submit(ChatJob(id=f"r{self._serial}", model="bench", messages=messages, sampling=params))
+        return f"r{self._serial}"
+
+    def wait(self, ids: list[str]) -> None:
+        self.timeline.wait(lambda: all(request_id in self.timeline.ended for request_id in ids))
+
+    def burst(self, count: int, **sampling: Any) -> tuple[float, float, int]:
+        """Wall seconds and CPU seconds of `count` requests at once, and the tokens of their prompts."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        ids = [self.submit(14, **sampling) for _ in range(count)]
+        self.wait(ids)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return wall, cpu, self.timeline.prompt_tokens[ids[0]]
+
+    def static(self, count: int, prompt: int) -> tuple[float, float]:
+        """Wall and CPU seconds of one static batch of `generate`."""
+        ids = torch.randint(8, 700, (count, prompt))
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def throughput(bench: Bench, rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for count in (1, 16, 64):
+        engine, static = [], []
+        for _ in range(rounds):
+            wall, cpu, prompt = bench.burst(count)
+            engine.append((wall, cpu))
+            static.append(bench.static(count, prompt))
+        pairs = list(zip(engine, static, strict=True))
+        rows.append(
+            {
+                "requests": count,
+                "prompt_tokens": prompt,
+                "engine_tokens_per_s": count * NEW_TOKENS / min(wall for wall, _ in engine),
+                "static_tokens_per_s": count * NEW_TOKENS / min(wall for wall, _ in static),
+                "ratio": statistics.median(theirs[0] / ours[0] for ours, theirs in pairs),
+                "ratio_cpu_time": statistics.median(theirs[1] / ours[1] for ours, theirs in pairs),
+            }
+        )
+    return rows
+
+
+def outside_share(bench: Bench, rounds: int, **sampling: Any) -> float:
+    """The part of the steps' time that is not the model's, at 64 requests: the median of the rounds."""
+    shares = []
+    for _ in range(rounds):
+        before = dataclasses.replace(bench.engine.metrics)
+        bench.burst(64, **sampling)
+        after = bench.engine.metrics
+        steps = after.step_seconds - before.step_seconds
+        shares.append(1 - (after.model_seconds - before.model_seconds) / steps)
+    return statistics.median(shares)
+
+
+def long_among_short(bench: Bench, rounds: int) -> dict[str, float]:
+    """Tokens/s of 31 short requests beside a 32nd that is short, and beside one of 3,000 tokens."""
+
+    def speed(words: int) -> float:
+        other = bench.submit(words, 600)
+        bench.timeline.wait(lambda: bench.timeline.tokens(other))
+        started = time.process_time()
+        ids = [bench.submit(14) for _ in range(31)]
+        bench.wait(ids)
+        seconds = time.process_time() - started
+        bench.engine.cancel(other, "deadline")
+        bench.wait([other])
+        return 31 * NEW_TOKENS / seconds
+
+    pairs = [(speed(14), speed(2320)) for _ in range(rounds)]
+    return {
+        "beside_a_short_one": max(alone for alone, _ in pairs),
+        "beside_a_long_one": max(beside for _, beside in pairs),
+        "ratio": statistics.median(beside / alone for alone, beside in pairs),
+    }
+
+
+def prefill_gaps(bench: Bench) -> dict[str, float]:
+    """Milliseconds between tokens of 16 streams: ordinarily, and while a prompt of 2,000 tokens is computed."""
+    ids = [bench.submit(14, 400) for _ in range(16)]
+    bench.timeline.wait(lambda: all(bench.timeline.tokens(request_id) > 60 for request_id in ids))
+    began = time.perf_counter()
+    long = bench.submit(1560, 2)
+    bench.wait([long])
+    ended = bench.timeline.gains[long][0][0]
+    bench.wait(ids)
+    result = {
+        "prompt_tokens": bench.timeline.prompt_tokens[long],
+        "time_to_first_token_ms": (ended - began) * 1000,
+    }
+    # by CPU time too: a machine that others use stretches single gaps by the clock at random
+    for name, part in (("", 0), ("_cpu_time", 2)):
+        during: list[float] = []
+        ordinary: list[float] = []
+        for request_id in ids:
+            for earlier, later in itertools.pairwise(bench.timeline.gains[request_id][40:]):
+                gaps = during if began < later[0] and earlier[0] < ended else ordinary
+                gaps.append((later[part] - earlier[part]) * 1000)
+        result |= {
+            f"median_ms{name}": statistics.median(ordinary),
+            f"p99_ordinary_ms{name}": statistics.quantiles(ordinary, n=100)[98],
+            f"p99_during_ms{name}": statistics.quantiles(during, n=100)[98],
+            f"p99_ratio{name}": statistics.quantiles(during, n=100)[98] / statistics.median(ordinary),
+        }
+    return result
+
+
+def make_model(folder: Path) -> None:
+    """A random Llama of 4.2 million parameters with the demo model's tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    # every token the model may choose has a text, so that every step of a stream is seen
+    tokenizer.add_tokens([f" w{number}" for number in range(len(tokenizer), config.vocab_size)])
+    tokenizer.save_pretrained(folder)
+
+
+def measure(rounds: int, threads: int) -> dict[str, Any]:
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder))
+        bench = Bench(Path(folder), threads)
+        try:
+            bench.burst(8)
+            bench.static(8, 40)
+            return {
+                "machine": f"{platform.machine()}, {torch.get_num_threads()} torch thread(s), torch {torch.__version__}",
+                "throughput": throughput(bench, rounds),
+                "outside_model_greedy": outside_share(bench, rounds),
+                "outside_model_sampled": outside_share(bench, rounds, temperature=0.7, top_p=0.9, seed=1),
+                "long_among_short": long_among_short(bench, rounds),
+                "prefill_gaps": prefill_gaps(bench),
+                "preemptions": bench.engine.metrics.preemptions,
+            }
+        finally:
+            bench.engine.close()
+
+
+def show(result: dict[str, Any]) -> None:
+    print(result["machine"])
+    print("requests  engine tok/s  static tok/s  ratio  ratio by CPU time")
+    for row in result["throughput"]:
+        print(
+            f"{row['requests']:8d}  {row['engine_tokens_per_s']:12.0f}  {row['static_tokens_per_s']:12.0f}"
+            f"  {row['ratio']:5.2f}  {row['ratio_cpu_time']:5.2f}"
+        )
+    print(f"outside the model at 64 requests, greedy: {result['outside_model_greedy']:.1%} of a step")
+    print(f"outside the model at 64 requests, temperature and top_p: {result['outside_model_sampled']:.1%}")
+    long = result["long_among_short"]
+    print(
+        f"31 short requests: {long['beside_a_short_one']:.0f} tok/s beside a short one,"
+        f" {long['beside_a_long_one']:.0f} beside one of 3,000 tokens: {long['ratio']:.2f}"
+    )
+    gaps = result["prefill_gaps"]
+    for name, words in (("", "by the clock"), ("_cpu_time", "by CPU time")):
+        print(
+            f"gaps of 16 streams {words}: median {gaps['median_ms' + name]:.1f} ms, p99"
+            f" {gaps['p99_ordinary_ms' + name]:.1f} ms; while {gaps['prompt_tokens']} tokens are computed: p99"
+            f" {gaps['p99_during_ms' + name]:.1f} ms = {gaps['p99_ratio' + name]:.1f} x the ordinary median"
+        )
+    print(f"first token of that prompt after {gaps['time_to_first_token_ms']:.0f} ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Measures the chat engine beside transformers' static batch."
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; the service leaves one core to the web"
+    )
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    result = measure(arguments.rounds, arguments.threads)
+    show(result)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

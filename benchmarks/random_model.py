@@ -1,0 +1,46 @@
+"""The model that performance.md's figures were taken with: a random Llama of 4.2 M parameters that never stops by itself."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 2048
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w1{% endif %}"
+
+
+def write_model(folder: Path, seed: int = 0) -> None:
+    """4 layers, hidden 256, 8 heads of 4 key heads, float32. Its tokens are the words w0 … w2047."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", pad_token="w0")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def prompts(count: int, words: int = 40) -> list[str]:
+    """Different prompts of `words` tokens each; none is the beginning of another."""
+    return [
+        " ".join(f"w{(7919 * (row + 1) + 31 * place) % 2000 + 2}" for place in range(words))
+        for row in range(count)
+    ]
