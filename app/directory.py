@@ -1,5 +1,6 @@
 """What this web process knows of the workers: a snapshot of their leases, taken once a second by the patrol."""
 
+import math
 import time
 
 from config import ModelEntry
@@ -12,10 +13,12 @@ class Directory:
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
         self._records: list[WorkerRecord] = []
+        self._refreshed_at = -math.inf
         self._reached_since: float | None = None
 
     def refresh(self) -> None:
         """Take a new snapshot. Raises redis.RedisError; then the old one stays and Redis counts as unreached."""
+        self._refreshed_at = time.monotonic()
         try:
             self._records = self._leases.workers()
         except Exception:
@@ -23,6 +26,11 @@ class Directory:
             raise
         if self._reached_since is None:
             self._reached_since = time.monotonic()
+
+    def refresh_if_older(self, seconds: float) -> None:
+        """`refresh`, unless the last one is no older than that. Raises redis.RedisError."""
+        if time.monotonic() - self._refreshed_at > seconds:
+            self.refresh()
 
     @property
     def reachable(self) -> bool:
