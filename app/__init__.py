@@ -4,7 +4,6 @@ import logging
 
 from flask import Flask
 
-from app.auth import Gate
 from app.errors import register_error_handlers
 from app.node_cli import node_commands
 from app.routes import chat, images, models, operations
@@ -28,14 +27,13 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
 
     # the clock starts before the gate, so that refusals are counted too
     services.metrics.init_app(app)
-    gate = Gate(settings)
-    gate.init_app(app)
+    services.gate.init_app(app)
     register_error_handlers(app)
 
     app.register_blueprint(chat.blueprint(services))
     app.register_blueprint(images.blueprint(services))
     app.register_blueprint(models.blueprint(services))
-    app.register_blueprint(operations.blueprint(services, gate))
+    app.register_blueprint(operations.blueprint(services))
     app.cli.add_command(node_commands(lambda: services))
 
     for warning in settings.warnings():

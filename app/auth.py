@@ -9,7 +9,6 @@ from flask import Flask, request
 from app.rate_limit import RateLimiter
 from config import Settings
 from protocol.errors import NotFound, Unauthorized
-from protocol.names import Keys
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPEN_PREFIXES = ("/v1/images/files/", "/static/")
@@ -19,22 +18,13 @@ NODE_PATHS = frozenset({"/v1/chat/completions", "/v1/images/generations", "/v1/i
 class Gate:
     """Judges each request by the listener it came through, the key it carries and how often that key was used."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, limiter: RateLimiter | None = None) -> None:
         self._known = [(form, _name(key)) for key in settings.api_keys for form in _forms(key)]
-        self._rate_limit = settings.rate_limit if settings.api_keys else ""
-        self._limiter: RateLimiter | None = None
+        self._limiter = limiter
         self._node_listener = _listener(settings) if settings.api_keys else None
 
     def init_app(self, app: Flask) -> None:
-        """Stand before every route of `app`, whose services are those of create_app."""
-        if self._rate_limit:
-            services = app.extensions["modelservice"]
-            self._limiter = RateLimiter(
-                self._rate_limit,
-                services.redis,
-                Keys.of(services.namespace),
-                reachable=lambda: services.directory.reachable,
-            )
+        """Stand before every route of `app`."""
         app.before_request(self.check)
 
     def check(self) -> None:

@@ -5,11 +5,13 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+from app.auth import Gate
 from app.directory import Directory
 from app.fetch import ImageFetcher
 from app.generation import Generation
 from app.metrics import Metrics
 from app.patrol import Patrol
+from app.rate_limit import RateLimiter
 from app.reconciler import Reconciler, build_reconciler
 from config import Catalogue, Settings
 from protocol.connections import (
@@ -51,6 +53,7 @@ class Services:
     settings: Settings
     catalogue: Catalogue
     namespace: str
+    gate: Gate
     leases: Leases
     directory: Directory
     generation: Generation
@@ -102,6 +105,11 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         client, keys, create_celery(settings, keys), claim_ttl_s=visibility_timeout_s(settings) + 60
     )
     router = EventRouter(client, keys, web_id)
+    limiter = (
+        RateLimiter(settings.rate_limit, client, keys, reachable=lambda: directory.reachable)
+        if settings.rate_limit and settings.api_keys
+        else None
+    )
     drain_clock = DrainClock()
     pictures = PictureStore(
         client, keys.prefix, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
@@ -110,6 +118,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         settings=settings,
         catalogue=catalogue,
         namespace=namespace,
+        gate=Gate(settings, limiter),
         leases=leases,
         directory=directory,
         generation=Generation(

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from protocol import events
 from protocol.connections import RedisClient
@@ -119,7 +119,9 @@ class EventSender(threading.Thread):
                     log.exception("writing events failed")
                 with self._lock:
                     overfull = len(self._pending) > REPLAY_LIMIT
-                if time.monotonic() > give_up_at or overfull or self._stopping:
+                # an ACL that forbids the command forbids it the next time, too
+                forbidden = isinstance(error, NoPermissionError)
+                if forbidden or overfull or self._stopping or time.monotonic() > give_up_at:
                     log.error("events of %d requests could not be delivered: %s", len(_ids(batch)), error)
                     gone = _ids(batch)
                     break

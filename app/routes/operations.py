@@ -4,13 +4,12 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from app.auth import Gate
 from app.errors import json_response
 from app.openapi import describe
 from app.services import Services
 
 
-def blueprint(services: Services, gate: Gate) -> Blueprint:
+def blueprint(services: Services) -> Blueprint:
     routes = Blueprint("operations", __name__)
     description = describe(services.settings.public_url, keyed=bool(services.settings.api_keys))
 
@@ -27,7 +26,7 @@ def blueprint(services: Services, gate: Gate) -> Blueprint:
         body: dict[str, Any] = (
             {"code": 0, "message": "ready"} if ready else {"code": 503, "message": "not ready"}
         )
-        if gate.has_key():
+        if services.gate.has_key():
             body |= {
                 "redis": "ok" if listening else "unreachable",
                 "models_without_worker": missing,
