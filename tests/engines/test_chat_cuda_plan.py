@@ -8,8 +8,9 @@ from tests.engines.tiny_chat import CONFIGS
 from workers.engines.chat import cuda_runner
 from workers.engines.chat.attention import register
 from workers.engines.chat.cuda_runner import CudaRunner, FlashPagedAttention
+from workers.engines.chat.fused_decoder import FusedDecoder, join_weights
 from workers.engines.chat.kv_cache import CacheShape, KVCache
-from workers.engines.chat.model_runner import Chunk
+from workers.engines.chat.model_runner import Chunk, ModelForward
 
 
 def plain_varlen(
@@ -61,7 +62,7 @@ def test_prefill_chunks_and_decode_rows_give_the_models_own_logits(family, monke
     )
     attention = FlashPagedAttention(cache)
     model.set_attn_implementation(register(attention))
-    runner = CudaRunner(model, cache, attention, max_context=64)
+    runner = CudaRunner(ModelForward(model), cache, attention, max_context=64)
     slots = []
     for tokens in sequences:
         slots.append(cache.take_slot())
@@ -86,5 +87,8 @@ def test_prefill_chunks_and_decode_rows_give_the_models_own_logits(family, monke
         padded = runner._run(runner._flash_plan(last, 8))
     torch.testing.assert_close(padded[:3], found, atol=1e-5, rtol=1e-5)
     assert bool(torch.isfinite(padded).all())
+    # the joint products give the same
+    runner.model_forward = FusedDecoder(model, join_weights(model), attention)
+    torch.testing.assert_close(runner.forward(last), found, atol=1e-4, rtol=1e-4)
     if family == "mistral":
-        assert attention.windowed_layers == {0, 1}
+        assert [call.window for call in attention.layers.values()] == [24, 24]

@@ -21,6 +21,7 @@ from tests.engines.tiny_chat import (
 )
 from workers.engines.base import EngineLoadError
 from workers.engines.chat import ChatEngine
+from workers.engines.chat.cpu_attention import CpuPagedAttention
 
 NEAR_TIE = 1e-4
 PROMPTS = [
@@ -513,9 +514,7 @@ def test_missing_weights_are_refused_in_one_line(tmp_path):
 
 def test_attention_that_differs_is_found_before_the_first_request(weights, monkeypatch):
     """A model whose attention this engine would compute wrongly must not be served."""
-    from workers.engines.chat import attention
-
-    right = attention._decode
-    monkeypatch.setattr(attention, "_decode", lambda *args: right(*args) * 1.05)
+    right = CpuPagedAttention._decode
+    monkeypatch.setattr(CpuPagedAttention, "_decode", lambda *args: right(*args) * 1.05)
     with pytest.raises(EngineLoadError, match="LlamaForCausalLM"):
         make_engine(weights)

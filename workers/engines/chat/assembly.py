@@ -8,8 +8,9 @@ import torch
 
 from config import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.attention import PagedAttention, register
+from workers.engines.chat.attention import ModelAttention, register
 from workers.engines.chat.cuda_runner import CudaRunner, FlashPagedAttention
+from workers.engines.chat.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
 from workers.engines.chat.kv_cache import KVCache
 from workers.engines.chat.model_loader import (
     CPU_PAGE,
@@ -17,17 +18,21 @@ from workers.engines.chat.model_loader import (
     LoadedModel,
     budget_tokens,
     cache_shape,
-    check_output,
     load_model,
     wants_flash,
 )
-from workers.engines.chat.model_runner import Chunk, ModelRunner, PortableRunner
+from workers.engines.chat.model_runner import Chunk, ModelForward, ModelRunner, PortableRunner
+from workers.engines.chat.output_check import OutputCheck
+from workers.engines.chat.paged_attention import PagedAttention
 from workers.engines.chat.prefix_cache import PrefixCache
+from workers.engines.chat.products import can_pack, pack_linears
 from workers.engines.chat.prompt import PromptBuilder
 from workers.engines.chat.sampling import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
 
 log = logging.getLogger(__name__)
+
+Joined = list[JoinedWeights] | None
 
 STALL = 1.5
 """A prefill chunk may lengthen a decode step by this factor: gaps stay under three times the ordinary one."""
@@ -63,14 +68,15 @@ def assemble(entry: ModelEntry) -> Assembly:
     if options.torch_threads is not None:
         torch.set_num_threads(options.torch_threads)
     loaded = load_model(entry)
+    attention_cost = _attention_cost(loaded)
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     cache, runner = _cache_and_runner(loaded, options)
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
-    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     return Assembly(
         cache=cache,
         runner=runner,
-        scheduler=BatchScheduler(cache, prefixes, options.prefill_chunk, _attention_cost(loaded)),
+        scheduler=BatchScheduler(cache, prefixes, options.prefill_chunk, attention_cost),
         sampler=Sampler(vocabulary, options.max_batch_size, loaded.device),
         prompts=PromptBuilder(loaded.tokenizer, loaded.model.generation_config, vocabulary, max_context),
         max_context=max_context,
@@ -79,34 +85,96 @@ def assemble(entry: ModelEntry) -> Assembly:
 
 
 def _cache_and_runner(loaded: LoadedModel, options: ChatEngineOptions) -> tuple[KVCache, ModelRunner]:
+    joined = None
+    if can_fuse(loaded.model):
+        # before the cache takes what is free
+        joined = join_weights(loaded.model)
+        if loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
     if wants_flash(loaded):
         try:
-            return _flash(loaded, options)
+            return _flash(loaded, joined, options)
         except EngineLoadError as error:
             log.warning("%s; the portable attention is used instead", error)
             torch.cuda.empty_cache()
+    return _portable(loaded, joined, options)
+
+
+def _portable(loaded: LoadedModel, joined: Joined, options: ChatEngineOptions) -> tuple[KVCache, ModelRunner]:
     cache = _make_cache(loaded, options, CPU_PAGE, token_major=False)
-    attention = PagedAttention(cache)
-    runner = PortableRunner(loaded.model, cache, attention)
-    check_output(loaded, runner, cache, attention, register(attention))
+    attention = _paged_attention(cache)
+    runner = PortableRunner(ModelForward(loaded.model), cache, attention)
+    check = OutputCheck(loaded, cache)
+    _hook_in(loaded, attention, runner, check)
+    if not _fuse(loaded, joined, attention, runner, check):
+        _pack(loaded, runner, check)
     return cache, runner
 
 
-def _flash(loaded: LoadedModel, options: ChatEngineOptions) -> tuple[KVCache, ModelRunner]:
+def _flash(loaded: LoadedModel, joined: Joined, options: ChatEngineOptions) -> tuple[KVCache, ModelRunner]:
     """The CUDA path, checked without and with graphs. Not run in this repository's tests: they have no GPU."""
     cache = _make_cache(loaded, options, GPU_PAGE, token_major=True)
     attention = FlashPagedAttention(cache)
-    runner = CudaRunner(loaded.model, cache, attention, min(loaded.max_context, cache.num_pages * GPU_PAGE))
-    name = register(attention)
-    check_output(loaded, runner, cache, attention, name)
+    most = min(loaded.max_context, cache.num_pages * GPU_PAGE)
+    runner = CudaRunner(ModelForward(loaded.model), cache, attention, most)
+    check = OutputCheck(loaded, cache)
+    _hook_in(loaded, attention, runner, check)
+    _fuse(loaded, joined, attention, runner, check)
     if options.compile:
         try:
             runner.capture(options.max_batch_size)
-            check_output(loaded, runner, cache, attention, name)
+            check(runner)
         except (EngineLoadError, RuntimeError) as error:
             log.warning("%s: decode runs without CUDA graphs: %s", loaded.name, error)
             runner.forget_graphs()
     return cache, runner
+
+
+def _paged_attention(cache: KVCache) -> PagedAttention:
+    if cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32:
+        # here, so that a GPU's worker doesn't import a compiler
+        from workers.engines.chat.cpu_attention import CpuPagedAttention
+
+        return CpuPagedAttention(cache)
+    return PagedAttention(cache)
+
+
+def _hook_in(loaded: LoadedModel, attention: ModelAttention, runner: ModelRunner, check: OutputCheck) -> None:
+    """Let the model call `attention` in its layers, and refuse it if that changes its output."""
+    loaded.model.set_attn_implementation(register(attention))
+    check(runner)
+    check.windows(attention)
+
+
+def _fuse(
+    loaded: LoadedModel, joined: Joined, attention: ModelAttention, runner: ModelRunner, check: OutputCheck
+) -> bool:
+    """Run the model in fewer operations where it is one of those, and gives the same."""
+    if joined is None:
+        return False
+    plain = runner.model_forward
+    runner.model_forward = FusedDecoder(loaded.model, joined, attention)
+    try:
+        check(runner)
+    except EngineLoadError as error:
+        log.warning("transformers' own layers are used: with joint products, %s", error)
+        runner.model_forward = plain
+        return False
+    if can_pack(joined[0].gate_up[0]):
+        # the packed weights are a copy
+        loaded.model.model.layers = torch.nn.ModuleList()
+    return True
+
+
+def _pack(loaded: LoadedModel, runner: ModelRunner, check: OutputCheck) -> None:
+    """Prepare the linears of a model that runs through transformers' own code."""
+    replaced = pack_linears(loaded.model)
+    try:
+        check(runner)
+    except EngineLoadError as error:
+        log.warning("weights stay in torch's layout: in oneDNN's, %s", error)
+        for module, name, linear in replaced:
+            setattr(module, name, linear)
 
 
 def _make_cache(loaded: LoadedModel, options: ChatEngineOptions, page: int, token_major: bool) -> KVCache:

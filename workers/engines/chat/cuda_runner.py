@@ -8,15 +8,14 @@ plain function in the place of `varlen_attn` and check everything around it.
 
 import logging
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from workers.engines.chat.attention import check_arguments
+from workers.engines.chat.attention import LayerCall, ModelAttention, UnsupportedAttention
 from workers.engines.chat.kv_cache import KVCache
-from workers.engines.chat.model_runner import Chunk, ModelRunner
+from workers.engines.chat.model_runner import Chunk, Forward, ModelRunner
 
 log = logging.getLogger(__name__)
 
@@ -47,60 +46,46 @@ class FlashPlan:
     longest_key: int
 
 
-class FlashPagedAttention:
-    """The function a model calls in each layer, over a token-major cache. `plan` is set before each forward pass."""
+class FlashPagedAttention(ModelAttention):
+    """Attention over a token-major cache. `plan` is set before each forward pass."""
 
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        self.plan: FlashPlan | None = None
-        self.windowed_layers: set[int] = set()
+    plan: FlashPlan
 
-    def __call__(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **others: Any,
-    ) -> tuple[torch.Tensor, None]:
-        """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim] -> [1, tokens, ...]."""
-        check_arguments({**others, "softcap": softcap})
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
+    ) -> torch.Tensor:
+        if call.softcap is not None:
+            raise UnsupportedAttention("it wants attention with softcap")
         plan = self.plan
-        assert plan is not None
-        layer: int = module.layer_idx  # type: ignore[assignment]
-        if sliding_window is not None:
-            self.windowed_layers.add(layer)
         keys, values = self._cache.pool[layer, 0], self._cache.pool[layer, 1]
-        keys[plan.pages, plan.offsets] = key[0].transpose(0, 1)
-        values[plan.pages, plan.offsets] = value[0].transpose(0, 1)
+        keys[plan.pages, plan.offsets] = key
+        values[plan.pages, plan.offsets] = value
         out = varlen_attn(
-            query[0].transpose(0, 1).contiguous(),
+            query.contiguous(),
             keys,
             values,
             plan.query_starts,
             plan.key_starts,
             plan.longest_query,
             plan.longest_key,
-            scale=scaling,
+            scale=call.scale,
             # a window of n keys counts the query's own: n - 1 to its left, none to its right
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+            window_size=(-1 if call.window is None else call.window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
             seqused_k=plan.key_lengths,
             block_table=plan.block_table,
         )
         assert isinstance(out, torch.Tensor)
-        return out[None], None
+        return out
 
 
 class CudaRunner(ModelRunner):
     """`ModelRunner` for FlashPagedAttention. `capture` records decode steps of a few batch sizes as CUDA graphs."""
 
-    def __init__(self, model: Any, cache: KVCache, attention: FlashPagedAttention, max_context: int) -> None:
-        super().__init__(model, cache)
+    def __init__(
+        self, model_forward: Forward, cache: KVCache, attention: FlashPagedAttention, max_context: int
+    ) -> None:
+        super().__init__(model_forward, cache)
         self._flash = attention
         self._max_context = max_context
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, FlashPlan, torch.Tensor]] = {}
@@ -148,7 +133,7 @@ class CudaRunner(ModelRunner):
 
     def _run(self, plan: FlashPlan) -> torch.Tensor:
         self._flash.plan = plan
-        return self._logits(plan.ids, plan.positions, plan.outputs)
+        return self.model_forward(plan.ids, plan.positions, plan.outputs).float()
 
     def _flash_plan(self, chunks: list[Chunk], sequences: int) -> FlashPlan:
         """`sequences` beyond the chunks only fill a graph's shape: one token each, in the cache's scratch page."""

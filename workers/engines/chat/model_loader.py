@@ -1,7 +1,6 @@
 """Weights and tokenizer from disk to device, and the refusal, by name, of what this engine can't run.
 
-A model must be decoder-only with standard attention caches. What its configuration doesn't tell, `check_output` finds:
-it compares the paged attention with the model's own on a few tokens before the first request.
+A model must be decoder-only with standard attention caches. What its configuration doesn't tell, output_check.py finds.
 """
 
 from dataclasses import dataclass
@@ -13,12 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from config import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.attention import PagedAttention, UnsupportedAttention
-from workers.engines.chat.cuda_runner import FlashPagedAttention
-from workers.engines.chat.kv_cache import CacheShape, KVCache
-from workers.engines.chat.model_runner import Chunk, ModelRunner
-
-Attention = PagedAttention | FlashPagedAttention
+from workers.engines.chat.kv_cache import CacheShape
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -27,9 +21,6 @@ CPU_PAGE, GPU_PAGE = 24, 256
 
 CPU_CACHE_FRACTION = 0.1
 """Of the machine's memory, where the catalogue says nothing: several workers may share the machine."""
-
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-"""Largest difference of logits, relative to their spread, that rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ def load_model(entry: ModelEntry) -> LoadedModel:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
-        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {_first_line(error)}") from error
+        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {first_line(error)}") from error
     except EngineLoadError as error:
         raise EngineLoadError(f"{entry.name}: {error}") from error
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
@@ -127,56 +118,6 @@ def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOpt
     return min(most, tokens)
 
 
-@torch.inference_mode()
-def check_output(
-    loaded: LoadedModel, runner: ModelRunner, cache: KVCache, attention: Attention, name: str
-) -> None:
-    """Compare logits of the paged path with the model's own, over a prefill in two chunks and one decode row.
-
-    Raises EngineLoadError when the model can't run or its output differs.
-    """
-    model, text = loaded.model, loaded.text_config
-    count = min(24, cache.num_pages * cache.page_size - 1, loaded.max_context - 1)
-    ids = [(7 * place + 3) % text.vocab_size for place in range(count)]
-    first = count // 2
-    architecture = type(model).__name__
-    try:
-        model.set_attn_implementation("eager")
-        expected = (
-            model(input_ids=torch.tensor([ids], device=loaded.device), use_cache=False).logits[0].float()
-        )
-        model.set_attn_implementation(name)
-        slot = cache.take_slot()
-        try:
-            cache.grow(slot, count)
-            parts = [Chunk(slot, 0, ids[:first], True), Chunk(slot, first, ids[first:-1], True)]
-            parts.append(Chunk(slot, count - 1, ids[-1:], True))
-            found = torch.cat([runner.forward([part]) for part in parts])
-        finally:
-            cache.release(slot)
-    except (UnsupportedAttention, ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        raise EngineLoadError(
-            f"{loaded.name}: {architecture} can't be served: {_first_line(error)}"
-        ) from error
-    expected = expected[[first - 1, count - 2, count - 1]]
-    difference = (found - expected).abs().max() / expected.std().clamp(min=1e-6)
-    if not bool(difference < TOLERANCE.get(model.dtype, 1e-1)):
-        raise EngineLoadError(
-            f"{loaded.name}: {architecture} can't be served: its attention is not the standard one"
-        )
-    _check_windows(loaded, attention)
-
-
-def _check_windows(loaded: LoadedModel, attention: Attention) -> None:
-    """A window wider than the few tokens above leaves no trace in the output: see that it was handed over."""
-    kinds = getattr(loaded.text_config, "layer_types", None) or ()
-    expected = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
-    if not expected <= attention.windowed_layers:
-        raise EngineLoadError(
-            f"{loaded.name}: {type(loaded.model).__name__} hides its sliding window from attention"
-        )
-
-
 def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) -> int:
     own = getattr(text, "max_position_embeddings", None) or options.max_context
     if own is None:
@@ -209,6 +150,6 @@ def _machine_memory() -> int:
     return 8 << 30
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -1,13 +1,13 @@
 """One forward pass for everything the scheduler picked: builds the step's plan, runs the model, returns logits."""
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from workers.engines.chat.attention import PagedAttention, Plan, Segment, page_owners
 from workers.engines.chat.kv_cache import KVCache
+from workers.engines.chat.paged_attention import PagedAttention, Plan, Segment, to_device
 
 
 class Chunk(NamedTuple):
@@ -23,14 +23,40 @@ class Chunk(NamedTuple):
         return self.start + len(self.tokens)
 
 
-class ModelRunner:
-    """Runs `model` with keys and values in `cache`."""
+class Forward(Protocol):
+    """A model's forward pass: ids, positions int64 [tokens], all as one row -> logits [outputs or tokens, vocabulary].
 
-    def __init__(self, model: Any, cache: KVCache) -> None:
+    `outputs`: int64, the tokens whose logits are wanted; None: all.
+    """
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+    ) -> torch.Tensor: ...
+
+
+class ModelForward:
+    """`Forward` through transformers' own code."""
+
+    def __init__(self, model: Any) -> None:
         self._model = model
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def __call__(
+        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+    ) -> torch.Tensor:
+        keep = {"logits_to_keep": outputs} if self._keeps_logits and outputs is not None else {}
+        out = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+        logits: torch.Tensor = out.logits[0]
+        return logits if outputs is None or self._keeps_logits else logits[outputs]
+
+
+class ModelRunner:
+    """Runs `model_forward` with keys and values in `cache`."""
+
+    def __init__(self, model_forward: Forward, cache: KVCache) -> None:
+        self.model_forward = model_forward
         self._cache = cache
         self._device = cache.pool.device
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Logits [chunks that want them, vocabulary] in float32, in the order of the chunks.
@@ -39,37 +65,22 @@ class ModelRunner:
         """
         raise NotImplementedError
 
-    def _logits(
-        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
-    ) -> torch.Tensor:
-        """All tokens as one row through the model; float32 logits of the tokens `outputs`, None: of all."""
-        keep = {"logits_to_keep": outputs} if self._keeps_logits and outputs is not None else {}
-        out = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
-        logits: torch.Tensor = out.logits[0]
-        if outputs is not None and not self._keeps_logits:
-            logits = logits[outputs]
-        return logits.float()
-
-    def _tensor(self, values: Any) -> torch.Tensor:
-        tensor = torch.as_tensor(values)
-        # pinned memory lets the copy run beside the host; on a CPU there is nothing to copy
-        return (
-            tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-        )
+    def _tensor(self, values: np.ndarray) -> torch.Tensor:
+        return to_device(values, self._device)
 
 
 class PortableRunner(ModelRunner):
-    """With attention.PagedAttention: for a CPU, and wherever the CUDA path can't be used."""
+    """With paged_attention.PagedAttention: for a CPU, and wherever the CUDA path can't be used."""
 
-    def __init__(self, model: Any, cache: KVCache, attention: PagedAttention) -> None:
-        super().__init__(model, cache)
+    def __init__(self, model_forward: Forward, cache: KVCache, attention: PagedAttention) -> None:
+        super().__init__(model_forward, cache)
         self._attention = attention
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
         plan = self._plan(chunks)
-        self._attention.plan = plan
-        return self._logits(plan.ids, plan.positions, plan.outputs)
+        self._attention.begin(plan)
+        return self.model_forward(plan.ids, plan.positions, plan.outputs).float()
 
     def _plan(self, chunks: list[Chunk]) -> Plan:
         cache = self._cache
@@ -94,18 +105,14 @@ class PortableRunner(ModelRunner):
                 segments.append(Segment(start, len(ids), chunk.start, self._tensor(np.array(held))))
             if chunk.wants_logits:
                 outputs.append(len(ids) - 1)
-        owner, visible, newest = page_owners(cache, [c.slot for c in decode], [c.end for c in decode])
         packed = self._tensor(np.array([ids, positions, pages, offsets]))
-        of_pages = self._tensor(np.stack([owner, visible, newest]))
         return Plan(
             ids=packed[0],
             positions=packed[1],
             pages=packed[2],
             offsets=packed[3],
-            decode_rows=rows,
+            slots=[chunk.slot for chunk in decode],
+            ends=[chunk.end for chunk in decode],
             segments=segments,
             outputs=self._tensor(np.array(outputs, np.int64)) if len(outputs) < len(ids) else None,
-            owner=of_pages[0],
-            visible=of_pages[1],
-            newest=of_pages[2],
         )

@@ -1,0 +1,149 @@
+"""The faster ways through a model give what the plain ones do, are used where they fit, and not where they don't."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from config import ModelEntry
+from tests.deployment import ROOT
+from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
+from workers.engines.chat.assembly import Assembly, assemble
+from workers.engines.chat.attention import LayerCall
+from workers.engines.chat.cpu_attention import CpuPagedAttention, _exp
+from workers.engines.chat.fused_decoder import FusedDecoder
+from workers.engines.chat.kv_cache import CacheShape, KVCache
+from workers.engines.chat.model_runner import ModelForward, PortableRunner
+from workers.engines.chat.paged_attention import PagedAttention, Plan
+from workers.engines.chat.products import PackedLinear
+
+LENGTHS = [1, 8, 9, 61, 24]
+
+
+def decode_step(cache: KVCache, lengths: list[int], heads: int) -> tuple[Plan, list[torch.Tensor]]:
+    """A plan of one decode row for each length, whose pages hold random keys, and the tensors that a layer hands over."""
+    shape, slots = cache.shape, []
+    for length in lengths:
+        slots.append(cache.take_slot())
+        cache.grow(slots[-1], length)
+    cache.pool.normal_()
+    places = [cache.place(slot, length - 1) for slot, length in zip(slots, lengths, strict=True)]
+    pages, offsets = torch.tensor(places).T
+    plan = Plan(
+        torch.tensor([]), torch.tensor([]), pages.contiguous(), offsets.contiguous(), slots, lengths, [], None
+    )
+    sizes = (heads, shape.num_kv_heads, shape.num_kv_heads)
+    # as slices of one product, which is how they come
+    joined = torch.randn(len(lengths), sum(sizes), shape.head_dim)
+    return plan, list(joined.split(sizes, 1))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("window", [None, 1, 8, 20])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 8), (6, 1, 24)])
+def test_the_compiled_attention_gives_what_torchs_operations_give(heads, kv_heads, head_dim, window, softcap):
+    torch.manual_seed(1)
+    shape = CacheShape(2, kv_heads, head_dim, torch.float32, token_major=False)
+    cache = KVCache(shape, 20, 8, len(LENGTHS), torch.device("cpu"))
+    plan, tensors = decode_step(cache, LENGTHS, heads)
+    query, key, value = tensors
+    before, found = cache.pool.clone(), []
+    call = LayerCall(0.3, window, softcap)
+    for attention in (PagedAttention(cache), CpuPagedAttention(cache)):
+        cache.pool.copy_(before)
+        attention.begin(plan)
+        found.append((attention.attend(1, query, key, value, call), cache.pool.clone()))
+    (expected, pool), (compiled, compiled_pool) = found
+    torch.testing.assert_close(compiled, expected, atol=2e-6, rtol=1e-5)
+    assert torch.equal(pool, compiled_pool)
+    assert not torch.equal(pool, before)
+
+
+def test_the_compiled_exponential_is_exact_to_rounding():
+    differences = torch.cat([torch.linspace(-87, 0, 5000), torch.tensor([-1e30, -200.0, -0.0])])
+    row = (differences + 3).numpy()
+    exact = (torch.from_numpy(row.copy()).double() - 3).exp()
+    total = _exp(row, len(row))
+    error = (torch.from_numpy(row).double() - exact).abs() / exact.clamp(min=1e-37)
+    # the argument's own rounding grows with it: what is e^-60 of the best may be off by a few millionths
+    assert (error[:-3] / (1 - differences[:-3].double())).max() < 2e-7
+    assert float(total) == pytest.approx(float(exact.sum()), rel=1e-6)
+
+
+def assembled(weights, **options) -> Assembly:
+    engine = {"torch_threads": 1, "max_batch_size": 4, **options}
+    return assemble(
+        ModelEntry.model_validate(
+            {"name": "tiny", "tasks": ["chat"], "weights": str(weights), "engine": engine}
+        )
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(tmp_path, family, caplog):
+    parts = assembled(save_model(tmp_path, CONFIGS[family]()))
+    assert isinstance(parts.runner.model_forward, FusedDecoder)
+    assert not caplog.records
+
+
+def test_biases_are_joined_too(tmp_path):
+    torch.manual_seed(3)
+    config = CONFIGS["llama"]()
+    config.attention_bias = config.mlp_bias = True
+    parts = assembled(save_model(tmp_path, config))
+    assert isinstance(parts.runner.model_forward, FusedDecoder)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral"])
+def test_other_models_run_through_transformers_with_packed_products(tmp_path, family, caplog):
+    parts = assembled(save_model(tmp_path, CONFIGS[family]()))
+    forward = parts.runner.model_forward
+    assert isinstance(forward, ModelForward)
+    assert any(isinstance(module, PackedLinear) for module in forward._model.modules())
+    assert not caplog.records
+
+
+def test_half_precision_runs_fused_on_a_cpu(tmp_path):
+    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()), dtype="bfloat16")
+    assert isinstance(parts.runner.model_forward, FusedDecoder)
+    assert isinstance(parts.runner, PortableRunner)
+    assert type(parts.runner._attention) is PagedAttention
+
+
+def test_a_fused_pass_that_differs_is_not_used(tmp_path, monkeypatch, caplog):
+    right = FusedDecoder.__call__
+    monkeypatch.setattr(FusedDecoder, "__call__", lambda *args: right(*args) * 1.05)
+    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()))
+    assert isinstance(parts.runner.model_forward, ModelForward)
+    assert "transformers' own layers are used" in caplog.text
+
+
+def test_packed_products_that_differ_are_not_used(tmp_path, monkeypatch, caplog):
+    right = PackedLinear.forward
+    monkeypatch.setattr(PackedLinear, "forward", lambda *args: right(*args) * 1.05)
+    parts = assembled(save_model(tmp_path, CONFIGS["gemma2"]()))
+    forward = parts.runner.model_forward
+    assert isinstance(forward, ModelForward)
+    assert not any(isinstance(module, PackedLinear) for module in forward._model.modules())
+    assert "weights stay in torch's layout" in caplog.text
+
+
+def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        hidden_act="gelu",
+    )
+    parts = assembled(save_model(tmp_path, config))
+    assert isinstance(parts.runner.model_forward, ModelForward)
+
+
+def test_a_gpus_worker_imports_no_compiler():
+    program = "import sys, workers.engines.chat.assembly; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
