@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
-from workers.engines.chat import sampling
+from workers.engines.chat import drawing
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
+from workers.engines.chat.drawing import Filters, compiled_draw, draw
 from workers.engines.chat.sampling import Sampler, uniform
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 
@@ -59,14 +60,17 @@ def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0
     return processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()[None])[0].softmax(-1)
 
 
+@pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_sampled_tokens_follow_the_distribution_of_transformers(params):
+def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, monkeypatch):
     """A chi-square test: with a right sampler each case fails by chance once in 100,000 runs, and seeds are fixed."""
     torch.manual_seed(5)
     logits = torch.randn(VOCABULARY) * 2
     expected = reference(logits, **params)
     draws, rows = 20_000, 500
     sampler = Sampler(VOCABULARY, rows, CPU)
+    if way == "torch":
+        monkeypatch.setattr(sampler, "_draw", drawing.draw)
     counts = torch.zeros(VOCABULARY)
     for start in range(0, draws, rows):
         batch = [row(index, seed=start + index, **params) for index in range(rows)]
@@ -90,11 +94,42 @@ def test_a_few_candidates_give_the_same_tokens_as_sorting_everything(params, mon
     torch.manual_seed(1)
     logits = torch.randn(6, VOCABULARY) * torch.tensor([[0.01], [0.5], [1.0], [2.0], [4.0], [8.0]])
     for kept in (slice(0, 6), slice(4, 6)):
-        rows = [row(index, seed=index, **params) for index in range(6)][kept]
-        monkeypatch.setattr(sampling, "CANDIDATES", VOCABULARY)
-        expected = Sampler(VOCABULARY, 6, CPU).sample(logits[kept].clone(), rows)
-        monkeypatch.setattr(sampling, "CANDIDATES", 16)
-        assert Sampler(VOCABULARY, 6, CPU).sample(logits[kept].clone(), rows) == expected
+        rows = [Sampling(max_tokens=1, **params)] * len(logits[kept])
+        uniforms = torch.rand(len(rows), dtype=torch.float64)
+        monkeypatch.setattr(drawing, "CANDIDATES", VOCABULARY)
+        expected = draw(logits[kept].clone(), Filters(rows, CPU), uniforms)
+        monkeypatch.setattr(drawing, "CANDIDATES", 16)
+        assert torch.equal(draw(logits[kept].clone(), Filters(rows, CPU), uniforms), expected)
+
+
+@pytest.mark.parametrize(
+    "params", [*FILTERS, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9, "top_k": 3}, {"min_p": 1.0}], ids=str
+)
+def test_the_compiled_draw_gives_what_torchs_operations_give(params):
+    """Save where the deciding margin is rounding: a uniform number at a token's border, two weights at a cutoff."""
+    torch.manual_seed(7)
+    logits = torch.randn(600, 3000) * torch.logspace(-2, 1.5, 600)[:, None]
+    logits[:, :5] = -torch.inf
+    rows = [Sampling(max_tokens=1, **params)] * 600
+    uniforms = torch.rand(600, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])
+    expected = draw(logits.clone(), Filters(rows, CPU), uniforms)
+    found = compiled_draw()(logits.clone(), Filters(rows, CPU), uniforms)
+    assert (found >= 5).all()
+    assert int((found != expected).sum()) <= 3
+
+
+def test_each_row_is_drawn_by_its_own_filters():
+    torch.manual_seed(8)
+    logits = torch.randn(len(FILTERS), 500)
+    rows = [Sampling(max_tokens=1, **params) for params in FILTERS]
+    uniforms = torch.rand(len(rows), dtype=torch.float64)
+    together = compiled_draw()(logits.clone(), Filters(rows, CPU), uniforms)
+    alone = [
+        compiled_draw()(logits[at : at + 1].clone(), Filters([own], CPU), uniforms[at : at + 1])
+        for at, own in enumerate(rows)
+    ]
+    assert together.tolist() == torch.cat(alone).tolist()
 
 
 def test_uniform_numbers_look_uniform_and_independent():

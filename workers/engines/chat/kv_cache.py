@@ -103,7 +103,11 @@ class KVCache:
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
         """Copy whole pages in all layers; no page may be both source and target."""
-        if sources:
+        if self.pool.device.type == "cpu":
+            for source, target in zip(sources, targets, strict=True):
+                self.pool[:, :, target] = self.pool[:, :, source]
+        elif sources:
+            # two kernels, however many pages
             index = torch.tensor([sources, targets], device=self.pool.device)
             self.pool[:, :, index[1]] = self.pool[:, :, index[0]]
 

@@ -8,13 +8,10 @@ cumulative distribution in the order of the vocabulary: so the same seed gives t
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
+from workers.engines.chat.drawing import Filters, compiled_draw, draw
 from workers.engines.chat.sequence import Sequence
-
-CANDIDATES = 128
-"""Best tokens looked at first for top_k and top_p; a row that needs more is sorted whole."""
 
 _MASK64 = (1 << 64) - 1
 
@@ -43,25 +40,11 @@ class _Batch:
 
     def __init__(self, rows: list[Sequence], device: torch.device) -> None:
         params = [row.sampling for row in rows]
-
-        def numbers(name: str) -> torch.Tensor:
-            return torch.tensor([float(getattr(params[at], name)) for at in self.drawn], device=device)[
-                :, None
-            ]
-
         self.rows = rows
         self.drawn = [at for at, own in enumerate(params) if not own.greedy]
         self.all_drawn = len(self.drawn) == len(rows)
         self.drawn_index = torch.tensor(self.drawn, dtype=torch.int64, device=device)
-        self.temperature = numbers("temperature")
-        self.top_p = numbers("top_p")
-        self.top_k = numbers("top_k")
-        self.min_p = numbers("min_p")
-        self.most_top_k = max((params[at].top_k for at in self.drawn), default=0)
-        self.wide = False
-        """Whether the best few tokens weren't enough to find a row's cutoff."""
-        self.filters = any(params[at].top_k > 0 or params[at].top_p < 1 for at in self.drawn)
-        self.min_p_used = any(params[at].min_p > 0 for at in self.drawn)
+        self.filters = Filters([params[at] for at in self.drawn], device)
         self.penalised = [at for at, own in enumerate(params) if own.penalised]
         self.logprobs = [at for at, own in enumerate(params) if own.logprobs is not None]
         self.most_logprobs = max((params[at].logprobs or 0 for at in self.logprobs), default=0)
@@ -87,6 +70,7 @@ class Sampler:
         self._device = device
         self._batch: _Batch | None = None
         self._penalties = Penalties(vocabulary, slots, device)
+        self._draw = compiled_draw() if device.type == "cpu" else draw
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: list[Sequence]) -> list[Sampled]:
@@ -97,13 +81,12 @@ class Sampler:
         raw = logits[batch.logprobs].log_softmax(-1) if batch.logprobs else None
         if batch.adjusts:
             self._adjust(logits, batch)
-        if not batch.drawn:
-            chosen = logits.argmax(-1)
-        elif batch.all_drawn:
-            chosen = self._draw(logits, batch)
+        if batch.all_drawn:
+            chosen = self._drawn(logits, batch)
         else:
-            chosen = logits.argmax(-1)
-            chosen[batch.drawn_index] = self._draw(logits[batch.drawn_index], batch)
+            chosen = _argmax(logits)
+            if batch.drawn:
+                chosen[batch.drawn_index] = self._drawn(logits[batch.drawn_index], batch)
         tokens: list[int] = chosen.tolist()  # the step's one wait for the device
         if raw is None:
             return [Sampled(token) for token in tokens]
@@ -128,21 +111,13 @@ class Sampler:
                 logits[at] = -torch.inf
                 logits[at, allowed] = kept
 
-    def _draw(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
+    def _drawn(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """int64 [drawn rows]. logits: the drawn rows alone."""
         rows = [batch.rows[at] for at in batch.drawn]
-        scaled = logits / batch.temperature
-        weights = scaled.softmax(-1)
-        # products with comparisons: many times faster on a CPU than masking
-        if batch.filters:
-            weights.mul_(scaled >= _cutoff(scaled, batch))
-        if batch.min_p_used:
-            weights.mul_(weights >= batch.min_p * weights.amax(-1, keepdim=True))
-        # double: the steps of a large vocabulary must not vanish beside the sum
-        cumulative = weights.cumsum(-1, dtype=torch.float64)
-        draws = [uniform(row.sampling.seed, row.index, len(row.output)) for row in rows]
-        point = torch.tensor(draws, dtype=torch.float64, device=self._device)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+        uniforms = [uniform(row.sampling.seed, row.index, len(row.output)) for row in rows]
+        return self._draw(
+            logits, batch.filters, torch.tensor(uniforms, dtype=torch.float64, device=self._device)
+        )
 
     def _with_logprobs(self, tokens: list[int], raw: torch.Tensor, batch: _Batch) -> list[Sampled]:
         """raw: log probabilities of the model itself [rows that want them, vocabulary]."""
@@ -159,47 +134,11 @@ class Sampler:
         return sampled
 
 
-def _cutoff(scaled: torch.Tensor, batch: _Batch) -> torch.Tensor:
-    """[rows, 1]: the smallest logit that top_k and then top_p let through."""
-    vocabulary = scaled.shape[-1]
-    width = vocabulary if batch.wide else min(vocabulary, max(CANDIDATES, batch.most_top_k))
-    cut, enough = _cutoff_within(scaled, _best(scaled, width), batch)
-    if width < vocabulary and not bool(enough.all()):
-        # flat distributions stay flat: the batch's next steps sort everything at once
-        batch.wide = True
-        cut, _ = _cutoff_within(scaled, _best(scaled, vocabulary), batch)
-    return cut
-
-
-def _best(scaled: torch.Tensor, width: int) -> torch.Tensor:
-    """Each row's `width` best logits in falling order."""
-    if scaled.device.type != "cpu":
-        return scaled.topk(width).values
-    # numpy selects and sorts with vector instructions, in half of torch's time
-    logits = scaled.numpy()
-    if width < logits.shape[-1]:
-        logits = np.partition(logits, -width, axis=-1)[:, -width:]
-    return torch.from_numpy(np.sort(logits, axis=-1)[:, ::-1].copy())
-
-
-def _cutoff_within(
-    scaled: torch.Tensor, best: torch.Tensor, batch: _Batch
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cutoff by each row's `best` logits, in falling order, and whether these were enough to know it."""
-    width, top_k, top_p = best.shape[-1], batch.top_k, batch.top_p
-    limit = torch.where(top_k > 0, top_k, torch.full_like(top_k, scaled.shape[-1]))
-    in_top_k = torch.arange(width, device=scaled.device) < limit
-    share = (best - scaled.logsumexp(-1, keepdim=True)).exp() * in_top_k
-    # top_p counts within what top_k let through
-    share /= torch.where(limit > width, 1.0, share.sum(-1, keepdim=True))
-    before = share.cumsum(-1) - share
-    kept = in_top_k & ((before < top_p) | (top_p >= 1))
-    kept[:, 0] = True
-    last = kept.sum(-1, keepdim=True) - 1
-    unlimited = (limit > width) & (top_p >= 1)
-    cut = best.gather(1, last).masked_fill_(unlimited, -torch.inf)
-    enough = unlimited | (last < width - 1) | (limit <= width)
-    return cut, enough
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    # numpy compares with vector instructions, in a tenth of torch's time
+    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 class Penalties:

@@ -1,0 +1,234 @@
+"""The engine's inner loops as machine code, for a CPU in float32: attention over pages, and the choice of tokens.
+
+torch needs a dozen passes over scores and partial results for the one, a sort of every row for the other, and hands the
+interpreter lock back and forth in each. These loops hold no lock (ADR 0004 has the figures). They stand in one file,
+since numba keeps what it compiled until the file that holds it changes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+REORDERED = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be taken in any order, which vector instructions need; infinities keep their meaning."""
+
+BUCKETS = 2048
+"""Of weights in (0, 1], 64 for each halving: below e^-22 of the best they all fall into the last one."""
+
+BLOCK = 64
+"""Weights that are summed together before a token is looked for."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as machine code, kept beside this file from its first call on, or wherever numba may write."""
+    try:
+        return numba.njit(function, cache=True, nogil=True, fastmath=REORDERED)
+    except RuntimeError:
+        # nowhere to write: every start of a worker compiles for two seconds
+        return numba.njit(function, nogil=True, fastmath=REORDERED)
+
+
+@compiled
+def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, values: Any) -> None:
+    """key, value [tokens, kv_heads, head_dim] to keys, values[pages[token], :, offsets[token]]."""
+    tokens, kv_heads, head_dim = key.shape
+    for token in range(tokens):
+        page, offset = pages[token], offsets[token]
+        for head in range(kv_heads):
+            for at in range(head_dim):
+                keys[page, head, offset, at] = key[token, head, at]
+                values[page, head, offset, at] = value[token, head, at]
+
+
+@numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
+def _largest(row: Any, count: int) -> Any:
+    # a maximum is taken of many numbers at once only where none is known to be NaN; if one is, no result is right
+    best = row[0]
+    for at in range(count):
+        best = max(best, row[at])
+    return best
+
+
+@compiled
+def exp_of_differences(row: Any, count: int) -> Any:
+    """row[:count] becomes exp(row - its maximum). Returns the sum.
+
+    exp(x) = 2^k e^r with |r| <= ln(2)/2: a polynomial of degree 6 is exact to float32's rounding, and unlike a call of
+    the library's exp it is done for many numbers at once.
+    """
+    best = _largest(row, count)
+    exponents = np.empty(count, np.int32)
+    powers = exponents.view(np.float32)
+    for at in range(count):
+        # 2^-127 has no bits of its own: what is that far below the best, or forbidden by -inf, becomes 0
+        scaled = max((row[at] - best) * np.float32(1.4426950408889634), np.float32(-127))
+        whole = np.floor(scaled + np.float32(0.5))
+        exponents[at] = (np.int32(whole) + np.int32(127)) << np.int32(23)
+        r = (scaled - whole) * np.float32(0.6931471805599453)
+        e = r * np.float32(1 / 720) + np.float32(1 / 120)
+        e = e * r + np.float32(1 / 24)
+        e = e * r + np.float32(1 / 6)
+        e = e * r + np.float32(0.5)
+        e = e * r + np.float32(1)
+        row[at] = e * r + np.float32(1)
+    total = np.float32(0)
+    for at in range(count):
+        row[at] *= powers[at]
+        total += row[at]
+    return total
+
+
+@compiled
+def decode_rows(
+    query: Any,
+    keys: Any,
+    values: Any,
+    tables: Any,
+    ends: Any,
+    scale: Any,
+    window: int,
+    softcap: Any,
+    out: Any,
+) -> None:
+    """One query [heads, head_dim] for each row, over the pages tables[row] up to key ends[row]; 0: no window, no softcap."""
+    rows, heads, head_dim = query.shape
+    kv_heads, page_size = keys.shape[1], keys.shape[2]
+    group = heads // kv_heads
+    longest = 0
+    for row in range(rows):
+        longest = max(longest, ends[row])
+    scores = np.empty((heads, longest), np.float32)
+    for row in range(rows):
+        end = ends[row]
+        first = max(0, end - window) if window > 0 else 0
+        for page in range(first // page_size, (end - 1) // page_size + 1):
+            block, start = keys[tables[row, page]], page * page_size
+            low, high = max(first, start), min(end, start + page_size)
+            for kv_head in range(kv_heads):
+                for place in range(low, high):
+                    for head in range(kv_head * group, kv_head * group + group):
+                        score = np.float32(0)
+                        for at in range(head_dim):
+                            score += query[row, head, at] * block[kv_head, place - start, at]
+                        scores[head, place - first] = score * scale
+        for head in range(heads):
+            if softcap > 0:
+                for place in range(end - first):
+                    scores[head, place] = softcap * math.tanh(scores[head, place] / softcap)
+            share = np.float32(1) / exp_of_differences(scores[head], end - first)
+            for place in range(end - first):
+                scores[head, place] *= share
+            for at in range(head_dim):
+                out[row, head, at] = 0
+        for page in range(first // page_size, (end - 1) // page_size + 1):
+            block, start = values[tables[row, page]], page * page_size
+            low, high = max(first, start), min(end, start + page_size)
+            for head in range(heads):
+                for place in range(low, high):
+                    weight = scores[head, place - first]
+                    for at in range(head_dim):
+                        out[row, head, at] += weight * block[head // group, place - start, at]
+
+
+@compiled
+def draw_tokens(
+    logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, uniforms: Any, tokens: Any
+) -> None:
+    """One token for each row of logits [rows, vocabulary], which are spoilt; everything else is [rows].
+
+    In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is where the
+    cumulative weight of what is left, in the order of the vocabulary, passes uniforms[row] of the whole.
+    """
+    rows, vocabulary = logits.shape
+    for row in range(rows):
+        weights = logits[row]
+        for at in range(vocabulary):
+            weights[at] /= temperature[row]
+        exp_of_differences(weights, vocabulary)
+        least = np.float64(min_p[row])
+        if 0 < top_k[row] < vocabulary or top_p[row] < 1:
+            least = max(least, _smallest_kept(weights, np.int64(top_k[row]), np.float64(top_p[row])))
+        tokens[row] = _pick(weights, np.float32(least), uniforms[row])
+
+
+@compiled
+def _pick(weights: Any, least: Any, uniform: float) -> int:
+    """The place where the cumulative weight of those >= least passes `uniform` of their sum. Spoils weights.
+
+    By sums of blocks first: adding one by one would be most of the work.
+    """
+    count = len(weights)
+    sums = np.empty(-(-count // BLOCK), np.float64)
+    for block in range(len(sums)):
+        inside = 0.0
+        for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
+            weight = weights[at] if weights[at] >= least else np.float32(0)
+            weights[at] = weight
+            inside += weight
+        sums[block] = inside
+    point, passed, block = uniform * sums.sum(), 0.0, 0
+    while block < len(sums) - 1 and passed + sums[block] <= point:
+        passed += sums[block]
+        block += 1
+    picked = 0
+    for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
+        if weights[at] > 0:
+            # the last one stands where rounding leaves the sum short
+            picked = at
+            passed += weights[at]
+            if passed > point:
+                break
+    return picked
+
+
+@compiled
+def _smallest_kept(weights: Any, top_k: int, top_p: float) -> float:
+    """The smallest weight that top_k and then top_p let through. weights: in [0, 1], the best is 1.
+
+    Weights are counted into buckets by their leading bits, which order positive floats; only the bucket in which a limit
+    falls is sorted.
+    """
+    bits = weights.view(np.int32)
+    counts, masses = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.float64)
+    for at in range(len(weights)):
+        bucket = min((np.int32(0x3F800000) - bits[at]) >> 17, BUCKETS - 1)
+        counts[bucket] += 1
+        masses[bucket] += weights[at]
+    kept: float = 0.0
+    total: float = masses.sum()
+    if 0 < top_k < len(weights):
+        above, total, bucket = 0, 0.0, 0
+        while above + counts[bucket] < top_k:
+            above += counts[bucket]
+            total += masses[bucket]
+            bucket += 1
+        inside = _falling(weights, bits, bucket)
+        for at in range(top_k - above):
+            total += inside[at]
+        kept = inside[top_k - above - 1]
+    if top_p < 1:
+        goal, passed, bucket = top_p * total, 0.0, 0
+        while bucket < BUCKETS - 1 and passed + masses[bucket] < goal:
+            passed += masses[bucket]
+            bucket += 1
+        for weight in _falling(weights, bits, bucket):
+            passed += weight
+            if passed >= goal:
+                kept = max(kept, weight)
+                break
+    return kept
+
+
+@compiled
+def _falling(weights: Any, bits: Any, bucket: int) -> Any:
+    """The weights of one bucket, largest first."""
+    inside = np.empty(len(weights), np.float32)
+    count = 0
+    for at in range(len(weights)):
+        if min((np.int32(0x3F800000) - bits[at]) >> 17, BUCKETS - 1) == bucket:
+            inside[count] = weights[at]
+            count += 1
+    return np.sort(inside[:count])[::-1]
