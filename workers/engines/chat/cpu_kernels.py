@@ -163,7 +163,7 @@ def _pick(weights: Any, least: Any, uniform: float) -> int:
     count = len(weights)
     sums = np.empty(-(-count // BLOCK), np.float64)
     for block in range(len(sums)):
-        inside = 0.0
+        inside = np.float64(0)
         for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
             weight = weights[at] if weights[at] >= least else np.float32(0)
             weights[at] = weight
