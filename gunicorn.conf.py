@@ -1,5 +1,6 @@
 """gunicorn's settings: `gunicorn wsgi:app` finds this file by itself in the working directory."""
 
+import gc
 import json
 import logging
 import socket
@@ -170,6 +171,9 @@ def _json_answer(status: int, message: str) -> bytes:
 def post_worker_init(worker: Any) -> None:
     """The application learns which gunicorn worker it lives in: its streams end when `worker.alive` goes false."""
     worker.wsgi.extensions["modelservice"].start(worker)
+    # what stands in memory now stays: a full collection, between two tokens, would look through all of it
+    gc.collect()
+    gc.freeze()
 
 
 def worker_exit(server: Any, worker: Any) -> None:

@@ -1,4 +1,4 @@
-"""The worker's half of the event stream: one thread that writes what all requests gained in one Redis pipeline.
+"""The worker's half of the event stream: one thread that writes what all requests gained in one call of a script.
 
 Each event goes to the request's replay list and, with everything else of that step, in one message to the web process
 that waits. Writing is idempotent: readers order by sequence number and drop doubles, so a write whose fate is unknown
@@ -25,6 +25,29 @@ RESEND_S = 10.0
 RETRY_PAUSE_S = 0.25
 REPLAY_LIMIT = 20_000
 """Envelopes waiting for a Redis that doesn't answer; beyond it requests are given up before memory is."""
+
+# KEYS: the replay lists of the requests that gained something. ARGV: number of channels, then for each its name and its
+# message; then for each list its TTL in seconds, the number of its new entries, and these. Returns the lists' lengths.
+# One command: a pipeline of one for each request costs the worker ten times as much, while its engine waits for the lock
+# of the interpreter.
+_STEP = """
+local at = 1
+local function take()
+  at = at + 1
+  return ARGV[at - 1]
+end
+for _ = 1, take() do redis.call('PUBLISH', take(), take()) end
+local lengths = {}
+for place, list in ipairs(KEYS) do
+  local ttl, length = tonumber(take()), 0
+  -- TTL 0: only onto a list that exists, since one made anew would have no TTL and no beginning
+  local push = ttl > 0 and 'RPUSH' or 'RPUSHX'
+  for _ = 1, take() do length = redis.call(push, list, take()) end
+  if ttl > 0 then redis.call('EXPIRE', list, ttl) end
+  lengths[place] = length
+end
+return lengths
+"""
 
 
 class _Outgoing:
@@ -57,7 +80,7 @@ class EventSender(threading.Thread):
         on_lost: Callable[[str], None],
     ) -> None:
         super().__init__(name="event-sender", daemon=True)
-        self._redis = client
+        self._step = client.register_script(_STEP)
         self._keys = keys
         self._prepare = prepare
         self._on_sent = on_sent
@@ -129,8 +152,8 @@ class EventSender(threading.Thread):
         self._settle(batch, gone)
 
     def _write(self, batch: list[Envelope]) -> set[str]:
-        """One pipeline for the whole batch; returns requests whose replay list has vanished (Redis lost its data)."""
-        by_request: dict[str, list[Any]] = defaultdict(list)
+        """One script call for the whole batch; returns requests whose replay list has vanished (Redis lost its data)."""
+        by_request: dict[str, list[bytes]] = defaultdict(list)
         by_web: dict[str, list[bytes]] = defaultdict(list)
         with self._lock:
             outgoing = {
@@ -141,26 +164,20 @@ class EventSender(threading.Thread):
                 data = events.encode(envelope)
                 by_request[envelope.request_id].append(data)
                 by_web[stream.web_id].append(data)
-        with self._redis.pipeline(transaction=False) as pipe:
-            checked: list[str | None] = []
-            for request_id, entries in by_request.items():
-                stream, name = outgoing[request_id], self._keys.replay(request_id)
-                if stream.written:
-                    # only onto a list that exists: one made anew would have no TTL and no beginning
-                    pipe.rpushx(name, *entries)
-                    checked.append(request_id)
-                else:
-                    pipe.rpush(name, *entries)
-                    pipe.expire(name, stream.ttl_s)
-                    checked += [None, None]
-            for web_id, entries in by_web.items():
-                pipe.publish(self._keys.channel(web_id), b"[" + b",".join(entries) + b"]")
-            answers = pipe.execute()
+        if not by_request:
+            return set()
+        arguments: list[Any] = [len(by_web)]
+        for web_id, entries in by_web.items():
+            arguments += [self._keys.channel(web_id), b"[" + b",".join(entries) + b"]"]
+        for request_id, entries in by_request.items():
+            stream = outgoing[request_id]
+            arguments += [0 if stream.written else stream.ttl_s, len(entries), *entries]
+        lengths = self._step(
+            keys=[self._keys.replay(request_id) for request_id in by_request], args=arguments
+        )
         for request_id in by_request:
             outgoing[request_id].written = True
-        return {
-            name for name, length in zip(checked, answers, strict=False) if name is not None and length == 0
-        }
+        return {request_id for request_id, length in zip(by_request, lengths, strict=True) if length == 0}
 
     def _settle(self, batch: Iterable[Envelope], gone: set[str]) -> None:
         for request_id in gone:

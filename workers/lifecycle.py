@@ -4,6 +4,7 @@ The whole story of the process stands in `WorkerProcess`, in the order in which 
 In the threads pool all of them fire in this one process (docs/adr/0001-threads-pool.md).
 """
 
+import gc
 import logging
 import os
 import signal
@@ -148,6 +149,9 @@ class WorkerProcess:
         )
         self._sender.start()
         self._heartbeat.watch(engine, self._runner)
+        # what stands in memory now stays: a full collection, in the middle of a burst, would look through all of it
+        gc.collect()
+        gc.freeze()
         log.info("loaded %s in %.1f s", self._entry.name, time.monotonic() - started)
 
     def _on_ready(self, **_: Any) -> None:

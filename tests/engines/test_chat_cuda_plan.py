@@ -88,7 +88,7 @@ def test_prefill_chunks_and_decode_rows_give_the_models_own_logits(family, monke
     torch.testing.assert_close(padded[:3], found, atol=1e-5, rtol=1e-5)
     assert bool(torch.isfinite(padded).all())
     # the joint products give the same
-    runner.model_forward = FusedDecoder(model, join_weights(model), attention)
+    runner.model_forward = FusedDecoder(model, join_weights(model), attention, max_context=64)
     torch.testing.assert_close(runner.forward(last), found, atol=1e-4, rtol=1e-4)
     if family == "mistral":
         assert [call.window for call in attention.layers.values()] == [24, 24]

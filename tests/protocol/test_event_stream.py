@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
@@ -124,25 +124,23 @@ def test_a_replay_list_that_vanished_gives_the_request_up(
 
 
 class Flaky:
-    """A client whose pipelines lose their answers after they were executed, a number of times."""
+    """A client whose scripts lose their answers after they were executed, a number of times."""
 
     def __init__(self, client: Any, failures: int) -> None:
         self._client = client
         self.failures = failures
 
-    def pipeline(self, transaction: bool) -> Any:
-        pipe = self._client.pipeline(transaction=transaction)
-        execute = pipe.execute
+    def register_script(self, source: str) -> Callable[..., Any]:
+        script = self._client.register_script(source)
 
-        def failing() -> Any:
-            answers = execute()
+        def failing(**arguments: Any) -> Any:
+            answer = script(**arguments)
             if self.failures:
                 self.failures -= 1
                 raise redis.TimeoutError("the answer was lost")
-            return answers
+            return answer
 
-        pipe.execute = failing
-        return pipe
+        return failing
 
 
 def test_a_write_of_unknown_fate_is_repeated_and_nobody_sees_it_twice(
@@ -171,10 +169,13 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
     blocked, release = threading.Event(), threading.Event()
 
     class Stalled:
-        def pipeline(self, transaction: bool) -> Any:
-            blocked.set()
-            release.wait(10)
-            raise redis.ConnectionError("gone")
+        def register_script(self, source: str) -> Callable[..., Any]:
+            def stalled(**arguments: Any) -> Any:
+                blocked.set()
+                release.wait(10)
+                raise redis.ConnectionError("gone")
+
+            return stalled
 
     sender = EventSender(
         cast(Any, Stalled()), keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put

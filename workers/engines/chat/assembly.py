@@ -153,7 +153,7 @@ def _fuse(
     if joined is None:
         return False
     plain = runner.model_forward
-    runner.model_forward = FusedDecoder(loaded.model, joined, attention)
+    runner.model_forward = FusedDecoder(loaded.model, joined, attention, loaded.max_context)
     try:
         check(runner)
     except EngineLoadError as error:

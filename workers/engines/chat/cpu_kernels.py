@@ -134,6 +134,37 @@ def decode_rows(
 
 
 @compiled
+def normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
+    """Root mean square norm of each row of x [rows, width] (Zhang and Sennrich 2019)."""
+    rows, width = x.shape
+    for row in range(rows):
+        squares = np.float32(0)
+        for at in range(width):
+            squares += x[row, at] * x[row, at]
+        scale = np.float32(1 / math.sqrt(squares / width + eps))
+        for at in range(width):
+            out[row, at] = x[row, at] * scale * weight[at]
+
+
+@compiled
+def rotate_heads(joined: Any, cos: Any, sin: Any, positions: Any, out: Any) -> None:
+    """Rotary position embedding of the first heads of joined [tokens, heads, head_dim], as many as out has.
+
+    cos, sin [positions, head_dim / 2]: pairs are (at, at + head_dim / 2), as transformers has them.
+    """
+    tokens, heads, head_dim = out.shape
+    half = head_dim // 2
+    for token in range(tokens):
+        position = positions[token]
+        for head in range(heads):
+            for at in range(half):
+                first, second = joined[token, head, at], joined[token, head, half + at]
+                c, s = cos[position, at], sin[position, at]
+                out[token, head, at] = first * c - second * s
+                out[token, head, half + at] = second * c + first * s
+
+
+@compiled
 def draw_tokens(
     logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, uniforms: Any, tokens: Any
 ) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workers.engines.chat.attention import LayerCall, ModelAttention
+from workers.engines.chat.operations import operations
 from workers.engines.chat.products import Product, join, product
 
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
@@ -21,13 +22,9 @@ ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCa
 short comparison would show a scale that only changes far into the context."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Norm:
+class _Norm(NamedTuple):
     weight: torch.Tensor
     eps: float
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +69,13 @@ def join_weights(model: Any) -> list[JoinedWeights]:
 class FusedDecoder:
     """Forward pass of `model`, whose layers must have called `attention` once: how they did is how it is called here."""
 
-    def __init__(self, model: Any, joined: list[JoinedWeights], attention: ModelAttention) -> None:
+    def __init__(
+        self, model: Any, joined: list[JoinedWeights], attention: ModelAttention, max_context: int
+    ) -> None:
         inner, config = model.model, model.config
         self._attention = attention
         self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()
-        self._rotary = inner.rotary_emb
+        self._do = operations(inner.rotary_emb, max_context, self._embedding)
         self._heads: int = config.num_attention_heads
         self._kv_heads: int = config.num_key_value_heads
         self._layers = [
@@ -90,36 +89,25 @@ class FusedDecoder:
         self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
     ) -> torch.Tensor:
         """ids, positions int64 [tokens] -> logits [outputs, vocabulary] of the tokens `outputs`, None: of all."""
+        do = self._do
         x = F.embedding(ids, self._embedding)
-        cos, sin = self._rotation(x, positions)
         for number, layer in enumerate(self._layers):
-            x = x + self._attend(number, layer, layer.input_norm(x), cos, sin)
-            gate, up = layer.gate_up(layer.mlp_norm(x)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = x + self._attend(number, layer, do.norm(x, *layer.input_norm), positions)
+            x = x + layer.down(do.gate(layer.gate_up(do.norm(x, *layer.mlp_norm))))
         if outputs is not None:
             x = x[outputs]
-        return self._head(self._norm(x))
+        return self._head(do.norm(x, *self._norm))
 
-    def _rotation(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [tokens, 1, head_dim] of each position's angles; sin's first half negated, as _attend wants it."""
-        cos, sin = self._rotary(x[None], positions[None])
-        half = sin.shape[-1] // 2
-        sin = torch.cat((-sin[0, :, :half], sin[0, :, half:]), -1)
-        return cos[0, :, None], sin[:, None]
-
-    def _attend(
-        self, number: int, layer: _Layer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        tokens, heads = x.shape[0], self._heads + self._kv_heads
+    def _attend(self, number: int, layer: _Layer, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        tokens, heads, do = x.shape[0], self._heads + self._kv_heads, self._do
         joined = layer.query_key_value(x).view(tokens, heads + self._kv_heads, -1)
-        rotated, value = joined[:, :heads], joined[:, heads:]
         if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = rotated[:, : self._heads], rotated[:, self._heads :]
-            rotated = torch.cat((layer.query_norm(query), layer.key_norm(key)), 1)
-        # [-x2, x1] * sin is [x2, x1] * [-sin, sin]
-        turned = rotated.roll(rotated.shape[-1] // 2, -1)
-        rotated = torch.addcmul(rotated * cos, turned, sin)
-        query, key = rotated[:, : self._heads], rotated[:, self._heads :]
+            query, key = joined[:, : self._heads], joined[:, self._heads : heads]
+            normed = do.norm(query, *layer.query_norm), do.norm(key, *layer.key_norm)
+            rotated = do.rotate(torch.cat(normed, 1), heads, positions)
+        else:
+            rotated = do.rotate(joined, heads, positions)
+        query, key, value = rotated[:, : self._heads], rotated[:, self._heads :], joined[:, heads:]
         attended = self._attention.attend(number, query, key, value, layer.call)
         return layer.attention_out(attended.reshape(tokens, -1))
 

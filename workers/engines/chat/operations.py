@@ -1,0 +1,72 @@
+"""What a Llama-shaped layer does between its products: norms, rotation, gate. In torch, or compiled for a CPU.
+
+Each of torch's operations costs some microseconds before it begins; with one row in the batch that is most of a step.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class Operations:
+    """With torch's operations, on any device. `rotary`: a model's module that makes cos and sin of positions."""
+
+    def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
+        """`like`: a tensor with the model's dtype and device."""
+        cos, sin = rotary(like[None], torch.arange(max_context, device=like.device)[None])
+        self._cos, self._sin = self._tables(cos[0], sin[0])
+
+    def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # [-x2, x1] * sin is [x2, x1] * [-sin, sin]
+        half = sin.shape[-1] // 2
+        return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """Root mean square norm over the last dimension."""
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+    def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
+        """The first `heads` of joined [tokens, more heads, head_dim], rotated by positions [tokens]."""
+        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+        plain = joined[:, :heads]
+        return torch.addcmul(plain * cos, plain.roll(plain.shape[-1] // 2, -1), sin)
+
+    def gate(self, joined: torch.Tensor) -> torch.Tensor:
+        """[rows, gate and up] -> silu(gate) * up."""
+        gate, up = joined.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+class CompiledOperations(Operations):
+    """For float32 on a CPU, where norm and rotation are each one pass that holds no interpreter lock."""
+
+    def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
+        # here, so that a GPU's worker doesn't import a compiler
+        from workers.engines.chat import cpu_kernels
+
+        super().__init__(rotary, max_context, like)
+        self._kernels = cpu_kernels
+
+    def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        half = sin.shape[-1] // 2
+        return cos[:, :half].contiguous(), sin[:, :half].contiguous()
+
+    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        self._kernels.normalize(x.view(-1, width).numpy(), weight.numpy(), eps, out.view(-1, width).numpy())
+        return out
+
+    def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
+        out = joined.new_empty(joined.shape[0], heads, joined.shape[2])
+        tables = self._cos.numpy(), self._sin.numpy()
+        self._kernels.rotate_heads(joined.numpy(), *tables, positions.numpy(), out.numpy())
+        return out
+
+
+def operations(rotary: Any, max_context: int, like: torch.Tensor) -> Operations:
+    """The faster of the two that fits."""
+    compiled = like.device.type == "cpu" and like.dtype == torch.float32
+    return (CompiledOperations if compiled else Operations)(rotary, max_context, like)
