@@ -159,7 +159,9 @@ class ChatEngineOptions(_Options):
     )
     compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
     torch_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of torch; default: torch's own"
+        default=None,
+        ge=1,
+        description="CPU threads of torch; default: on a CPU all cores but one, else torch's own",
     )
 
 

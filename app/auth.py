@@ -3,10 +3,10 @@
 import hashlib
 import hmac
 from contextlib import suppress
+from typing import Protocol
 
 from flask import Flask, request
 
-from app.rate_limit import RateLimiter
 from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
@@ -15,10 +15,17 @@ OPEN_PREFIXES = ("/v1/images/files/", "/static/")
 NODE_PATHS = frozenset({"/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"})
 
 
+class Limiter(Protocol):
+    """What counts how often a key asks (app.rate_limit)."""
+
+    def check(self, caller: str) -> None:
+        """Count a request of `caller`. Raises RateLimited."""
+
+
 class Gate:
     """Judges each request by the listener it came through, the key it carries and how often that key was used."""
 
-    def __init__(self, settings: Settings, limiter: RateLimiter | None = None) -> None:
+    def __init__(self, settings: Settings, limiter: Limiter | None = None) -> None:
         self._known = [(form, _name(key)) for key in settings.api_keys for form in _forms(key)]
         self._limiter = limiter
         self._node_listener = _listener(settings) if settings.api_keys else None

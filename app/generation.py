@@ -80,21 +80,24 @@ class Generation:
         """
         deadline_s = self._settings.deadline_s(task)
         ends_at = time.monotonic() + deadline_s
-        self._refuse_early(job.model)
-        inbox = self._router.open(job.id, job.model)
+        request_id, model = job.id, job.model
+        self._refuse_early(model)
+        inbox = self._router.open(request_id, model)
         inbox.expires_s = deadline_s + DEADLINE_GRACE_S
         try:
             inbox.admitted = self._queue.admit(
                 job, web_id=self._web_id, deadline_s=deadline_s, max_waiting=self._settings.max_waiting
             )
-            self._queue.send(job.id, job.model, expires_s=inbox.expires_s)
+            # Redis has it: thousands of open streams shall not keep their prompts here, too
+            del job
+            self._queue.send(request_id, model, expires_s=inbox.expires_s)
             yield from self._follow(inbox, ends_at, caller)
         finally:
-            self._router.close(job.id)
+            self._router.close(request_id)
             if inbox.finished:
-                self._queue.forget(job.id)
+                self._queue.forget(request_id)
             elif inbox.admitted:
-                self._cancel(job)
+                self._cancel(request_id, model)
 
     def _refuse_early(self, model: str) -> None:
         if not self._directory.reachable or not self._router.subscribed.is_set():
@@ -140,9 +143,9 @@ class Generation:
         if self._draining_for_s() > DRAIN_STREAMS_S:
             raise ShuttingDown("this server is stopping; send the request again")
 
-    def _cancel(self, job: Job) -> None:
+    def _cancel(self, request_id: str, model: str) -> None:
         try:
-            self._queue.cancel(job.id, job.model)
+            self._queue.cancel(request_id, model)
         except RedisError:
             # the worker stops all the same: at its own deadline, or when this process's lease is gone
             return

@@ -5,13 +5,12 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from app.auth import Gate
+from app.auth import Gate, Limiter
 from app.directory import Directory
 from app.fetch import ImageFetcher
 from app.generation import Generation
 from app.metrics import Metrics
 from app.patrol import Patrol
-from app.rate_limit import RateLimiter
 from app.reconciler import Reconciler, build_reconciler
 from config import Catalogue, Settings
 from protocol.connections import (
@@ -105,11 +104,6 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         client, keys, create_celery(settings, keys), claim_ttl_s=visibility_timeout_s(settings) + 60
     )
     router = EventRouter(client, keys, web_id)
-    limiter = (
-        RateLimiter(settings.rate_limit, client, keys, reachable=lambda: directory.reachable)
-        if settings.rate_limit and settings.api_keys
-        else None
-    )
     drain_clock = DrainClock()
     pictures = PictureStore(
         client, keys.prefix, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
@@ -118,7 +112,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         settings=settings,
         catalogue=catalogue,
         namespace=namespace,
-        gate=Gate(settings, limiter),
+        gate=Gate(settings, _build_limiter(settings, client, keys, directory)),
         leases=leases,
         directory=directory,
         generation=Generation(
@@ -143,3 +137,14 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         drain_clock=drain_clock,
         redis=client,
     )
+
+
+def _build_limiter(
+    settings: Settings, client: RedisClient, keys: Keys, directory: Directory
+) -> Limiter | None:
+    if not (settings.rate_limit and settings.api_keys):
+        return None
+    # here: few deployments have one, and all others start sooner without its library
+    from app.rate_limit import RateLimiter
+
+    return RateLimiter(settings.rate_limit, client, keys, reachable=lambda: directory.reachable)

@@ -35,6 +35,8 @@ def blueprint(services: Services) -> Blueprint:
             encoder = ChunkEncoder(job.id, job.model, n=job.sampling.n, include_usage=include_usage)
             response = _stream(batches, encoder, connection)
             response.call_on_close(events.close)
+            # gunicorn keeps the environ as long as the stream lasts, and werkzeug its request in there
+            request.environ.pop("werkzeug.request", None)
         else:
             response = json_response(completion(batches, job.id, job.model, n=job.sampling.n))
         if ignored := ignored_params(ChatCompletionRequest, raw):

@@ -1,6 +1,7 @@
 """Puts a loaded model, its cache and everything around them together, warmed up and measured."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ log = logging.getLogger(__name__)
 
 Joined = list[JoinedWeights] | None
 
+COMPILED_ATTENTION_THREADS = 4
+"""The compiled loops over keys run in one thread. For 64 rows they take 0.4 of the time of torch's operations in one or
+two threads; with many, these are ahead."""
+
 STALL = 1.5
 """A prefill chunk may lengthen a decode step by this factor: gaps stay under three times the ordinary one."""
 
@@ -49,6 +54,7 @@ class Assembly:
     prompts: PromptBuilder
     max_context: int
     step_overhead: float
+    torch_threads: int
 
     def free(self) -> None:
         """Give weights and cache back to the device."""
@@ -65,8 +71,8 @@ def assemble(entry: ModelEntry) -> Assembly:
     """Load and warm up. Raises EngineLoadError."""
     options = entry.engine
     assert isinstance(options, ChatEngineOptions)
-    if options.torch_threads is not None:
-        torch.set_num_threads(options.torch_threads)
+    torch_threads = options.torch_threads or _default_threads()
+    torch.set_num_threads(torch_threads)
     loaded = load_model(entry)
     attention_cost = _attention_cost(loaded)
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
@@ -81,7 +87,15 @@ def assemble(entry: ModelEntry) -> Assembly:
         prompts=PromptBuilder(loaded.tokenizer, loaded.model.generation_config, vocabulary, max_context),
         max_context=max_context,
         step_overhead=_measure_overhead(runner, cache, min(options.prefill_chunk, max_context - 1)),
+        torch_threads=torch_threads,
     )
+
+
+def _default_threads() -> int:
+    if torch.cuda.is_available():
+        return torch.get_num_threads()
+    # web, Redis and this process' other threads need a core: an engine on all of them waits for them at every barrier
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _cache_and_runner(loaded: LoadedModel, options: ChatEngineOptions) -> tuple[KVCache, ModelRunner]:
@@ -131,7 +145,8 @@ def _flash(loaded: LoadedModel, joined: Joined, options: ChatEngineOptions) -> t
 
 
 def _paged_attention(cache: KVCache) -> PagedAttention:
-    if cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32:
+    plain = cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32
+    if plain and torch.get_num_threads() <= COMPILED_ATTENTION_THREADS:
         # here, so that a GPU's worker doesn't import a compiler
         from workers.engines.chat.cpu_attention import CpuPagedAttention
 

@@ -116,8 +116,8 @@ class ChatEngine:
     # the engine thread
 
     def _run(self) -> None:
-        if self.options.torch_threads is not None:
-            torch.set_num_threads(self.options.torch_threads)
+        # torch counts its threads by calling thread
+        torch.set_num_threads(self._parts.torch_threads)
         code, message = "worker_lost", "the model's engine broke; try again"
         try:
             while not self._closing:
