@@ -1,6 +1,5 @@
 """The way of one request through this process: admit → queue → events. Knows nothing of HTTP bodies or of Flask."""
 
-import queue
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Protocol
@@ -119,7 +118,7 @@ class Generation:
     def _follow(self, inbox: Inbox, ends_at: float, caller: Caller) -> Iterator[list[Event]]:
         check_at = time.monotonic() + CHECK_S
         while True:
-            gained = _take(inbox, CHECK_S)
+            gained = inbox.take(CHECK_S)
             failure = gained.pop() if gained and isinstance(gained[-1], Failed) else None
             inbox.finished = bool(gained) and isinstance(gained[-1], Finished)
             if gained or failure is None:
@@ -149,17 +148,3 @@ class Generation:
         except RedisError:
             # the worker stops all the same: at its own deadline, or when this process's lease is gone
             return
-
-
-def _take(inbox: Inbox, timeout_s: float) -> list[Event]:
-    """Everything that has come; waits up to `timeout_s` for the first. A terminal event stands last."""
-    try:
-        gained = [inbox.queue.get(timeout=timeout_s)]
-    except queue.Empty:
-        return []
-    while not isinstance(gained[-1], Finished | Failed):
-        try:
-            gained.append(inbox.queue.get_nowait())
-        except queue.Empty:
-            break
-    return gained

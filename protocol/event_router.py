@@ -6,9 +6,10 @@ list by whoever calls `feed` with what it read there (app.patrol).
 """
 
 import logging
-import queue
 import threading
 import time
+from collections import deque
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
@@ -31,6 +32,8 @@ class Inbox:
     """
 
     __slots__ = (
+        "_arrival",
+        "_arrived",
         "admitted",
         "boot",
         "ended",
@@ -41,7 +44,6 @@ class Inbox:
         "model",
         "next_seq",
         "orphan_since",
-        "queue",
         "request_id",
         "resent",
     )
@@ -52,7 +54,10 @@ class Inbox:
         self.admitted = 0.0
         self.expires_s = 0.0
         self.next_seq = 0
-        self.queue: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        # a queue of the standard library takes 2 KB more, and thousands of streams are open at once
+        self._arrived: deque[Event] = deque()
+        self._arrival = threading.Lock()
+        self._arrival.acquire()
         self.boot: str | None = None
         self.last_event_at = time.monotonic()
         self.gap_since: float | None = None
@@ -74,12 +79,32 @@ class Inbox:
         if isinstance(envelope.event, events.Started):
             self.boot = envelope.event.boot
         self.ended = events.is_terminal(envelope.event)
-        self.queue.put(envelope.event)
+        self._put(envelope.event)
 
     def fail(self, failure: events.Failed) -> None:
-        """End the request from this side; whatever a worker still says of it is dropped."""
+        """End the request from this side, unless it has ended; whatever a worker still says of it is dropped."""
+        if self.ended:
+            return
         self.ended = True
-        self.queue.put(failure)
+        self._put(failure)
+
+    def take(self, timeout_s: float) -> list[Event]:
+        """Everything that has come, in order, a terminal event last; waits up to `timeout_s` for the first. One reader.
+
+        May be empty before that time: what wakes it may have been taken already.
+        """
+        if not self._arrived:
+            self._arrival.acquire(timeout=timeout_s)
+        gained = []
+        while self._arrived:
+            gained.append(self._arrived.popleft())
+        return gained
+
+    def _put(self, event: Event) -> None:
+        self._arrived.append(event)
+        # released by an event before this one, which nobody has taken yet
+        with suppress(RuntimeError):
+            self._arrival.release()
 
 
 class EventRouter(threading.Thread):
