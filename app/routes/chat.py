@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Iterator
+from itertools import chain
 
 from flask import Blueprint, Response, request
 
@@ -50,15 +51,11 @@ def blueprint(services: Services) -> Blueprint:
 def _stream(batches: Iterator[list[Event]], encoder: ChunkEncoder, connection: Connection) -> Response:
     """The event stream. Waits for the first token before anything is sent: an error before it keeps its status."""
     first = next(batch for batch in batches if any(not isinstance(event, Started) for event in batch))
-
-    def parts() -> Iterator[bytes]:
-        yield encoder.opening() + encoder.frames(first)
-        for batch in batches:
-            yield encoder.frames(batch)
+    parts = chain([encoder.opening() + encoder.frames(first)], map(encoder.frames, batches))
 
     def body() -> Iterator[bytes]:
         with connection.sending():
-            yield from sse.stream(parts())
+            yield from sse.stream(parts)
 
     return Response(
         body(),
