@@ -69,6 +69,8 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
         task_serializer="json",
         accept_content=["json"],
         result_backend=None,
+        # there is none: without this Celery makes another nothing for every thread, of which a stream is one
+        result_backend_thread_safe=True,
         task_ignore_result=True,
         task_acks_late=True,
         worker_prefetch_multiplier=1,

@@ -130,6 +130,8 @@ class JobQueue:
                 queue=self._keys.queue(model),
                 expires=expires_s,
                 ignore_result=True,
+                # nobody replies; left out, Celery computes an address for each thread and keeps it
+                reply_to="none",
             )
         except (RedisError, KombuError, OSError) as error:
             raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5) from error
