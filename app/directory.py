@@ -6,6 +6,8 @@ import time
 from config import ModelEntry
 from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
 
+LOOK_AGAIN_S = 0.1
+
 
 class Directory:
     """Answers without a round trip. Until the first `refresh` nobody is known and Redis counts as unreached."""
@@ -27,11 +29,6 @@ class Directory:
         if self._reached_since is None:
             self._reached_since = time.monotonic()
 
-    def refresh_if_older(self, seconds: float) -> None:
-        """`refresh`, unless the last one is no older than that. Raises redis.RedisError."""
-        if time.monotonic() - self._refreshed_at > seconds:
-            self.refresh()
-
     @property
     def reachable(self) -> bool:
         """Redis answered the last time it was asked."""
@@ -40,9 +37,16 @@ class Directory:
     def records(self) -> list[WorkerRecord]:
         return self._records
 
-    def has_ready(self, model: str) -> bool:
-        """Some worker serves `model` now."""
-        return any(record.model == model and record.state == "ready" for record in self._records)
+    def has_ready(self, model: str, *, look_again: bool = False) -> bool:
+        """Some worker serves `model` now. `look_again`: before a no, unless that was just done; raises redis.RedisError.
+
+        The snapshot may be a second old: who has seen /readyz turn 200 through a sibling process is not to be refused.
+        """
+        found = any(record.model == model and record.state == "ready" for record in self._records)
+        if found or not look_again or time.monotonic() - self._refreshed_at < LOOK_AGAIN_S:
+            return found
+        self.refresh()
+        return self.has_ready(model)
 
     def missing(self, models: tuple[ModelEntry, ...]) -> list[str]:
         """Names of the models that no worker serves."""

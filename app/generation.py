@@ -24,7 +24,6 @@ from protocol.jobs import Job
 from protocol.queue import JobQueue
 
 CHECK_S = 1.0
-LOOK_AGAIN_S = 0.1
 DEADLINE_GRACE_S = 2.0
 """The worker ends a request at its deadline, properly; only a worker that can't is overruled from here."""
 DRAIN_STREAMS_S = 18.0
@@ -101,19 +100,12 @@ class Generation:
     def _refuse_early(self, model: str) -> None:
         if not self._directory.reachable or not self._router.subscribed.is_set():
             raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5)
-        if not self._serves(model):
+        if not self._directory.has_ready(model, look_again=True):
             raise NoWorker(
                 f"no worker serves model {model!r} at the moment; try again soon", retry_after_s=10
             )
         if self._draining_for_s() > 0:
             raise ShuttingDown("this server is stopping; try again soon", retry_after_s=5)
-
-    def _serves(self, model: str) -> bool:
-        if self._directory.has_ready(model):
-            return True
-        # the snapshot may be a second old: who has seen /readyz turn 200 through a sibling is not refused here
-        self._directory.refresh_if_older(LOOK_AGAIN_S)
-        return self._directory.has_ready(model)
 
     def _follow(self, inbox: Inbox, ends_at: float, caller: Caller) -> Iterator[list[Event]]:
         check_at = time.monotonic() + CHECK_S

@@ -1,7 +1,10 @@
 """The faster ways through a model give what the plain ones do, are used where they fit, and not where they don't."""
 
+import gc
 import subprocess
 import sys
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +13,14 @@ from transformers import Qwen2Config
 from config import ModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
+from workers.engines.chat import assembly
 from workers.engines.chat.assembly import Assembly, assemble
 from workers.engines.chat.attention import LayerCall
 from workers.engines.chat.cpu_attention import CpuPagedAttention
 from workers.engines.chat.cpu_kernels import exp_of_differences
 from workers.engines.chat.fused_decoder import FusedDecoder
 from workers.engines.chat.kv_cache import CacheShape, KVCache
+from workers.engines.chat.model_loader import LoadedModel, load_model
 from workers.engines.chat.model_runner import ModelForward, PortableRunner
 from workers.engines.chat.paged_attention import PagedAttention, Plan
 from workers.engines.chat.products import PackedLinear
@@ -84,8 +89,20 @@ def assembled(weights, **options) -> Assembly:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
-def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(tmp_path, family, caplog):
+def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
+    tmp_path, family, caplog, monkeypatch
+):
+    loaded: list[weakref.ref[Any]] = []
+
+    def remember(entry: ModelEntry) -> LoadedModel:
+        model = load_model(entry)
+        loaded.append(weakref.ref(model.model.model.layers[0].mlp.down_proj.weight))
+        return model
+
+    monkeypatch.setattr(assembly, "load_model", remember)
     parts = assembled(save_model(tmp_path, CONFIGS[family]()))
+    gc.collect()
+    assert loaded[0]() is None
     assert isinstance(parts.runner.model_forward, FusedDecoder)
     assert not caplog.records
 
@@ -105,6 +122,13 @@ def test_other_models_run_through_transformers_with_packed_products(tmp_path, fa
     assert isinstance(forward, ModelForward)
     assert any(isinstance(module, PackedLinear) for module in forward._model.modules())
     assert not caplog.records
+
+
+def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "COMPILED_ATTENTION_THREADS", 0)
+    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()))
+    assert isinstance(parts.runner, PortableRunner)
+    assert type(parts.runner._attention) is PagedAttention
 
 
 def test_half_precision_runs_fused_on_a_cpu(tmp_path):

@@ -200,3 +200,28 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
     assert done.wait(2)
     release.set()
     sender.stop(5)
+
+
+def test_what_has_ended_can_not_fail_any_more() -> None:
+    inbox = Inbox("r", "model")
+    inbox.feed(Envelope("r", 0, Finished(None)))
+    inbox.fail(Failed("worker_lost", "too late"))
+    assert inbox.take(0) == [Finished(None)]
+
+
+def test_what_an_acl_forbids_is_given_up_at_once(keys: Keys, ends: Ends) -> None:
+    class Forbidden:
+        def register_script(self, source: str) -> Callable[..., Any]:
+            def refused(**arguments: Any) -> Any:
+                raise redis.exceptions.NoPermissionError("no permissions to run this command")
+
+            return refused
+
+    sender = EventSender(
+        cast(Any, Forbidden()), keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
+    )
+    sender.start()
+    sender.open("r", WEB, 100)
+    sender.emit([("r", Delta("a"))])
+    assert ends.lost.get(timeout=5) == "r"
+    sender.stop(5)

@@ -168,10 +168,10 @@ def _fuse(
     if joined is None:
         return False
     plain = runner.model_forward
-    runner.model_forward = FusedDecoder(loaded.model, joined, attention, loaded.max_context)
     try:
+        runner.model_forward = FusedDecoder(loaded.model, joined, attention, loaded.max_context)
         check(runner)
-    except EngineLoadError as error:
+    except (EngineLoadError, RuntimeError) as error:
         log.warning("transformers' own layers are used: with joint products, %s", error)
         runner.model_forward = plain
         return False

@@ -1,8 +1,8 @@
 """The forward pass of Llama-shaped models in few large operations.
 
 transformers' own layers run some 60 operations each, and as much Python between them: with one row in the batch that is
-most of a step. Here query, key and value are one product, as are gate and up; norms are torch's own; keys and queries
-are rotated together. assembly.py compares the result with the model's own before the first request, and uses
+most of a step. Here query, key and value are one product, as are gate and up; keys and queries are rotated together
+(operations.py). assembly.py compares the result with the model's own before the first request, and uses
 transformers' code where it differs and for every other architecture.
 """
 
