@@ -238,6 +238,8 @@ class WorkerProcess:
     # ----- what the others ask
 
     def _describe(self) -> WorkerRecord:
+        # before the engine's steps: a record that says nothing runs must count all that ran
+        running = len(self._runner.running()) if self._runner is not None else 0
         status = self._engine.status() if self._runner is not None else None
         return WorkerRecord(
             cid=self._cid,
@@ -251,7 +253,7 @@ class WorkerProcess:
             node=self._settings.node_url,
             gpus=self._gpus,
             state=self._state,
-            running=len(self._runner.running()) if self._runner is not None else 0,
+            running=running,
             registered=self._registrar.registered,
             last_error=self._last_error or self._registrar.last_error,
             concurrency=int(self._celery.conf.worker_concurrency or 0),

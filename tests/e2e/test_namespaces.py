@@ -17,12 +17,22 @@ def test_two_deployments_on_one_redis_do_not_notice_each_other(
         assert [row["model"] for row in one.worker_rows()] == ["echo"]
         assert two.worker_rows() == []
         assert two.chat("hi", "echo")[0] == 503, "the other deployment's worker is none of ours"
-        assert one.chat("hi", "echo", max_tokens=2)[0] == 200
-        two.start_worker("echo")
+        served_by_one = served_request(one)
+        worker_of_two = two.workers[two.start_worker("echo")]
         two.wait_ready("echo")
-        served_before = {row["cid"]: row["steps"] for row in one.worker_rows()}
-        assert two.chat("hi", "echo", max_tokens=5)[0] == 200
-        assert {row["cid"]: row["steps"] for row in one.worker_rows()} == served_before
+        served_by_two = served_request(two)
+        # what a worker took it logs before it works on it, and each of these requests is answered
+        assert served_by_two in worker_of_two.log.read_text()
+        [worker_of_one] = one.workers.values()
+        assert served_by_one in worker_of_one.log.read_text()
+        assert served_by_two not in worker_of_one.log.read_text(), "taken from the other's queue"
         names = {name.decode() for name in redis_server.client.keys("*")}
         strays = {name for name in names if not name.startswith(("one:", "two:", "test"))}
         assert not strays, f"keys outside both namespaces: {strays}"
+
+
+def served_request(service: Deployment) -> str:
+    """The id of a request that `service` has answered."""
+    status, answer = service.chat("hi", "echo", max_tokens=2)
+    assert status == 200, answer
+    return str(answer["id"])
