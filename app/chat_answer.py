@@ -1,14 +1,14 @@
 """Events of a chat as the standard's answers: one JSON document, or chunks. Encodes last; knows no socket and no Flask."""
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import msgspec
 
 from app.sse import frame
 from protocol.errors import DeadlineExceeded
-from protocol.events import Delta, Event, Finished, TokenLogprob, Usage
+from protocol.events import Delta, Event, Finished, Started, TokenLogprob, Usage
 
 _json = msgspec.json.encode
 
@@ -35,23 +35,42 @@ def _token_body(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes, "top_logprobs": top}
 
 
-def with_deadline(batches: Iterable[list[Event]], n: int) -> Iterator[list[Event]]:
-    """End a chat whose worker missed the deadline as the deadline asks: properly, where it has a token at all."""
-    tokens = 0
-    open_choices = set(range(n))
-    try:
-        for batch in batches:
-            for event in batch:
-                if isinstance(event, Delta):
-                    tokens += event.tokens
-                    if event.finish_reason:
-                        open_choices.discard(event.index)
-            yield batch
-    except DeadlineExceeded:
-        if not tokens:
-            raise
-        ends: list[Event] = [Delta("", index, 0, "length") for index in sorted(open_choices)]
-        yield [*ends, Finished(Usage(0, tokens))]
+class Batches(Protocol):
+    """app.generation.Answer, as far as a chat needs it."""
+
+    over: bool
+
+    def take(self) -> list[Event]: ...
+
+
+class ChatAnswer:
+    """An answer of `n` choices that ends properly at its deadline, also where the worker missed it: with
+    finish_reason "length" and usage, where it has a token at all. Otherwise as app.generation.Answer."""
+
+    __slots__ = ("_batches", "_open", "_tokens", "over")
+
+    def __init__(self, batches: Batches, n: int) -> None:
+        self._batches = batches
+        self._open = set(range(n))
+        self._tokens = 0
+        self.over = False
+
+    def take(self) -> list[Event]:
+        try:
+            batch = self._batches.take()
+        except DeadlineExceeded:
+            if not self._tokens:
+                raise
+            self.over = True
+            ends: list[Event] = [Delta("", index, 0, "length") for index in sorted(self._open)]
+            return [*ends, Finished(Usage(0, self._tokens))]
+        self.over = self._batches.over
+        for event in batch:
+            if isinstance(event, Delta):
+                self._tokens += event.tokens
+                if event.finish_reason:
+                    self._open.discard(event.index)
+        return batch
 
 
 class ChunkEncoder:
@@ -109,14 +128,36 @@ class ChunkEncoder:
         return self._head + _json(choice)
 
 
-def completion(batches: Iterable[list[Event]], request_id: str, model: str, *, n: int) -> dict[str, Any]:
-    """The plain answer: the deltas joined. Raises what `batches` raises."""
+class ChunkStream:
+    """A chat as frames for app.sse.EventStream. Made when the answer's first token is there: until then nothing is sent,
+    so that an error keeps its status. Raises what `answer` raises."""
+
+    __slots__ = ("_answer", "_encoder", "_lead")
+
+    def __init__(self, answer: Batches, encoder: ChunkEncoder) -> None:
+        self._answer = answer
+        self._encoder = encoder
+        batch: list[Event] = []
+        while all(isinstance(event, Started) for event in batch):
+            batch = answer.take()
+        self._lead = encoder.opening() + encoder.frames(batch)
+
+    def take(self) -> bytes | None:
+        """What has come as frames, b"" where nothing shows, None after all."""
+        if self._lead:
+            lead, self._lead = self._lead, b""
+            return lead
+        return None if self._answer.over else self._encoder.frames(self._answer.take())
+
+
+def completion(answer: Batches, request_id: str, model: str, *, n: int) -> dict[str, Any]:
+    """The plain answer: the deltas joined. Raises what `answer` raises."""
     texts: list[list[str]] = [[] for _ in range(n)]
     logprobs: list[list[TokenLogprob] | None] = [None] * n
     ends: list[Delta | None] = [None] * n
     usage = Usage(0, 0)
-    for batch in batches:
-        for event in batch:
+    while not answer.over:
+        for event in answer.take():
             if isinstance(event, Delta):
                 texts[event.index].append(event.text)
                 if event.logprobs is not None:

@@ -2,8 +2,6 @@
 
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gevent
@@ -25,6 +23,7 @@ class Connection:
         # gevent's socket refuses MSG_DONTWAIT semantics: ask the plain one beneath it
         self._socket: Any = wrapped
         self._plain: socket.socket | None = getattr(wrapped, "_sock", wrapped)
+        self._timeout_before: float | None = None
 
     def gone(self) -> bool:
         """The caller has closed his side. A pipelined next request counts as still there."""
@@ -37,25 +36,23 @@ class Connection:
         except OSError:
             return True
 
-    @contextmanager
-    def sending(self) -> Iterator[None]:
-        """While a stream is sent, a caller who doesn't read for `UNREAD_S` seconds is cut off, or who, with all buffers
-        full, takes longer than `SEND_S` for one piece.
+    def begin_sending(self) -> None:
+        """From now on a caller who doesn't read for `UNREAD_S` seconds is cut off, or who, with all buffers full, takes
+        longer than `SEND_S` for one piece.
 
         The kernel's buffers hold minutes of text before a write blocks: that nobody takes it the kernel alone sees.
         """
         if self._socket is None:
-            yield
             return
         if self._socket.family in (socket.AF_INET, socket.AF_INET6):
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_S * 1000))
-        before = self._socket.gettimeout()
+        self._timeout_before = self._socket.gettimeout()
         self._socket.settimeout(SEND_S)
-        try:
-            yield
-        finally:
-            # the same socket waits for the next request, for much longer
-            self._socket.settimeout(before)
+
+    def end_sending(self) -> None:
+        """The same socket waits for the next request, for much longer."""
+        if self._socket is not None:
+            self._socket.settimeout(self._timeout_before)
 
 
 def read_body(stream: Any, length: int | None, limit: int) -> bytes:

@@ -1,7 +1,8 @@
 """The way of one request through this process: admit → queue → events. Knows nothing of HTTP bodies or of Flask."""
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from redis.exceptions import RedisError
@@ -34,6 +35,73 @@ class Caller(Protocol):
 
     def gone(self) -> bool:
         """He has left; the work is for nothing."""
+
+
+class Answer:
+    """What comes of one request, until it is `over`. One reader, who closes it whatever happens.
+
+    Read by plain calls, not through generators: thousands of streams wait in `take` at once, and each generator in
+    between would keep a frame and half a kilobyte of C stack for every one of them.
+    """
+
+    __slots__ = ("_caller", "_check_at", "_draining_for_s", "_end", "_ends_at", "_failure", "_inbox", "over")
+
+    def __init__(
+        self,
+        inbox: Inbox,
+        caller: Caller,
+        *,
+        ends_at: float,
+        draining_for_s: Callable[[], float],
+        end: Callable[[Inbox, bool], None],
+    ) -> None:
+        self._inbox = inbox
+        self._caller = caller
+        self._ends_at = ends_at
+        self._draining_for_s = draining_for_s
+        self._end = end
+        self._check_at = time.monotonic() + CHECK_S
+        self._failure: Failed | None = None
+        self.over = False
+        """Complete: the last batch ended with Finished."""
+
+    def take(self) -> list[Event]:
+        """What came since the last time, in order; an empty list after a second of silence.
+
+        Raises a ServiceError once everything before it was taken: failed, too late, caller gone.
+        """
+        now = time.monotonic()
+        if now >= self._check_at:
+            self._check_at = now + CHECK_S
+            self._check(now)
+        gained = self._inbox.take(CHECK_S) if self._failure is None else []
+        last = gained[-1] if gained else None
+        if isinstance(last, Failed):
+            self._failure = last
+            gained.pop()
+        if self._failure is not None and not gained:
+            raise from_code(self._failure.code, self._failure.message, self._failure.param)
+        self.over = isinstance(last, Finished)
+        return gained
+
+    def close(self) -> None:
+        """Listen no more; cancels what is not over. Again is harmless."""
+        self._end(self._inbox, self.over)
+
+    def __iter__(self) -> Iterator[list[Event]]:
+        """All that comes, batch by batch."""
+        while not self.over:
+            yield self.take()
+
+    def _check(self, now: float) -> None:
+        if self._caller.gone():
+            raise Cancelled("the caller has left")
+        if now >= self._ends_at + DEADLINE_GRACE_S:
+            raise DeadlineExceeded(
+                "the answer was not ready before the deadline; ask for less or try again later"
+            )
+        if self._draining_for_s() > DRAIN_STREAMS_S:
+            raise ShuttingDown("this server is stopping; send the request again")
 
 
 class Generation:
@@ -70,32 +138,26 @@ class Generation:
             )
         return entry
 
-    def run(self, job: Job, task: Task, caller: Caller) -> Generator[list[Event], None, None]:
-        """Generate. Yields what came since the last time, in order; an empty list after each second of silence.
+    def begin(self, job: Job, task: Task, caller: Caller) -> Answer:
+        """Admit and queue a job. What becomes of it is read from the Answer, which must be closed.
 
-        Ends after Finished. Raises a ServiceError for everything else: refused, failed, too late, caller gone. However
-        it ends, also by being closed, a job that nobody waits for any more is cancelled.
+        Raises ServiceError where it is refused; a job whose fate in the queue is unknown is cancelled.
         """
         deadline_s = self._settings.deadline_s(task)
         ends_at = time.monotonic() + deadline_s
-        request_id, model = job.id, job.model
-        self._refuse_early(model)
-        inbox = self._router.open(request_id, model)
+        self._refuse_early(job.model)
+        inbox = self._router.open(job.id, job.model)
         inbox.expires_s = deadline_s + DEADLINE_GRACE_S
+        answer = Answer(inbox, caller, ends_at=ends_at, draining_for_s=self._draining_for_s, end=self._end)
         try:
             inbox.admitted = self._queue.admit(
                 job, web_id=self._web_id, deadline_s=deadline_s, max_waiting=self._settings.max_waiting
             )
-            # Redis has it: thousands of open streams shall not keep their prompts here, too
-            del job
-            self._queue.send(request_id, model, expires_s=inbox.expires_s)
-            yield from self._follow(inbox, ends_at, caller)
-        finally:
-            self._router.close(request_id)
-            if inbox.finished:
-                self._queue.forget(request_id)
-            elif inbox.admitted:
-                self._cancel(request_id, model)
+            self._queue.send(job.id, job.model, expires_s=inbox.expires_s)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
     def _refuse_early(self, model: str) -> None:
         if not self._directory.reachable or not self._router.subscribed.is_set():
@@ -107,36 +169,12 @@ class Generation:
         if self._draining_for_s() > 0:
             raise ShuttingDown("this server is stopping; try again soon", retry_after_s=5)
 
-    def _follow(self, inbox: Inbox, ends_at: float, caller: Caller) -> Iterator[list[Event]]:
-        check_at = time.monotonic() + CHECK_S
-        while True:
-            gained = inbox.take(CHECK_S)
-            failure = gained.pop() if gained and isinstance(gained[-1], Failed) else None
-            inbox.finished = bool(gained) and isinstance(gained[-1], Finished)
-            if gained or failure is None:
-                yield gained
-            if inbox.finished:
-                return
-            if isinstance(failure, Failed):
-                raise from_code(failure.code, failure.message, failure.param)
-            now = time.monotonic()
-            if now >= check_at:
-                check_at = now + CHECK_S
-                self._check(now, ends_at, caller)
-
-    def _check(self, now: float, ends_at: float, caller: Caller) -> None:
-        if caller.gone():
-            raise Cancelled("the caller has left")
-        if now >= ends_at + DEADLINE_GRACE_S:
-            raise DeadlineExceeded(
-                "the answer was not ready before the deadline; ask for less or try again later"
-            )
-        if self._draining_for_s() > DRAIN_STREAMS_S:
-            raise ShuttingDown("this server is stopping; send the request again")
-
-    def _cancel(self, request_id: str, model: str) -> None:
-        try:
-            self._queue.cancel(request_id, model)
-        except RedisError:
-            # the worker stops all the same: at its own deadline, or when this process's lease is gone
-            return
+    def _end(self, inbox: Inbox, complete: bool) -> None:
+        """Nobody reads this request's events any more; what is not complete is cancelled."""
+        self._router.close(inbox.request_id)
+        if complete:
+            self._queue.forget(inbox.request_id)
+        elif inbox.admitted:
+            # not cancelled: the worker stops all the same, at its own deadline or when this process's lease is gone
+            with suppress(RedisError):
+                self._queue.cancel(inbox.request_id, inbox.model)

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from typing import Self
 
 import msgspec
 
@@ -21,26 +22,50 @@ def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-def stream(parts: Iterable[bytes], clock: Callable[[], float] = time.monotonic) -> Iterator[bytes]:
-    """What goes over the wire: `parts` are frames joined as they came; an empty part is a second of silence.
+class EventStream:
+    """What goes over the wire, for a WSGI server: `take` gives frames as they come, b"" after a second of silence, None
+    after a complete answer. `close` is called at its end, whatever that is.
 
     Ends with [DONE] only after a complete answer: the node and its users have no other sign of it. A failure after the
     first byte becomes an error event, and the stream ends without [DONE].
     """
-    last_sent = clock()
-    try:
-        for part in parts:
-            if part:
-                yield part
-                last_sent = clock()
-            elif clock() - last_sent >= COMMENT_AFTER_S:
-                yield COMMENT
-                last_sent = clock()
-        yield DONE
-    except Cancelled:
-        return
-    except ServiceError as error:
-        yield frame(msgspec.json.encode(error_body(error)))
-    except Exception as error:
-        log_unexpected(log, "stream broken", error)
-        yield frame(msgspec.json.encode(error_body(InternalError("something went wrong here in mid-answer"))))
+
+    # an iterator and no generator: app.generation.Answer says why
+    __slots__ = ("_clock", "_ended", "_last_sent", "_take", "close")
+
+    def __init__(
+        self,
+        take: Callable[[], bytes | None],
+        close: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._take = take
+        self.close = close
+        self._clock = clock
+        self._last_sent = clock()
+        self._ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        if self._ended:
+            raise StopIteration
+        try:
+            while (part := self._take()) == b"" and self._clock() - self._last_sent < COMMENT_AFTER_S:
+                pass
+        except Cancelled:
+            raise StopIteration from None
+        except ServiceError as error:
+            self._ended = True
+            return frame(msgspec.json.encode(error_body(error)))
+        except Exception as error:
+            self._ended = True
+            log_unexpected(log, "stream broken", error)
+            failure = InternalError("something went wrong here in mid-answer")
+            return frame(msgspec.json.encode(error_body(failure)))
+        self._last_sent = self._clock()
+        if part is None:
+            self._ended = True
+            return DONE
+        return part or COMMENT

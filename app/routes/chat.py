@@ -1,20 +1,19 @@
 """POST /v1/chat/completions."""
 
 import uuid
-from collections.abc import Iterator
-from itertools import chain
+from typing import NamedTuple
 
 from flask import Blueprint, Response, request
 
-from app import sse
-from app.chat_answer import ChunkEncoder, completion, with_deadline
+from app.chat_answer import ChatAnswer, ChunkEncoder, ChunkStream, completion
 from app.connection import Connection
 from app.errors import json_response
+from app.generation import Answer
 from app.request_body import ignored_params, read_json
 from app.schemas.chat import ChatCompletionRequest
 from app.schemas.validation import parse
 from app.services import Services
-from protocol.events import Event, Started
+from app.sse import EventStream
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -24,41 +23,71 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.post("/v1/chat/completions")
     def create_chat_completion() -> Response:
-        raw = read_json(request, MAX_BODY_BYTES)
-        body = parse(ChatCompletionRequest, raw)
-        entry = services.generation.entry(body.model, "chat")
-        job = body.to_job(f"cmpl-{uuid.uuid4().hex}", entry)
         connection = Connection(request.environ)
-        events = services.generation.run(job, "chat", connection)
-        batches = with_deadline(events, job.sampling.n)
-        if body.stream:
-            include_usage = bool(body.stream_options and body.stream_options.include_usage)
-            encoder = ChunkEncoder(job.id, job.model, n=job.sampling.n, include_usage=include_usage)
-            response = _stream(batches, encoder, connection)
-            response.call_on_close(events.close)
-            # gunicorn keeps the environ as long as the stream lasts, and werkzeug its request in there
-            request.environ.pop("werkzeug.request", None)
-        else:
-            response = json_response(completion(batches, job.id, job.model, n=job.sampling.n))
-        if ignored := ignored_params(ChatCompletionRequest, raw):
-            response.headers["X-Ignored-Params"] = ignored
-        response.headers["X-Request-Id"] = job.id
+        asked, answer = _begin(services, connection)
+        try:
+            response = _respond(asked, answer, connection)
+        except BaseException:
+            answer.close()
+            raise
+        if asked.ignored:
+            response.headers["X-Ignored-Params"] = asked.ignored
+        response.headers["X-Request-Id"] = asked.id
         return response
 
     return routes
 
 
-def _stream(batches: Iterator[list[Event]], encoder: ChunkEncoder, connection: Connection) -> Response:
-    """The event stream. Waits for the first token before anything is sent: an error before it keeps its status."""
-    first = next(batch for batch in batches if any(not isinstance(event, Started) for event in batch))
-    parts = chain([encoder.opening() + encoder.frames(first)], map(encoder.frames, batches))
+class _Asked(NamedTuple):
+    """What the answer's form depends on. Nothing else of a body is kept: thousands of callers wait at once."""
 
-    def body() -> Iterator[bytes]:
-        with connection.sending():
-            yield from sse.stream(parts)
+    id: str
+    model: str
+    n: int
+    stream: bool
+    include_usage: bool
+    ignored: str
 
+
+def _begin(services: Services, connection: Connection) -> tuple[_Asked, Answer]:
+    raw = read_json(request, MAX_BODY_BYTES)
+    body = parse(ChatCompletionRequest, raw)
+    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.generation.entry(body.model, "chat"))
+    asked = _Asked(
+        job.id,
+        job.model,
+        job.sampling.n,
+        stream=bool(body.stream),
+        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        ignored=ignored_params(ChatCompletionRequest, raw),
+    )
+    return asked, services.generation.begin(job, "chat", connection)
+
+
+def _respond(asked: _Asked, answer: Answer, connection: Connection) -> Response:
+    chat = ChatAnswer(answer, asked.n)
+    if asked.stream:
+        encoder = ChunkEncoder(asked.id, asked.model, n=asked.n, include_usage=asked.include_usage)
+        return _stream(ChunkStream(chat, encoder), connection, answer)
+    response = json_response(completion(chat, asked.id, asked.model, n=asked.n))
+    answer.close()
+    return response
+
+
+def _stream(chunks: ChunkStream, connection: Connection, answer: Answer) -> Response:
+    """The event stream; whoever sends it closes the answer."""
+
+    def close() -> None:
+        connection.end_sending()
+        answer.close()
+
+    connection.begin_sending()
+    # gunicorn keeps the environ as long as the stream lasts, and werkzeug its request in there
+    request.environ.pop("werkzeug.request", None)
     return Response(
-        body(),
+        EventStream(chunks.take, close),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        # the stream goes to the server as it is, not wrapped in iterators of werkzeug's that stay as long as it does
+        direct_passthrough=True,
     )

@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from contextlib import closing
 
 from flask import Blueprint, Response, request
 
@@ -67,7 +68,8 @@ def _create(services: Services, *, edit: bool) -> Response:
 
 
 def _answer(services: Services, job: PictureJob, *, as_base64: bool) -> dict[str, object]:
-    pictures = ready_pictures(services.generation.run(job, job.task, Connection(request.environ)))
+    with closing(services.generation.begin(job, job.task, Connection(request.environ))) as answer:
+        pictures = ready_pictures(answer)
     created = int(time.time())
     if as_base64:
         return images_response_base64(created, job, pictures, load=services.pictures.get)
