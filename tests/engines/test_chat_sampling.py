@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -20,7 +21,7 @@ from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_mo
 from workers.engines.chat import drawing
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
 from workers.engines.chat.drawing import Filters, compiled_draw, draw
-from workers.engines.chat.sampling import Sampler, uniform
+from workers.engines.chat.sampling import Sampler, Uniforms
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 
 VOCABULARY = 300
@@ -133,11 +134,27 @@ def test_each_row_is_drawn_by_its_own_filters():
 
 
 def test_uniform_numbers_look_uniform_and_independent():
-    draws = torch.tensor([[uniform(seed, choice, 7) for seed in range(400)] for choice in range(20)])
+    seeds = list(range(400))
+    rows = [Uniforms(seeds, [choice] * len(seeds)).at([7] * len(seeds)) for choice in range(20)]
+    draws = torch.from_numpy(np.stack(rows))
     assert float(draws.min()) >= 0 and float(draws.max()) < 1
     assert float(draws.mean()) == pytest.approx(0.5, abs=0.02)
     assert float(draws.var()) == pytest.approx(1 / 12, abs=0.005)
     assert float(torch.corrcoef(draws).fill_diagonal_(0).abs().max()) < 0.25
+
+
+def test_a_seed_means_the_same_in_every_version():
+    """The numbers of SplitMix64, 24 bits of them, over seed, choice and place; seeds count modulo 2^64."""
+    draws = Uniforms([0, 5, -1, 2**64 - 1, 2**63], [0, 2, 1, 1, 0]).at([0, 7, 3, 3, 2000])
+    assert (draws * 2**24).tolist() == [2327157, 8820271, 13484191, 13484191, 3444058]
+
+
+def test_a_temperature_that_is_almost_nothing_is_greedy():
+    logits = torch.randn(1, VOCABULARY)
+    best = int(logits.argmax())
+    for temperature in (0.0, 1e-50, 1e-6, 1e-5):
+        chosen = Sampler(VOCABULARY, 1, CPU).sample(logits.clone(), [row(0, temperature=temperature)])
+        assert chosen[0].token == best, temperature
 
 
 def test_each_row_obeys_its_own_parameters():
@@ -229,7 +246,7 @@ def margin(engine, model, job, choice: int, tokens: list[int], other: list[int])
     names = ("temperature", "top_k", "top_p", "min_p")
     params = {name: value for name in names if (value := getattr(job.sampling, name)) is not None}
     cumulative = reference(logits, **params).cumsum(-1)
-    point = uniform(job.sampling.seed, choice, place)
+    point = float(Uniforms([job.sampling.seed], [choice]).at([place])[0])
     return float((cumulative - point).abs().min())
 
 

@@ -122,7 +122,8 @@ class Events:
         keys = Keys.of(namespace_of(settings, Catalogue.from_file(service.catalogue)))
         self.app: Celery = create_celery(settings, keys)
         self.seen: list[dict[str, Any]] = []
-        self._stop = False
+        self._connection = self.app.connection()
+        self._receiver = self.app.events.Receiver(self._connection, handlers={"*": self.seen.append})
         self._thread = threading.Thread(target=self._capture, daemon=True)
 
     def __enter__(self) -> "Events":
@@ -134,20 +135,16 @@ class Events:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop = True
+        self._receiver.should_stop = True
         self._thread.join(20)
+        assert not self._thread.is_alive(), "it would outlive its Redis"
 
     def types(self) -> set[str]:
         return {event["type"] for event in self.seen}
 
     def _capture(self) -> None:
-        with self.app.connection() as connection:
-            receiver = self.app.events.Receiver(connection, handlers={"*": self.seen.append})
-            while not self._stop:
-                try:
-                    receiver.capture(limit=None, timeout=1, wakeup=False)
-                except TimeoutError:
-                    continue
+        with self._connection:
+            self._receiver.capture(limit=None, timeout=None, wakeup=False)
 
     def asked(self) -> bytes:
         inspect = self.app.control.inspect(timeout=10, limit=len(MODELS))

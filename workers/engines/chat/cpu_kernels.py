@@ -15,11 +15,11 @@ import numpy as np
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be taken in any order, which vector instructions need; infinities keep their meaning."""
 
-BUCKETS = 2048
-"""Of weights in (0, 1], 64 for each halving: below e^-22 of the best they all fall into the last one."""
+BITS_OF_ONE = np.int32(0x3F800000)
+"""float32's 1.0. Bits of positive floats order as the floats do."""
 
-BLOCK = 64
-"""Weights that are summed together before a token is looked for."""
+BLOCK = 128
+"""Weights that are summed in float32, before their sums are added in float64."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,23 +48,25 @@ def _largest(row: Any, count: int) -> Any:
     # a maximum is taken of many numbers at once only where none is known to be NaN; if one is, no result is right
     best = row[0]
     for at in range(count):
-        best = max(best, row[at])
+        best = row[at] if row[at] > best else best
     return best
 
 
 @compiled
-def exp_of_differences(row: Any, count: int) -> Any:
-    """row[:count] becomes exp(row - its maximum). Returns the sum.
+def exp_of_differences(row: Any, count: int, scale: Any) -> Any:
+    """row[:count] becomes exp(scale * (row - its maximum)). Returns the sum.
 
     exp(x) = 2^k e^r with |r| <= ln(2)/2: a polynomial of degree 6 is exact to float32's rounding, and unlike a call of
     the library's exp it is done for many numbers at once.
     """
     best = _largest(row, count)
+    # division by 1 / scale would be checked for zero, which vector instructions can't
+    scale_to_bits = np.float32(scale * 1.4426950408889634)
     exponents = np.empty(count, np.int32)
     powers = exponents.view(np.float32)
     for at in range(count):
         # 2^-127 has no bits of its own: what is that far below the best, or forbidden by -inf, becomes 0
-        scaled = max((row[at] - best) * np.float32(1.4426950408889634), np.float32(-127))
+        scaled = max((row[at] - best) * scale_to_bits, np.float32(-127))
         whole = np.floor(scaled + np.float32(0.5))
         exponents[at] = (np.int32(whole) + np.int32(127)) << np.int32(23)
         r = (scaled - whole) * np.float32(0.6931471805599453)
@@ -118,7 +120,7 @@ def decode_rows(
             if softcap > 0:
                 for place in range(end - first):
                     scores[head, place] = softcap * math.tanh(scores[head, place] / softcap)
-            share = np.float32(1) / exp_of_differences(scores[head], end - first)
+            share = np.float32(1) / exp_of_differences(scores[head], end - first, np.float32(1))
             for place in range(end - first):
                 scores[head, place] *= share
             for at in range(head_dim):
@@ -176,37 +178,30 @@ def draw_tokens(
     rows, vocabulary = logits.shape
     for row in range(rows):
         weights = logits[row]
-        for at in range(vocabulary):
-            weights[at] /= temperature[row]
-        exp_of_differences(weights, vocabulary)
-        least = np.float64(min_p[row])
+        exp_of_differences(weights, vocabulary, np.float32(1) / temperature[row])
+        least = np.float32(min_p[row])
         if 0 < top_k[row] < vocabulary or top_p[row] < 1:
-            least = max(least, _smallest_kept(weights, np.int64(top_k[row]), np.float64(top_p[row])))
-        tokens[row] = _pick(weights, np.float32(least), uniforms[row])
+            least = max(least, _smallest_kept(weights, top_k[row], top_p[row]))
+        tokens[row] = _pick(weights, least, uniforms[row])
 
 
 @compiled
 def _pick(weights: Any, least: Any, uniform: float) -> int:
-    """The place where the cumulative weight of those >= least passes `uniform` of their sum. Spoils weights.
+    """The place where the cumulative weight of those >= least passes `uniform` of their sum.
 
     By sums of blocks first: adding one by one would be most of the work.
     """
     count = len(weights)
     sums = np.empty(-(-count // BLOCK), np.float64)
     for block in range(len(sums)):
-        inside = np.float64(0)
-        for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
-            weight = weights[at] if weights[at] >= least else np.float32(0)
-            weights[at] = weight
-            inside += weight
-        sums[block] = inside
+        sums[block] = _amount_in_block(weights[block * BLOCK : block * BLOCK + BLOCK], least, False)
     point, passed, block = uniform * sums.sum(), 0.0, 0
     while block < len(sums) - 1 and passed + sums[block] <= point:
         passed += sums[block]
         block += 1
     picked = 0
     for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
-        if weights[at] > 0:
+        if weights[at] > 0 and weights[at] >= least:
             # the last one stands where rounding leaves the sum short
             picked = at
             passed += weights[at]
@@ -216,50 +211,63 @@ def _pick(weights: Any, least: Any, uniform: float) -> int:
 
 
 @compiled
-def _smallest_kept(weights: Any, top_k: int, top_p: float) -> float:
-    """The smallest weight that top_k and then top_p let through. weights: in [0, 1], the best is 1.
-
-    Weights are counted into buckets by their leading bits, which order positive floats; only the bucket in which a limit
-    falls is sorted.
-    """
-    bits = weights.view(np.int32)
-    counts, masses = np.zeros(BUCKETS, np.int64), np.zeros(BUCKETS, np.float64)
-    for at in range(len(weights)):
-        bucket = min((np.int32(0x3F800000) - bits[at]) >> 17, BUCKETS - 1)
-        counts[bucket] += 1
-        masses[bucket] += weights[at]
-    kept: float = 0.0
-    total: float = masses.sum()
+def _smallest_kept(weights: Any, top_k: Any, top_p: Any) -> Any:
+    """A bound that those weights reach which top_k and then top_p let through. weights: in [0, 1], the best is 1."""
+    kept = np.float32(0)
+    total = _amount_above(weights, kept, False)
     if 0 < top_k < len(weights):
-        above, total, bucket = 0, 0.0, 0
-        while above + counts[bucket] < top_k:
-            above += counts[bucket]
-            total += masses[bucket]
-            bucket += 1
-        inside = _falling(weights, bits, bucket)
-        for at in range(top_k - above):
-            total += inside[at]
-        kept = inside[top_k - above - 1]
+        kept = _bound(weights, kept, top_k, True)
+        # of equals at the bound as many count for top_p as top_k has room for
+        surplus = _amount_above(weights, kept, True) - top_k
+        total = _amount_above(weights, kept, False) - surplus * kept
     if top_p < 1:
-        goal, passed, bucket = top_p * total, 0.0, 0
-        while bucket < BUCKETS - 1 and passed + masses[bucket] < goal:
-            passed += masses[bucket]
-            bucket += 1
-        for weight in _falling(weights, bits, bucket):
-            passed += weight
-            if passed >= goal:
-                kept = max(kept, weight)
-                break
+        kept = _bound(weights, kept, top_p * total, False)
     return kept
 
 
 @compiled
-def _falling(weights: Any, bits: Any, bucket: int) -> Any:
-    """The weights of one bucket, largest first."""
-    inside = np.empty(len(weights), np.float32)
-    count = 0
-    for at in range(len(weights)):
-        if min((np.int32(0x3F800000) - bits[at]) >> 17, BUCKETS - 1) == bucket:
-            inside[count] = weights[at]
-            count += 1
-    return np.sort(inside[:count])[::-1]
+def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
+    """The largest bound, not below `low`, that weights reach whose number (counted) or sum is at least `goal`.
+
+    Halves the interval in which it lies, in bits. Each look at all weights is a few hundred vector instructions, so
+    that some fifteen of them take less time than one sort or one count into buckets, which go number by number.
+    """
+    bound = np.empty(2, np.float32)
+    bits = bound.view(np.int32)
+    bound[0] = low
+    bits[1] = BITS_OF_ONE + 1
+    at_low, at_high = _amount_above(weights, low, counted), np.float64(0)
+    # until a single weight is left between them: two would weigh twice the bound at least, save for rounding
+    while bits[1] - bits[0] > 1 and at_low - at_high > 1.5 * (1 if counted else bound[0]):
+        low_bits = bits[0]
+        bits[0] = (low_bits + bits[1]) >> 1
+        amount = _amount_above(weights, bound[0], counted)
+        if amount >= goal:
+            at_low = amount
+        else:
+            at_high = amount
+            bits[1] = bits[0]
+            bits[0] = low_bits
+    return bound[0]
+
+
+@compiled
+def _amount_above(weights: Any, least: Any, counted: bool) -> Any:
+    """The number (counted) or the sum of the weights >= least, float64."""
+    total = np.float64(0)
+    for start in range(0, len(weights), BLOCK):
+        total += _amount_in_block(weights[start : start + BLOCK], least, counted)
+    return total
+
+
+@compiled
+def _amount_in_block(block: Any, least: Any, counted: bool) -> Any:
+    # handed over as a slice: an index that might be negative keeps the loop from vector instructions
+    total = np.float32(0)
+    if counted:
+        for at in range(len(block)):
+            total += np.float32(1) if block[at] >= least else np.float32(0)
+    else:
+        for at in range(len(block)):
+            total += block[at] if block[at] >= least else np.float32(0)
+    return total

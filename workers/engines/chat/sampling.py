@@ -8,6 +8,7 @@ cumulative distribution in the order of the vocabulary: so the same seed gives t
 from collections.abc import Sequence as List
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from workers.engines.chat.drawing import Filters, compiled_draw, draw
@@ -24,15 +25,22 @@ class Sampled(NamedTuple):
     top: List[tuple[int, float]] = ()
 
 
-def uniform(seed: int, choice: int, place: int) -> float:
-    """A number in [0, 1) that looks random: SplitMix64 over the three. 24 bits, so that float32 holds it exactly."""
-    state = 0
-    for part in (seed, choice, place):
-        state = (state + part + 0x9E3779B97F4A7C15) & _MASK64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
-        state ^= state >> 31
-    return (state >> 40) / (1 << 24)
+class Uniforms:
+    """Numbers in [0, 1) that look random, one for each row, by SplitMix64 over its seed, its choice and a place."""
+
+    def __init__(self, seeds: List[int], choices: List[int]) -> None:
+        self._state = _mix(_mix(np.zeros(len(seeds), np.uint64), seeds), choices)
+
+    def at(self, places: List[int]) -> np.ndarray:
+        """float64 [rows]. 24 bits, so that float32 holds them exactly."""
+        return (_mix(self._state, places) >> np.uint64(40)) / (1 << 24)
+
+
+def _mix(state: np.ndarray, parts: List[int]) -> np.ndarray:
+    state = state + np.array([part & _MASK64 for part in parts], np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 class _Batch:
@@ -45,6 +53,9 @@ class _Batch:
         self.all_drawn = len(self.drawn) == len(rows)
         self.drawn_index = torch.tensor(self.drawn, dtype=torch.int64, device=device)
         self.filters = Filters([params[at] for at in self.drawn], device)
+        self.uniforms = Uniforms(
+            [params[at].seed for at in self.drawn], [rows[at].index for at in self.drawn]
+        )
         self.penalised = [at for at, own in enumerate(params) if own.penalised]
         self.logprobs = [at for at, own in enumerate(params) if own.logprobs is not None]
         self.most_logprobs = max((params[at].logprobs or 0 for at in self.logprobs), default=0)
@@ -113,11 +124,8 @@ class Sampler:
 
     def _drawn(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
         """int64 [drawn rows]. logits: the drawn rows alone."""
-        rows = [batch.rows[at] for at in batch.drawn]
-        uniforms = [uniform(row.sampling.seed, row.index, len(row.output)) for row in rows]
-        return self._draw(
-            logits, batch.filters, torch.tensor(uniforms, dtype=torch.float64, device=self._device)
-        )
+        uniforms = batch.uniforms.at([len(batch.rows[at].output) for at in batch.drawn])
+        return self._draw(logits, batch.filters, torch.from_numpy(uniforms).to(self._device))
 
     def _with_logprobs(self, tokens: list[int], raw: torch.Tensor, batch: _Batch) -> list[Sampled]:
         """raw: log probabilities of the model itself [rows that want them, vocabulary]."""

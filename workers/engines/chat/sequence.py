@@ -14,6 +14,10 @@ class TokenMask(Protocol):
         """Token ids that may follow `output`; None: all of them."""
 
 
+GREEDY_BELOW = 1e-5
+"""Temperature: with less, differences between logits grow beyond what float32 holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """SamplingParams with nothing left open: every None was resolved (request, generation config, neutral)."""
@@ -36,7 +40,7 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0
+        return self.temperature < GREEDY_BELOW
 
     @property
     def penalised(self) -> bool:
