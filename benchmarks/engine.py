@@ -205,6 +205,8 @@ def prefill_gaps(bench: Bench) -> dict[str, float]:
         ordinary: list[float] = []
         for request_id in ids:
             for earlier, later in itertools.pairwise(bench.timeline.gains[request_id][40:]):
+                if later[1] > 1:
+                    continue  # half a character waited for its other half: that gap is two steps
                 gaps = during if began < later[0] and earlier[0] < ended else ordinary
                 gaps.append((later[part] - earlier[part]) * 1000)
         result |= {
