@@ -124,7 +124,7 @@ def test_without_a_prefix_cache_nothing_is_reused(weights):
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_go_on(weights):
     engine, collector = make_engine(weights, prefill_chunk=32, prefix_cache=False)
-    engine._parts.step_overhead = 20.0
+    engine._parts.scheduler.step_overhead = 20.0
     try:
         engine.submit(chat_job("running", max_tokens=900, ignore_eos=True))
         collector.wait_first("running")

@@ -39,13 +39,10 @@ COMPILED_ATTENTION_THREADS = 4
 """The compiled loops over keys run in one thread. For 64 rows they take 0.4 of the time of torch's operations in one or
 two threads; with many, these are ahead."""
 
-STALL = 1.5
-"""A prefill chunk may lengthen a decode step by this factor: gaps stay under three times the ordinary one."""
-
 
 @dataclass(slots=True)
 class Assembly:
-    """The engine's parts. `step_overhead`: how many tokens a forward pass's fixed cost is worth."""
+    """The engine's parts."""
 
     cache: KVCache
     runner: ModelRunner
@@ -53,7 +50,6 @@ class Assembly:
     sampler: Sampler
     prompts: PromptBuilder
     max_context: int
-    step_overhead: float
     torch_threads: int
 
     def free(self) -> None:
@@ -61,10 +57,6 @@ class Assembly:
         del self.runner, self.cache.pool
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def prefill_allowance(self, running: int) -> int:
-        """Prompt tokens that one step may compute beside `running` decode rows."""
-        return int(STALL * (self.step_overhead + running))
 
 
 def assemble(entry: ModelEntry) -> Assembly:
@@ -79,14 +71,15 @@ def assemble(entry: ModelEntry) -> Assembly:
     cache, runner = _cache_and_runner(loaded, options)
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
+    scheduler = BatchScheduler(cache, prefixes, options.prefill_chunk, attention_cost)
+    scheduler.step_overhead = _measure_overhead(runner, cache, min(options.prefill_chunk, max_context - 1))
     return Assembly(
         cache=cache,
         runner=runner,
-        scheduler=BatchScheduler(cache, prefixes, options.prefill_chunk, attention_cost),
+        scheduler=scheduler,
         sampler=Sampler(vocabulary, options.max_batch_size, loaded.device),
         prompts=PromptBuilder(loaded.tokenizer, loaded.model.generation_config, vocabulary, max_context),
         max_context=max_context,
-        step_overhead=_measure_overhead(runner, cache, min(options.prefill_chunk, max_context - 1)),
         torch_threads=torch_threads,
     )
 

@@ -134,9 +134,7 @@ class ChatEngine:
         """One turn: take in, pick, compute, choose tokens, send. False: there was nothing to do."""
         started = time.perf_counter()
         self._take_in()
-        work = self._parts.scheduler.schedule(
-            self._parts.prefill_allowance(len(self._parts.scheduler.running))
-        )
+        work = self._parts.scheduler.schedule()
         if work:
             self._compute(work)
         self._send()

@@ -11,6 +11,10 @@ SMALLEST_CHUNK = 16
 """Prompt tokens: fewer in a step aren't worth their overhead, even where running streams wait a little."""
 
 
+STALL = 1.5
+"""A prefill chunk may lengthen a decode step by this factor: gaps stay under three times the ordinary one."""
+
+
 class Work:
     """What one step computes: `decode` sequences gain a token each, `prefill` ones (sequence, tokens) of their prompt."""
 
@@ -54,6 +58,8 @@ class BatchScheduler:
         self._cache = cache
         self._prefixes = prefixes
         self._max_prefill = max_prefill
+        self.step_overhead = 0.0
+        """A forward pass's fixed cost, in tokens; measured once the model runs."""
         self._attention_cost = attention_cost
         self._arrivals = 0
         self.waiting: deque[Sequence] = deque()
@@ -63,17 +69,19 @@ class BatchScheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self, prefill_beside_decode: int) -> Work:
-        """Pick the next step's work. `prefill_beside_decode`: prompt tokens that running streams can bear meanwhile."""
+    def schedule(self) -> Work:
+        """Pick the next step's work."""
         work = Work()
         for sequence in list(self.running):
             if sequence.slot >= 0 and sequence.uncomputed == 1 and self._make_room(sequence):
                 work.decode.append(sequence)
         # making room may have preempted one that was picked before
         work.decode = [sequence for sequence in work.decode if sequence.slot >= 0]
-        budget: float = min(self._max_prefill, prefill_beside_decode) if work.decode else self._max_prefill
-        key_cost = self._attention_cost if work.decode else 0.0
         prefilling = [sequence for sequence in self.running if sequence.uncomputed > 1]
+        budget: float = self._max_prefill
+        if work.decode:
+            budget = min(budget, self._beside(len(work.decode), len(prefilling) + len(self.waiting)))
+        key_cost = self._attention_cost if work.decode else 0.0
         # a long prompt leaves half of the step to those behind it, so that short ones needn't wait for its end
         share = budget / 2 if self.waiting or len(prefilling) > 1 else budget
         for sequence in prefilling:
@@ -83,6 +91,11 @@ class BatchScheduler:
             sequence = self.waiting.popleft()
             budget -= self._take(work, sequence, budget, key_cost)
         return work
+
+    def _beside(self, decoding: int, waiting: int) -> float:
+        """Prompt tokens that a step may compute beside `decoding` rows. While more wait for their first token than have
+        one, those few bear longer gaps: each step at this size costs all who wait as much as it spares the few."""
+        return STALL * (self.step_overhead + decoding) * max(1.0, waiting / decoding)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Start `child` with a copy of what `parent` has computed. False: no room, it must wait its turn."""
