@@ -1,8 +1,11 @@
 """Tokens to text: whole characters, no stop string, nothing lost. Pure: no model."""
 
+import random
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from tests.engines.tiny_chat import make_tokenizer
 from workers.engines.chat.detokenizer import ByteStream, Detokenizer, StopMatcher, Vocabulary, WindowStream
@@ -126,3 +129,26 @@ def test_a_window_keeps_the_spaces_that_sentencepiece_drops_at_the_start():
 def test_a_token_of_the_models_padded_vocabulary_has_no_text():
     detokenizer = VOCABULARY.detokenizer(())
     assert detokenizer.add(100_000) == ("", None)
+
+
+def test_a_window_gives_what_decoding_everything_gives():
+    """SentencePiece's way, as Llama 2 and Gemma have it: words, bytes of characters that are no tokens, a first space
+    that is dropped. Long enough for the window to be shortened many times, and in the middle of runs of bytes."""
+    words = ["\u2581a", "\u2581fox", "es", "\u2581", ",", "\n"]
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    made = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    chances = random.Random(4)
+    for _ in range(50):
+        tokens: list[int] = []
+        for _ in range(60):
+            if chances.random() < 0.5:
+                tokens.append(257 + chances.randrange(len(words)))
+            else:
+                tokens += [1 + byte for byte in chances.choice("é中文🦊👩\u200d").encode()]
+        stream = WindowStream(made.decode)
+        gained = [stream.add(token) for token in tokens]
+        assert "".join(gained) + stream.flush() == made.decode(tokens)
+        assert not any("\ufffd" in text for text in gained)
