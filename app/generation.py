@@ -71,7 +71,8 @@ class Answer:
         Raises a ServiceError once everything before it was taken: failed, too late, caller gone.
         """
         now = time.monotonic()
-        if now >= self._check_at:
+        # an end that has come counts, however late it is read
+        if now >= self._check_at and not self._inbox.ended:
             self._check_at = now + CHECK_S
             self._check(now)
         gained = self._inbox.take(CHECK_S) if self._failure is None else []

@@ -27,12 +27,12 @@ def blueprint(services: Services) -> Blueprint:
         asked, answer = _begin(services, connection)
         try:
             response = _respond(asked, answer, connection)
+            if asked.ignored:
+                response.headers["X-Ignored-Params"] = asked.ignored
+            response.headers["X-Request-Id"] = asked.id
         except BaseException:
             answer.close()
             raise
-        if asked.ignored:
-            response.headers["X-Ignored-Params"] = asked.ignored
-        response.headers["X-Request-Id"] = asked.id
         return response
 
     return routes
@@ -78,8 +78,8 @@ def _stream(chunks: ChunkStream, connection: Connection, answer: Answer) -> Resp
     """The event stream; whoever sends it closes the answer."""
 
     def close() -> None:
-        connection.end_sending()
         answer.close()
+        connection.end_sending()
 
     connection.begin_sending()
     # gunicorn keeps the environ as long as the stream lasts, and werkzeug its request in there

@@ -152,3 +152,17 @@ def test_a_window_gives_what_decoding_everything_gives():
         gained = [stream.add(token) for token in tokens]
         assert "".join(gained) + stream.flush() == made.decode(tokens)
         assert not any("\ufffd" in text for text in gained)
+
+
+def test_characters_that_are_never_whole_are_not_held_for_ever():
+    decoded: list[int] = []
+
+    def decode(tokens: list[int]) -> str:
+        decoded.append(len(tokens))
+        return "\ufffd" * len(tokens)
+
+    stream = WindowStream(decode)
+    gained = "".join(stream.add(1) for _ in range(1000))
+    assert len(gained) >= 995
+    assert gained + stream.flush() == "\ufffd" * 1000
+    assert max(decoded) < 25, "every token decodes all before it again"

@@ -18,10 +18,10 @@ def sequence(name: str, tokens: int = PROMPT) -> Sequence:
     return request.sequences[0]
 
 
-def scheduler(running: int) -> BatchScheduler:
+def scheduler(running: int, pages: int = 2000, slots: int = 64) -> BatchScheduler:
     """With `running` sequences that decode."""
     shape = CacheShape(1, 1, 2, torch.float32, token_major=False)
-    made = BatchScheduler(KVCache(shape, 2000, 8, 64, torch.device("cpu")), None, max_prefill=512)
+    made = BatchScheduler(KVCache(shape, pages, 8, slots, torch.device("cpu")), None, max_prefill=512)
     made.step_overhead = OVERHEAD
     for number in range(running):
         made.add(sequence(f"r{number}"))
@@ -60,3 +60,11 @@ def test_those_that_run_are_the_many_again_once_most_have_begun() -> None:
     for number in range(20):
         made.add(sequence(f"w{number}"))
     assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 40) + SMALLEST_CHUNK
+
+
+@pytest.mark.parametrize(("pages", "slots"), [(8 * 6 + 12, 64), (2000, 8)], ids=["few pages", "few slots"])
+def test_those_that_cannot_start_anyway_lengthen_no_step(pages: int, slots: int) -> None:
+    made = scheduler(7, pages, slots)
+    for number in range(56):
+        made.add(sequence(f"w{number}"))
+    assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 8) + SMALLEST_CHUNK

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
 UTF8 = codecs.getincrementaldecoder("utf-8")
+LONGEST = 4
+"""Bytes of a character in UTF-8, at most."""
+
 WINDOW = 12
 """Tokens that a WindowStream decodes at once, as long as no character is longer."""
 
@@ -61,7 +64,9 @@ class WindowStream:
     def add(self, token: int) -> str:
         self._tokens.append(token)
         text = self._decode(self._tokens)
-        if text.endswith(REPLACEMENT) or len(text) <= len(self._text):
+        unread = len(self._tokens) - self._read
+        # more tokens than a character has bytes: this one will never be whole
+        if (text.endswith(REPLACEMENT) and unread <= LONGEST) or len(text) <= len(self._text):
             return ""
         gained = text[len(self._text) :]
         if len(self._tokens) > WINDOW:

@@ -80,7 +80,7 @@ class BatchScheduler:
         prefilling = [sequence for sequence in self.running if sequence.uncomputed > 1]
         budget: float = self._max_prefill
         if work.decode:
-            budget = min(budget, self._beside(len(work.decode), len(prefilling) + len(self.waiting)))
+            budget = min(budget, self._beside(len(work.decode), len(prefilling) + self._startable()))
         key_cost = self._attention_cost if work.decode else 0.0
         # a long prompt leaves half of the step to those behind it, so that short ones needn't wait for its end
         share = budget / 2 if self.waiting or len(prefilling) > 1 else budget
@@ -94,8 +94,23 @@ class BatchScheduler:
 
     def _beside(self, decoding: int, waiting: int) -> float:
         """Prompt tokens that a step may compute beside `decoding` rows. While more wait for their first token than have
-        one, those few bear longer gaps: each step at this size costs all who wait as much as it spares the few."""
+        one, those few bear longer gaps: each step of this size costs all who wait as much as it spares the few."""
         return STALL * (self.step_overhead + decoding) * max(1.0, waiting / decoding)
+
+    def _startable(self) -> int:
+        """Waiting sequences that there is room for, were all as long as the first."""
+        if not self.waiting:
+            return 0
+        room = self._room_for(self.waiting[0])
+        return min(len(self.waiting), self._cache.num_free_slots, room)
+
+    def _room_for(self, sequence: Sequence) -> int:
+        """How many sequences as long as this one the free pages hold.
+
+        Pages that those running will want soon are left to them, or a newcomer would be preempted at once.
+        """
+        free = self._cache.num_free_pages - len(self.running) // 4
+        return max(0, free) // self._cache.pages_for(sequence.length + 1)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Start `child` with a copy of what `parent` has computed. False: no room, it must wait its turn."""
@@ -145,9 +160,7 @@ class BatchScheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence a slot and the pages of all its tokens, from the prefix cache where it can."""
         cache = self._cache
-        # pages that those running will want soon are left to them, or the newcomer would be preempted at once
-        spare = len(self.running) // 4
-        if not cache.num_free_slots or cache.pages_for(sequence.length + 1) + spare > cache.num_free_pages:
+        if not cache.num_free_slots or not self._room_for(sequence):
             return False
         chain = self._prefixes.match(sequence.tokens(0, sequence.length - 1)) if self._prefixes else []
         self._enter(sequence, sequence.length)
