@@ -62,9 +62,18 @@ def test_those_that_run_are_the_many_again_once_most_have_begun() -> None:
     assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 40) + SMALLEST_CHUNK
 
 
-@pytest.mark.parametrize(("pages", "slots"), [(8 * 6 + 12, 64), (2000, 8)], ids=["few pages", "few slots"])
-def test_those_that_cannot_start_anyway_lengthen_no_step(pages: int, slots: int) -> None:
-    made = scheduler(7, pages, slots)
+def test_those_without_pages_lengthen_no_step() -> None:
+    made = scheduler(7, pages=8 * 6 + 12)
     for number in range(56):
         made.add(sequence(f"w{number}"))
     assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 8) + SMALLEST_CHUNK
+
+
+def test_those_without_a_slot_lengthen_no_step() -> None:
+    made = scheduler(7, slots=8)
+    made.add(sequence("long", 2000))
+    for one, count in made.schedule().prefill:
+        one.computed += count
+    for number in range(56):
+        made.add(sequence(f"w{number}"))
+    assert 0 < prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 8) + SMALLEST_CHUNK
