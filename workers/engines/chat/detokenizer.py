@@ -15,7 +15,7 @@ UTF8 = codecs.getincrementaldecoder("utf-8")
 LONGEST = 4
 """Bytes of a character in UTF-8, at most."""
 
-WINDOW = 12
+WINDOW = 4
 """Tokens that a WindowStream decodes at once, as long as no character is longer."""
 
 
