@@ -45,6 +45,11 @@ weights = "echo:"
 """
 
 
+def demo_catalogue() -> str:
+    """The repository's own catalogue, with weights that are found from anywhere."""
+    return (ROOT / "models.toml").read_text().replace('weights = "demo/', f'weights = "{ROOT}/demo/')
+
+
 def free_port() -> int:
     """A loopback port that nobody listens on now."""
     with closing(socket.socket()) as probe:

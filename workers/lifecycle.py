@@ -77,9 +77,11 @@ class WorkerProcess:
 
     def _on_init(self, sender: Any, **_: Any) -> None:
         # Celery's own handler comes later; until then SIGTERM would leave the lease to lapse
-        signal.signal(signal.SIGTERM, lambda *_: _leave(0))
+        signal.signal(signal.SIGTERM, lambda *_: self._stop_asked.set())
         self._connect(node_name=str(sender))
         self._heartbeat.start()
+        # from now on a stop ends this process, wherever it hangs: a Celery that loses Redis before it is ready waits for it
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
         # before the load: what a crashed incarnation of this worker left at the node is taken off meanwhile
         self._registrar.start()
         try:
@@ -155,10 +157,11 @@ class WorkerProcess:
         log.info("loaded %s in %.1f s", self._entry.name, time.monotonic() - started)
 
     def _on_ready(self, **_: Any) -> None:
+        if self._stop_asked.is_set():
+            return
         self._state = "ready"
         self._heartbeat.beat_now()
         self._registrar.set_serving(True)
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
         log.info("worker %s serves %s", self._cid, self._entry.name)
 
     # ----- going down
@@ -173,22 +176,26 @@ class WorkerProcess:
         self._state = "draining"
         self._heartbeat.beat_now()
         self._registrar.drain()
-        assert self._runner is not None
+        if self._runner is not None:
+            self._finish(self._runner)
+            # Celery ends the process now, unless Redis went first: then it would try to reconnect for ever
+            time.sleep(EXIT_S)
+            log.warning("Celery did not end within %g s of the last request: ending without it", EXIT_S)
+            self._sender.stop(1.0)
+        self._heartbeat.stop()
+        self._release()
+        os._exit(0)
+
+    def _finish(self, runner: Runner) -> None:
         give_up_at = time.monotonic() + self._settings.drain_s
-        while self._runner.running() and time.monotonic() < give_up_at:
+        while runner.running() and time.monotonic() < give_up_at:
             time.sleep(DRAIN_POLL_S)
-        if self._runner.running():
+        if runner.running():
             log.warning(
-                "%d requests did not finish within %g s", len(self._runner.running()), self._settings.drain_s
+                "%d requests did not finish within %g s", len(runner.running()), self._settings.drain_s
             )
         self._heartbeat.spare_engine()
         self._engine.close()
-        # Celery ends the process now, unless Redis went first: then it would try to reconnect for ever
-        time.sleep(EXIT_S)
-        log.warning("Celery did not end within %g s of the last request: ending without it", EXIT_S)
-        self._sender.stop(1.0)
-        self._release()
-        os._exit(0)
 
     def _on_shutdown(self, **_: Any) -> None:
         self._registrar.drain()
@@ -224,7 +231,7 @@ class WorkerProcess:
         log.critical("%s", reason)
         self._heartbeat.stop()
         self._release()
-        _leave(status)
+        raise SystemExit(status)
 
     def _release(self) -> None:
         """End the lease. A node that still has the entry is the reconciler's business: leave it the record."""
@@ -291,7 +298,3 @@ def find_entry(settings: Settings, catalogue: Catalogue) -> ModelEntry:
             f"WORKER_MODEL: {settings.worker_model!r} is not in the catalogue; it has: {names}"
         )
     return entry
-
-
-def _leave(status: int) -> NoReturn:
-    raise SystemExit(status)

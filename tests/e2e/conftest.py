@@ -6,17 +6,12 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.deployment import ROOT, Deployment
+from tests.deployment import Deployment, demo_catalogue
 from tests.stand_in_node import StandInNode
 
 CHAT = "demo-chat"
 SHAPES = "demo-shapes"
 PROJECT = "Demo"
-
-
-def demo_catalogue() -> str:
-    """The repository's own catalogue, with weights that are found from anywhere."""
-    return (ROOT / "models.toml").read_text().replace('weights = "demo/', f'weights = "{ROOT}/demo/')
 
 
 @pytest.fixture(scope="session")

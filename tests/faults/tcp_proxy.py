@@ -8,7 +8,11 @@ from typing import Self
 
 
 class TcpProxy:
-    """Stands on a loopback port before another. `cut_after_bytes`: bytes towards the server until all connections break."""
+    """Stands on a loopback port before another.
+
+    `cut_after_bytes`: bytes towards the server until all connections break. `sever_at`: what a client says that ends the
+    way for good; `severed` is set when that has happened.
+    """
 
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
@@ -17,6 +21,8 @@ class TcpProxy:
         self.delay_s = 0.0
         self.cut_after_bytes: int | None = None
         self.cuts = 0
+        self.sever_at: bytes | None = None
+        self.severed = threading.Event()
         self._passed = 0
         self._generation = 0
         self._frozen_before = 0
@@ -29,7 +35,12 @@ class TcpProxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._closing = True
+        with suppress(OSError):  # already closed
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread whose accept() keeps the port open
         self._listener.close()
         self._break_all()
 
@@ -61,6 +72,10 @@ class TcpProxy:
                     continue
                 if self.delay_s:
                     time.sleep(self.delay_s)
+                if counts and self.sever_at and self.sever_at in data:
+                    self._close()
+                    self.severed.set()
+                    return
                 if counts and self._is_cut_by(len(data)):
                     sink.sendall(data[: len(data) // 2])
                     self._break_all()

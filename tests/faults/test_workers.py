@@ -2,11 +2,13 @@
 
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.deployment import wait_until
+from tests.deployment import Deployment, demo_catalogue, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read
+from tests.faults.tcp_proxy import TcpProxy
 from tests.stand_in_node import StandInNode
 
 
@@ -83,6 +85,27 @@ def test_drain_is_bounded(start: Starter) -> None:
     assert reader.error is not None
     assert reader.error["error"]["code"] == "shutting_down"
     assert service.workers["echo-1"].popen.wait(20) == 0
+
+
+def test_stopped_while_it_loads(tmp_path: Path) -> None:
+    with Deployment(tmp_path, catalogue=demo_catalogue()) as service:
+        service.start()
+        name = service.start_worker("demo-chat")
+        service.wait_worker(name, "loading")
+        service.workers[name].signal(signal.SIGTERM)
+        assert service.workers[name].popen.wait(20) == 0, service.workers[name].tail()
+        wait_until(lambda: not service.worker_rows(), timeout_s=5, what="its lease has ended with it")
+
+
+def test_stopped_after_redis_went_before_it_was_ready(start: Starter) -> None:
+    """Celery, which says at its start that it is online, says so again and again: SIGTERM doesn't end that."""
+    service = start()
+    with TcpProxy(service.redis.port) as proxy:
+        proxy.sever_at = b"worker.online"
+        name = service.start_worker("echo", REDIS_URL=f"redis://127.0.0.1:{proxy.port}/0", DRAIN_S="1")
+        assert proxy.severed.wait(60), service.workers[name].tail()
+        service.workers[name].signal(signal.SIGTERM)
+        assert service.workers[name].popen.wait(40) == 0, service.workers[name].tail()
 
 
 def test_stopped_for_twenty_seconds(start: Starter) -> None:

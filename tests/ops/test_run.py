@@ -118,7 +118,14 @@ def test_a_killed_redis_comes_back_with_the_same_url(started: Run) -> None:
 
 
 def test_nothing_outlives_a_killed_supervisor(started: Run) -> None:
-    processes = [process.pid for process in started.processes()]
+    commands = {process.pid: " ".join(process.cmdline()) for process in started.processes()}
     started.process.kill()
     started.process.wait()
-    wait_until(lambda: not [pid for pid in processes if alive(pid)], timeout_s=45, what="all children gone")
+
+    def left() -> list[str]:
+        return [command for pid, command in commands.items() if alive(pid)]
+
+    try:
+        wait_until(lambda: not left(), timeout_s=45, what="all children gone")
+    except AssertionError as error:
+        raise AssertionError(f"still there: {left()}") from error
