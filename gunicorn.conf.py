@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import signal
 import socket
 import sys
 import time
@@ -166,6 +167,12 @@ def _json_answer(status: int, message: str) -> bytes:
     body = json.dumps(error_body(error)).encode()
     head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    # until it sets up its own signals, a second of imports later, a worker has the master's: SIGTERM would be lost in it,
+    # and the master would wait for it for `graceful_timeout`
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def post_worker_init(worker: Any) -> None:

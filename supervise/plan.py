@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def make_plan(
         (*python, "celery", "-q", "-A", "workers", "flower", f"--address={host}", f"--port={port}"),
         env,
         _FLOWER_STOP_S,
+        orphan_signal=signal.SIGKILL,  # it keeps nothing, and would ask for a Redis that went with it for ever
     )
     return Plan(
         redis=(Spec("redis", redis.argv, env, _REDIS_STOP_S),) if redis else (),

@@ -25,13 +25,18 @@ _TETHER = (sys.executable, "-S", "-E", str(Path(__file__).with_name("tether.py")
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run. `fatal_at_start`: exit statuses that fail a whole start; later only EX_CONFIG is final."""
+    """What to run.
+
+    `fatal_at_start`: exit statuses that fail a whole start; later only EX_CONFIG is final. `orphan_signal`: what the kernel
+    sends when the supervisor dies; SIGTERM where there is something to tidy up.
+    """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     stop_timeout_s: float
     fatal_at_start: frozenset[int] = frozenset({EX_CONFIG})
+    orphan_signal: signal.Signals = signal.SIGTERM
 
 
 def backoff_s(failures: int) -> float:
@@ -101,6 +106,7 @@ class Process:
         try:
             self._child = await asyncio.create_subprocess_exec(
                 *_TETHER,
+                str(int(self.spec.orphan_signal)),
                 *self.spec.argv,
                 env=self.spec.env,
                 stdin=asyncio.subprocess.DEVNULL,

@@ -1,22 +1,22 @@
-"""`python -S -E tether.py SUPERVISOR_PID COMMAND…`: becomes COMMAND, which the kernel ends when the supervisor dies.
+"""`python -S -E tether.py SUPERVISOR_PID SIGNAL COMMAND…`: becomes COMMAND, to which the kernel sends SIGNAL when the
+supervisor dies.
 
 A process image of its own, not a `preexec_fn`: that one runs Python between fork and exec, where another thread's lock
 may be held for ever.
 """
 
 import os
-import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h; survives exec
 
 
 def main() -> None:
-    supervisor, *command = sys.argv[1:]
+    supervisor, number, *command = sys.argv[1:]
     if sys.platform == "linux":
         import ctypes
 
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
         if os.getppid() != int(supervisor):
             return  # it died before the kernel knew that we care
     try:

@@ -232,9 +232,14 @@ class Deployment:
         return self
 
     def start_web(self, **more: str) -> Process:
+        web = self.launch_web(**more)
+        wait_until(self._web_answers, timeout_s=START_S, what="web answers /healthz")
+        return web
+
+    def launch_web(self, **more: str) -> Process:
+        """Start the web process and wait for nothing."""
         command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
         self.web = Process("web", command, self.environment(**more), self.folder / "web.log")
-        wait_until(self._web_answers, timeout_s=START_S, what="web answers /healthz")
         return self.web
 
     def start_worker(self, model: str, name: str | None = None, **more: str) -> str:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
+from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.deployment import Deployment, Stream, wait_until
+from tests.deployment import ECHO_CATALOGUE, Deployment, RedisServer, Stream, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read
 from tests.faults.test_callers import JSON, chat_body, in_hand, waiting
 from tests.stand_in_node import StandInNode
@@ -279,3 +280,12 @@ def test_a_slow_probe_changes_nothing(start: Starter) -> None:
         wait_until(lambda: time.monotonic() - probed_at > 20, timeout_s=30, what="the next probes")
         assert not [call for call in node.seen("model/unregister") if call.at > probed_at]
         assert len(node.cids("Test")) == 1
+
+
+def test_stopped_while_it_boots(tmp_path: Path, redis_server: RedisServer) -> None:
+    catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
+    with Deployment(tmp_path, catalogue=catalogue, redis_server=redis_server) as service:
+        web = service.launch_web()
+        wait_until(lambda: "Booting worker" in web.tail(), timeout_s=60, what="gunicorn has forked")
+        web.signal(signal.SIGTERM)
+        assert web.popen.wait(20) == 0, web.tail()

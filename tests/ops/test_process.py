@@ -14,6 +14,7 @@ import pytest
 
 from supervise import process as process_module
 from supervise.process import Process, backoff_s
+from tests.deployment import wait_until
 from tests.ops.stand_ins import alive, noted, retry_all_but_78, stand_in, until_noted
 
 
@@ -165,18 +166,41 @@ def test_of_a_progress_bar_only_the_last_state_is_shown(log: Path) -> None:
     assert "".join(lines[1:-1]) == "long" + "g" * 200000
 
 
-def test_children_end_when_the_supervisor_is_killed(log: Path) -> None:
+def kill_the_supervisor_of(spec: str, log: Path) -> int:
+    """SIGKILL a supervisor once its process has started, and return that one's process id."""
     script = f"""
-import asyncio
+import asyncio, dataclasses, signal
 from pathlib import Path
 from supervise.process import Process
 from tests.ops.stand_ins import stand_in
-asyncio.run(Process(stand_in("w", Path({str(log)!r})), print, lambda *_: True).run())
+log = Path({str(log)!r})
+process = Process({spec}, print, lambda *_: True)
+async def main():
+    running = asyncio.create_task(process.run())
+    while process.pid is None:
+        await asyncio.sleep(0.01)
+    print(process.pid, flush=True)
+    await running
+asyncio.run(main())
 """
-    supervisor = subprocess.Popen([sys.executable, "-c", script])
-    try:
-        asyncio.run(until_noted(log, "w started"))
-    finally:
-        supervisor.send_signal(signal.SIGKILL)
-        supervisor.wait()
+    supervisor = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert supervisor.stdout is not None
+    with supervisor.stdout:
+        try:
+            pid = int(supervisor.stdout.readline())
+            asyncio.run(until_noted(log, "w started"))
+        finally:
+            supervisor.send_signal(signal.SIGKILL)
+            supervisor.wait()
+    return pid
+
+
+def test_children_end_when_the_supervisor_is_killed(log: Path) -> None:
+    kill_the_supervisor_of('stand_in("w", log)', log)
     asyncio.run(until_noted(log, "w stopped"))
+
+
+def test_a_child_that_would_not_end_by_itself_is_killed_with_the_supervisor(log: Path) -> None:
+    spec = 'dataclasses.replace(stand_in("w", log, stubborn=True), orphan_signal=signal.SIGKILL)'
+    pid = kill_the_supervisor_of(spec, log)
+    wait_until(lambda: not alive(pid), timeout_s=20, what="the child is gone")
