@@ -89,55 +89,27 @@ def node_commands(get_services: Callable[[], NodeServices]) -> AppGroup:
     def list_entries() -> None:
         """Show what the node lists beside the workers that live."""
         with _node_of(get_services()) as node:
-            rows = node.rows()
-            if rows:
-                _print_table(rows)
-            else:
-                click.echo(f"{node.client.url} lists nothing, and no worker is ready")
+            _list(node)
 
     @group.command("register-project")
     @click.option("--yes", is_flag=True, help="Drop others' entries of the project without asking.")
     def register_project(yes: bool) -> None:
         """Replace the project's whole list by the workers that are ready now."""
         with _node_of(get_services()) as node:
-            ready = [entry for entry in node.expected() if entry.project == node.project]
-            if not ready:
-                raise click.ClickException(
-                    "no worker is ready: the list would be empty; see `node unregister-project`"
-                )
-            dropped = [
-                row for row in node.rows() if row.mark == "foreign" and row.entry.project == node.project
-            ]
-            if dropped and not yes:
-                _print_table(dropped)
-                click.confirm("These entries of others are dropped from the project. Go on?", abort=True)
-            with node.lock.turn():
-                node.client.register_project(node.project, ready)
-            click.echo(f"{node.project}: {len(ready)} registered")
+            _register_project(node, yes)
 
     @group.command("unregister-project")
     @click.option("--yes", is_flag=True, help="Don't ask.")
     def unregister_project(yes: bool) -> None:
         """Remove the project with everybody's models. Workers that live register again within a minute."""
         with _node_of(get_services()) as node:
-            if not yes:
-                click.confirm(
-                    f"Remove project {node.project} with all its models from {node.client.url}?", abort=True
-                )
-            with node.lock.turn():
-                node.client.unregister_project(node.project)
-            click.echo(f"{node.project}: unregistered")
+            _unregister_project(node, yes)
 
     @group.command("prune")
     def prune() -> None:
         """Take our stale entries off the node; the reconciler does the same by itself, more cautiously."""
         with _node_of(get_services()) as node:
-            with node.lock.turn():
-                stale = [row.entry for row in node.rows() if row.mark == "stale"]
-                for entry in stale:
-                    node.client.unregister_model(entry.project, entry.model, entry.cid)
-                    click.echo(f"{entry.project} {entry.model} {entry.cid}: unregistered")
-            click.echo(f"{len(stale)} stale")
+            _prune(node)
 
     return group
 
@@ -175,6 +147,48 @@ def _node_of(services: NodeServices) -> Iterator[_Node]:
         raise click.ClickException(
             f"Redis can't be reached, so nobody knows which workers live: {error}"
         ) from error
+
+
+def _list(node: _Node) -> None:
+    rows = node.rows()
+    if rows:
+        _print_table(rows)
+    else:
+        click.echo(f"{node.client.url} lists nothing, and no worker is ready")
+
+
+def _register_project(node: _Node, yes: bool) -> None:
+    ready = [entry for entry in node.expected() if entry.project == node.project]
+    if not ready:
+        raise click.ClickException(
+            "no worker is ready: the list would be empty; see `node unregister-project`"
+        )
+    dropped = [row for row in node.rows() if row.mark == "foreign" and row.entry.project == node.project]
+    if dropped and not yes:
+        _print_table(dropped)
+        click.confirm("These entries of others are dropped from the project. Go on?", abort=True)
+    with node.lock.turn():
+        node.client.register_project(node.project, ready)
+    click.echo(f"{node.project}: {len(ready)} registered")
+
+
+def _unregister_project(node: _Node, yes: bool) -> None:
+    if not yes:
+        click.confirm(
+            f"Remove project {node.project} with all its models from {node.client.url}?", abort=True
+        )
+    with node.lock.turn():
+        node.client.unregister_project(node.project)
+    click.echo(f"{node.project}: unregistered")
+
+
+def _prune(node: _Node) -> None:
+    with node.lock.turn():
+        stale = [row.entry for row in node.rows() if row.mark == "stale"]
+        for entry in stale:
+            node.client.unregister_model(entry.project, entry.model, entry.cid)
+            click.echo(f"{entry.project} {entry.model} {entry.cid}: unregistered")
+    click.echo(f"{len(stale)} stale")
 
 
 def _print_table(rows: list[Row]) -> None:

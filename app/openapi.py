@@ -43,53 +43,8 @@ def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:
         "ImagesResponse": _images_response(),
         **_operators_schemas(),
     }
-    edit = _request(schemas, ImageEditRequest)
+    paths = {**_generating_paths(schemas), **_looking_paths()}
     _add_pictures(schemas["ImageEditRequest"])
-    form = _object(
-        {
-            "image": {**_BINARY, "minLength": 1},
-            "mask": _BINARY,
-            "prompt": {**_STRING, "pattern": _NOT_BLANK},
-            "model": _STRING,
-            "n": {**_INTEGER, "minimum": 0},
-            "size": {**_STRING, "pattern": _SIZE},
-            "response_format": {"enum": ["", "url", "b64_json"]},
-        },
-        required=["image", "prompt"],
-    )
-    paths = {
-        "/v1/chat/completions": {
-            "post": _generating(
-                "Answer a conversation",
-                {"application/json": _request(schemas, ChatCompletionRequest)},
-                {"application/json": _ref("ChatCompletion"), "text/event-stream": _EVENT},
-            )
-        },
-        "/v1/images/generations": {
-            "post": _generating(
-                "Draw pictures",
-                {"application/json": _request(schemas, ImageGenerationRequest)},
-                {"application/json": _ref("ImagesResponse")},
-            )
-        },
-        "/v1/images/edits": {
-            "post": _generating(
-                "Edit a picture",
-                {"application/json": edit, "multipart/form-data": form},
-                {"application/json": _ref("ImagesResponse")},
-            )
-        },
-        "/v1/models": {"get": _get("The models and where they are called", "Models")},
-        "/v1/models/{name}": {"get": _get("One model", "Model", parameter="name", errors=(404,))},
-        "/v1/workers": {"get": _get("The workers and their state", "Workers")},
-        "/v1/images/files/{name}": {"get": _picture_file()},
-        "/healthz": {"get": _get("This process lives", "Health", open_to_all=True)},
-        "/readyz": {
-            "get": _get("Every model has a worker", "Readiness", also={503: "Readiness"}, open_to_all=True)
-        },
-        "/metrics": {"get": _get("Prometheus figures", {"text/plain": {"schema": _STRING}})},
-        "/openapi.json": {"get": _get("This document", {"application/json": {"schema": {"type": "object"}}})},
-    }
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
@@ -105,6 +60,66 @@ def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:
         document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
         document["security"] = [{"bearer": []}]
     return document
+
+
+def _generating_paths(schemas: dict[str, Any]) -> dict[str, Any]:
+    """The end points that a worker answers; what their bodies need is added to `schemas`."""
+    images = {"application/json": _ref("ImagesResponse")}
+    return {
+        "/v1/chat/completions": {
+            "post": _generating(
+                "Answer a conversation",
+                {"application/json": _request(schemas, ChatCompletionRequest)},
+                {"application/json": _ref("ChatCompletion"), "text/event-stream": _EVENT},
+            )
+        },
+        "/v1/images/generations": {
+            "post": _generating(
+                "Draw pictures", {"application/json": _request(schemas, ImageGenerationRequest)}, images
+            )
+        },
+        "/v1/images/edits": {
+            "post": _generating(
+                "Edit a picture",
+                {
+                    "application/json": _request(schemas, ImageEditRequest),
+                    "multipart/form-data": _edit_form(),
+                },
+                images,
+            )
+        },
+    }
+
+
+def _looking_paths() -> dict[str, Any]:
+    """The end points that the web process answers by itself."""
+    return {
+        "/v1/models": {"get": _get("The models and where they are called", "Models")},
+        "/v1/models/{name}": {"get": _get("One model", "Model", parameter="name", errors=(404,))},
+        "/v1/workers": {"get": _get("The workers and their state", "Workers")},
+        "/v1/images/files/{name}": {"get": _picture_file()},
+        "/healthz": {"get": _get("This process lives", "Health", open_to_all=True)},
+        "/readyz": {
+            "get": _get("Every model has a worker", "Readiness", also={503: "Readiness"}, open_to_all=True)
+        },
+        "/metrics": {"get": _get("Prometheus figures", {"text/plain": {"schema": _STRING}})},
+        "/openapi.json": {"get": _get("This document", {"application/json": {"schema": {"type": "object"}}})},
+    }
+
+
+def _edit_form() -> dict[str, Any]:
+    return _object(
+        {
+            "image": {**_BINARY, "minLength": 1},
+            "mask": _BINARY,
+            "prompt": {**_STRING, "pattern": _NOT_BLANK},
+            "model": _STRING,
+            "n": {**_INTEGER, "minimum": 0},
+            "size": {**_STRING, "pattern": _SIZE},
+            "response_format": {"enum": ["", "url", "b64_json"]},
+        },
+        required=["image", "prompt"],
+    )
 
 
 def _generating(summary: str, bodies: dict[str, Any], answers: dict[str, Any]) -> dict[str, Any]:

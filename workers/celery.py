@@ -9,10 +9,10 @@ import sys
 from celery import Celery
 from celery.signals import worker_init
 
-from config import Catalogue, ConfigurationError, Settings
+from config import Catalogue, ConfigurationError, ModelEntry, Settings
 from protocol.connections import consume, create_celery, namespace_of
 from protocol.names import Keys
-from workers.lifecycle import EXIT_CONFIGURATION, WorkerProcess, find_entry
+from workers.lifecycle import EXIT_CONFIGURATION, WorkerProcess
 
 
 def create_worker_app(settings: Settings) -> Celery:
@@ -23,10 +23,21 @@ def create_worker_app(settings: Settings) -> Celery:
     if not settings.worker_model:
         worker_init.connect(_refuse, weak=False)
         return celery
-    entry = find_entry(settings, catalogue)
+    entry = _find_entry(settings, catalogue)
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
     WorkerProcess(settings, catalogue, entry, celery).connect_signals()
     return celery
+
+
+def _find_entry(settings: Settings, catalogue: Catalogue) -> ModelEntry:
+    """The catalogue entry that WORKER_MODEL names. Raises ConfigurationError."""
+    entry = catalogue.get(settings.worker_model)
+    if entry is None:
+        names = ", ".join(model.name for model in catalogue.models)
+        raise ConfigurationError(
+            f"WORKER_MODEL: {settings.worker_model!r} is not in the catalogue; it has: {names}"
+        )
+    return entry
 
 
 def _refuse(**_: object) -> None:

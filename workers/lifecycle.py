@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import uuid
+from functools import partial
 from typing import Any, NoReturn
 
 import msgspec
@@ -18,22 +19,23 @@ from celery import Celery
 from celery.signals import worker_init, worker_ready, worker_shutdown, worker_shutting_down
 from redis.exceptions import RedisError
 
-from config import Catalogue, ConfigurationError, ModelEntry, Settings
+from config import Catalogue, ModelEntry, Settings
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
 from protocol.event_sender import EventSender
-from protocol.events import Event, Failed, ImageReady
+from protocol.events import Event, Failed
 from protocol.leases import Leases, WorkerRecord, WorkerState
 from protocol.names import GENERATE_TASK, Keys
 from protocol.node import default_cid
-from protocol.pictures import PictureStore, PictureTooLarge
+from protocol.pictures import PictureStore
 from protocol.queue import JobQueue
 from workers.canary import Outlet, sing
 from workers.device import visible_gpus
 from workers.engines import create_engine
 from workers.engines.base import Engine, EngineLoadError
 from workers.heartbeat import Heartbeat
+from workers.picture_keeper import keep_picture
 from workers.registrar import build_registrar
-from workers.runner import Runner, without_bytes
+from workers.runner import Runner
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +107,7 @@ class WorkerProcess:
         self._queue = JobQueue(
             redis, self._keys, self._celery, claim_ttl_s=visibility_timeout_s(settings) + 60
         )
-        self._pictures = PictureStore(
+        pictures = PictureStore(
             redis,
             self._keys.prefix,
             ttl_s=settings.image_ttl_s,
@@ -132,7 +134,7 @@ class WorkerProcess:
         self._sender = EventSender(
             redis,
             self._keys,
-            prepare=self._store_picture,
+            prepare=partial(keep_picture, pictures),
             on_sent=self._on_sent,
             on_lost=self._on_lost,
         )
@@ -274,27 +276,3 @@ class WorkerProcess:
     def _on_lost(self, request_id: str) -> None:
         if self._runner is not None:
             self._runner.on_lost(request_id)
-
-    def _store_picture(self, event: Event) -> Event:
-        if not isinstance(event, ImageReady) or not event.png:
-            return event
-        name = self._pictures.new_name()
-        try:
-            self._pictures.put(name, event.png)
-        except PictureTooLarge as error:
-            log.error("%s", error)
-            return Failed(
-                "engine_error", "the picture is larger than this server can keep; ask for a smaller one"
-            )
-        return without_bytes(event, name)
-
-
-def find_entry(settings: Settings, catalogue: Catalogue) -> ModelEntry:
-    """The catalogue entry that WORKER_MODEL names. Raises ConfigurationError."""
-    entry = catalogue.get(settings.worker_model)
-    if entry is None:
-        names = ", ".join(model.name for model in catalogue.models)
-        raise ConfigurationError(
-            f"WORKER_MODEL: {settings.worker_model!r} is not in the catalogue; it has: {names}"
-        )
-    return entry

@@ -7,7 +7,7 @@ import time
 from redis.exceptions import RedisError
 
 from protocol.event_sender import EventSender
-from protocol.events import Event, Failed, Finished, ImageReady, Started
+from protocol.events import Event, Failed, Finished, Started
 from protocol.queue import Claimed, JobError, JobQueue
 from workers.engines.base import CancelReason, Engine
 
@@ -126,8 +126,3 @@ class Runner:
             self._queue.end(request_id, self._model, completed=completed)
         except RedisError as error:
             log.warning("request %s not tidied up, its keys lapse by themselves: %s", request_id, error)
-
-
-def without_bytes(event: ImageReady, name: str) -> ImageReady:
-    """The picture's event as it travels: the bytes stay in the store."""
-    return ImageReady(event.index, event.seed, event.width, event.height, name=name)
