@@ -49,7 +49,7 @@ class WindowStream:
     """For any tokenizer: decodes the last few tokens again with each new one, and gives what the text has gained.
 
     Those before the new one matter, because a tokenizer may drop the space of a first word (SentencePiece does). The
-    window starts where a character starts, and is shortened now and then: one call of the tokenizer for each token.
+    window starts where a character starts, and is shortened now and then: some five calls of the tokenizer for four tokens.
     """
 
     __slots__ = ("_decode", "_read", "_text", "_tokens")
