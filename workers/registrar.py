@@ -134,7 +134,7 @@ class Registrar:
             self._draining = True
             self._try_at = 0.0
             self._wake.notify_all()
-            if self._thread is None:
+            if self._thread is None or self._ended:
                 return not self.maybe_registered
             # the loop does it, unless a call under way, a probe or a stalled Redis uses up the time: then beside it
             if not self._wake.wait_for(self._is_drained, self._timing.drain_s * 0.6):
@@ -237,6 +237,8 @@ class Registrar:
 
     def _succeeded(self, step: Step, at_node: bool) -> None:
         with self._wake:
+            if self._ended:
+                return  # abandoned during the call: what the node has is another's
             if at_node != self._at_node:
                 log.info(
                     "%s is %s at the node",
@@ -252,6 +254,8 @@ class Registrar:
 
     def _failed(self, step: Step, error: NodeError) -> None:
         with self._wake:
+            if self._ended:
+                return
             answered = error.kind in ("refused", "too_old")
             self._look_at = 0.0
             if step == "look" and answered:

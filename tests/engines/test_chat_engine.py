@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig, MambaConfig, T5Config
 
+from protocol.events import Failed
 from protocol.jobs import ChatJob, SamplingParams
 from tests.engines.tiny_chat import (
     CONFIGS,
@@ -120,15 +121,15 @@ def test_greedy_equals_generate_in_every_family_and_mix(family):
 def test_requests_share_steps_and_join_a_running_batch(weights):
     engine, collector = make_engine(weights, prefix_cache=False)
     try:
-        engine.submit(chat_job("first", max_tokens=200, ignore_eos=True))
+        engine.submit(chat_job("first", max_tokens=900, ignore_eos=True))
         collector.wait_first("first")
         others = [chat_job(f"r{i}", f"{i} hello", max_tokens=50, ignore_eos=True) for i in range(15)]
         for result in run(engine, collector, others):
             assert result.finish() == ("length", None)
         assert engine.status().running == 1
-        assert collector.result("first").usage.completion_tokens == 200
-        # 950 tokens in little more steps than the longest answer needs
-        assert engine.metrics.steps < 330
+        assert collector.result("first").usage.completion_tokens == 900
+        # 1650 tokens in little more steps than the longest answer needs
+        assert engine.metrics.steps < 1030
         assert engine.metrics.max_batch == 16
         assert collector.calls <= engine.metrics.steps + 1
     finally:
@@ -314,13 +315,22 @@ def test_the_generation_config_decides_what_a_request_leaves_out(tmp_path):
 def test_a_cancelled_request_is_gone_within_two_steps(weights):
     engine, collector = make_engine(weights)
     try:
+        ended: list[int] = []
+        emit = engine._emit
+
+        def watch(events):
+            if any(id == "gone" and isinstance(event, Failed) for id, event in events):
+                ended.append(engine.metrics.steps)
+            emit(events)
+
+        engine._emit = watch
         engine.submit(chat_job("other", max_tokens=900, ignore_eos=True))
         engine.submit(chat_job("gone", max_tokens=900, ignore_eos=True))
         collector.wait_first("gone")
         engine.cancel("gone", "cancelled")
         at = engine.metrics.steps
-        collector.wait(lambda: collector.events["gone"][-1].__class__.__name__ == "Failed")
-        assert engine.metrics.steps - at <= 2 + 1  # the third may have begun while this thread woke up
+        collector.wait(lambda: ended)
+        assert ended[0] - at <= 2
         assert collector.result("gone").failed.code == "cancelled"
         assert engine.status().running == 1
         engine.cancel("other", "deadline")
@@ -372,6 +382,7 @@ def test_a_failure_ends_the_request_that_caused_it_and_no_other(weights, error, 
     try:
         good = chat_job("good", max_tokens=30, ignore_eos=True)
         (expected,) = run(engine, collector, [chat_job("alone", max_tokens=30, ignore_eos=True)])
+        engine._parts.scheduler.step_overhead = 1000.0  # rows: "bad" comes in one chunk on any machine
         FailingForward(engine, error, lambda chunks: any(len(chunk.tokens) > 50 for chunk in chunks))
         result, failed = run(engine, collector, [good, chat_job("bad", "fox " * 100)])
         assert failed.failed.code == code

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model, together
 from workers.engines.chat.kv_cache import CacheShape, KVCache, OutOfPages
 from workers.engines.chat.prefix_cache import PrefixCache
 
@@ -150,8 +150,9 @@ def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed(weights):
             emit(events)
 
         engine._emit = note
-        engine.submit(chat_job("long", "fox " * 900, max_tokens=1, ignore_eos=True))
-        engine.submit(chat_job("short", max_tokens=1, ignore_eos=True))
+        with together(engine):
+            engine.submit(chat_job("long", "fox " * 900, max_tokens=1, ignore_eos=True))
+            engine.submit(chat_job("short", max_tokens=1, ignore_eos=True))
         for id in ("long", "short"):
             assert collector.result(id).usage.completion_tokens == 1
         assert order[0] == "short"

@@ -1,7 +1,8 @@
 """Tiny random chat models of several families, and an engine that is driven and read by tests."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +172,26 @@ def make_engine(weights: Path, **options: Any) -> tuple[ChatEngine, Collector]:
     return engine, collector
 
 
+@contextmanager
+def together(engine: ChatEngine) -> Iterator[None]:
+    """What is submitted meanwhile comes to the engine in one step, however slowly it is submitted."""
+    go, take_in = threading.Event(), engine._take_in
+
+    def take_in_later() -> None:
+        go.wait(60)
+        take_in()
+
+    engine._take_in = take_in_later  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine._take_in = take_in  # type: ignore[method-assign]
+        go.set()
+
+
 def run(engine: ChatEngine, collector: Collector, jobs: list[ChatJob]) -> list[Result]:
     """Submit all jobs at once and wait for all."""
-    for job in jobs:
-        engine.submit(job)
+    with together(engine):
+        for job in jobs:
+            engine.submit(job)
     return [collector.result(job.id) for job in jobs]

@@ -29,14 +29,15 @@ class RedisServer:
             stdout=subprocess.DEVNULL,
         )
         client = self.client()
-        give_up_at = time.monotonic() + 10
+        give_up_at = time.monotonic() + 60
         while True:
             try:
                 client.ping()
                 break
-            except redis.ConnectionError:
+            except (redis.ConnectionError, redis.TimeoutError):
                 assert time.monotonic() < give_up_at, "redis-server did not start"
                 assert self.process.poll() is None, "redis-server ended"
+                time.sleep(0.02)
         client.close()
 
     def kill(self) -> None:
@@ -47,9 +48,7 @@ class RedisServer:
             self.process = None
 
     def client(self) -> RedisClient:
-        return redis.Redis(
-            unix_socket_path=str(self._socket), socket_timeout=0.5, retry=Retry(NoBackoff(), 0)
-        )
+        return redis.Redis(unix_socket_path=str(self._socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
 
 
 @pytest.fixture(scope="module")

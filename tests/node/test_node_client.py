@@ -119,11 +119,12 @@ def test_a_node_that_is_down_is_unreachable_in_one_short_line(node: StandInNode)
 
 
 def test_a_slow_node_is_given_more_time_after_its_first_timeout(node: StandInNode) -> None:
-    node.behave("slow", delay_s=0.6)
-    client = NodeClient(node.url, timeout_s=0.2, patient_timeout_s=5)
+    node.behave("slow", delay_s=3600)
+    client = NodeClient(node.url, timeout_s=0.2, patient_timeout_s=30)
 
     with pytest.raises(NodeError, match="did not answer within") as caught:
         client.register_model(CHAT)
+    node.behave("slow", delay_s=0.6)
     client.register_model(CHAT)
 
     assert caught.value.kind == "timeout"
@@ -131,13 +132,13 @@ def test_a_slow_node_is_given_more_time_after_its_first_timeout(node: StandInNod
 
 
 def test_a_quick_answer_ends_the_patience(node: StandInNode) -> None:
-    client = NodeClient(node.url, timeout_s=0.3, patient_timeout_s=5)
-    node.behave("slow", delay_s=0.5)
+    client = NodeClient(node.url, timeout_s=1.5, patient_timeout_s=30)
+    node.behave("slow", delay_s=3600)
     with pytest.raises(NodeError):
         client.register_model(CHAT)
     node.behave("ok")
     client.register_model(CHAT)
-    node.behave("slow", delay_s=0.5)
+    node.behave("slow", delay_s=3600)
 
     with pytest.raises(NodeError) as caught:
         client.register_model(CHAT)

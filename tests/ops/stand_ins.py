@@ -37,7 +37,7 @@ def stand_in(
     body: str = "",
     stop_s: float = 0,
     stubborn: bool = False,
-    stop_timeout_s: float = 5,
+    stop_timeout_s: float = 60,
     fatal_at_start: frozenset[int] = frozenset({78}),
 ) -> Spec:
     """A process that notes its life in `log`: "NAME started", "NAME stopping", "NAME stopped"."""
@@ -66,5 +66,5 @@ def alive(pid: int) -> bool:
     """Whether the process runs; one that ended and waits to be reaped doesn't."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second: it went between open and read
         return False

@@ -78,7 +78,7 @@ def test_a_configuration_error_is_not_retried(log: Path) -> None:
     async def story() -> None:
         body = "print('weights are missing', flush=True); os._exit(78)"
         process = Process(stand_in("w", log, body=body), lines.append, retry_all_but_78)
-        await asyncio.wait_for(process.run(), 10)
+        await asyncio.wait_for(process.run(), 60)
         assert process.last_words == "weights are missing"
 
     run(story())
@@ -124,7 +124,7 @@ def test_hurry_cuts_a_long_stop_short(log: Path) -> None:
         asyncio.get_running_loop().call_later(0.2, hurry.set)
         started = time.monotonic()
         await process.stop(hurry)
-        assert time.monotonic() - started < process_module.HURRIED_STOP_S + 5
+        assert time.monotonic() - started < process_module.HURRIED_STOP_S + 25
         await running
 
     run(story())

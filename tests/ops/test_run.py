@@ -29,6 +29,14 @@ workers = [[], []]
 """
 
 
+def command_of(process: psutil.Process) -> list[str]:
+    """Its command line; [] for one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
 class Run:
     """A `scripts/run` in the background; `output` is what it has printed so far."""
 
@@ -63,7 +71,7 @@ class Run:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def workers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "worker" in process.cmdline()]
+        return [process for process in self.processes() if "worker" in command_of(process)]
 
     def ready(self) -> bool:
         return Probe(Settings(bind=self.bind)).ready()
@@ -85,7 +93,7 @@ def started(tmp_path: Path) -> Iterator[Run]:
 
 
 def test_from_ready_to_one_ctrl_c(started: Run) -> None:
-    assert started.ready()
+    wait_until(started.ready, timeout_s=30, what="ready")
     url_file = Path(started.until_printed(r"REDIS_URL for other terminals: (\S+)")[1])
     assert stat.S_IMODE(url_file.stat().st_mode) == 0o600
     with redis.Redis.from_url(url_file.read_text().strip()) as client:
@@ -107,7 +115,7 @@ def test_a_killed_worker_comes_back(started: Run) -> None:
     wait_until(
         lambda: len({w.pid for w in started.workers()} - before) == 1, timeout_s=30, what="a new worker"
     )
-    assert started.ready()
+    wait_until(started.ready, timeout_s=30, what="ready")
 
 
 def test_a_killed_redis_comes_back_with_the_same_url(started: Run) -> None:
@@ -118,7 +126,7 @@ def test_a_killed_redis_comes_back_with_the_same_url(started: Run) -> None:
 
 
 def test_nothing_outlives_a_killed_supervisor(started: Run) -> None:
-    commands = {process.pid: " ".join(process.cmdline()) for process in started.processes()}
+    commands = {process.pid: " ".join(command_of(process)) for process in started.processes()}
     started.process.kill()
     started.process.wait()
 

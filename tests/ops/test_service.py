@@ -40,8 +40,20 @@ def build(plan: Plan, log: Path) -> tuple[Service, io.StringIO]:
     return Service(plan, StubProbe(log), None, Console(out), "READY http://stand-in"), out
 
 
+STOPS_WITH_THE_OTHER = """
+def on_term(*_):
+    note("stopping")
+    while open(log).read().count("stopping") < 2:
+        time.sleep(0.02)
+    note("stopped")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, on_term)
+"""
+
+
 def test_workers_stop_first_and_redis_last(log: Path) -> None:
-    slow = [stand_in(name, log, stop_s=0.3) for name in ("worker-1", "worker-2")]
+    slow = [stand_in(name, log, body=STOPS_WITH_THE_OTHER) for name in ("worker-1", "worker-2")]
     plan = Plan(
         redis=(stand_in("redis", log),),
         web=(stand_in("web", log),),
@@ -57,7 +69,7 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
         while "READY" not in out.getvalue():
             await asyncio.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
-        await asyncio.wait_for(running, 20)
+        await asyncio.wait_for(running, 60)
         return out.getvalue()
 
     output = asyncio.run(story())
@@ -73,16 +85,22 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
 def test_a_configuration_error_fails_the_start_and_leaves_nothing(log: Path, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     body = f"open({str(pids)!r}, 'w').write(str(os.getpid()))"
+    failing = f"""
+while not (os.path.exists({str(pids)!r}) and open({str(pids)!r}).read()):
+    time.sleep(0.05)
+print('[now] m: no such folder', flush=True)
+os._exit(78)
+"""
     plan = Plan(
         redis=(),
         web=(stand_in("web", log, body=body),),
         flower=(),
-        workers=(stand_in("m-1", log, body="time.sleep(1); print('[now] m: no such folder'); os._exit(78)"),),
+        workers=(stand_in("m-1", log, body=failing),),
     )
 
     async def story() -> None:
         service, _ = build(plan, tmp_path / "never")
-        await asyncio.wait_for(service.run(), 30)
+        await asyncio.wait_for(service.run(), 60)
 
     with pytest.raises(StartFailed) as failure:
         asyncio.run(story())
@@ -111,7 +129,7 @@ def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> Non
         await until_noted(log, "web started")
         await until_noted(log, "m-1 started")
         os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 60)
 
     asyncio.run(story())
     assert noted(log)[-1] == "web stopped"
@@ -126,7 +144,7 @@ def test_a_worker_that_dies_after_ready_comes_back(log: Path) -> None:
         running = asyncio.create_task(service.run())
         await until_noted(log, "m-1 started", times=2)
         service.ask_to_stop()
-        await asyncio.wait_for(running, 10)
+        await asyncio.wait_for(running, 60)
         return out.getvalue()
 
     assert "ended with status 1; restarting in 1 s" in asyncio.run(story())

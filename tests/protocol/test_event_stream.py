@@ -48,14 +48,14 @@ def sender(redis_client: Any, keys: Keys, ends: Ends) -> Iterator[EventSender]:
 def router(redis_client: Any, keys: Keys) -> Iterator[EventRouter]:
     router = EventRouter(redis_client, keys, WEB)
     router.start()
-    assert router.subscribed.wait(5)
+    assert router.subscribed.wait(30)
     yield router
     router.stop()
 
 
 def take(inbox: Inbox, count: int) -> list[Event]:
     gained: list[Event] = []
-    give_up_at = time.monotonic() + 10
+    give_up_at = time.monotonic() + 60
     while len(gained) < count:
         assert time.monotonic() < give_up_at, f"{len(gained)} of {count} events came"
         gained += inbox.take(1)
@@ -76,7 +76,7 @@ def test_events_arrive_in_order_and_stand_in_the_replay_list(
     replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
     assert replay == [Envelope("r", seq, event) for seq, event in enumerate(told)]
     assert 0 < redis_client.ttl(keys.replay("r")) <= 100
-    assert ends.sent.get(timeout=5) == ("r", told[-1])
+    assert ends.sent.get(timeout=30) == ("r", told[-1])
 
 
 def test_requests_of_two_web_processes_are_kept_apart(
@@ -84,7 +84,7 @@ def test_requests_of_two_web_processes_are_kept_apart(
 ) -> None:
     other = EventRouter(redis_client, keys, "web-2")
     other.start()
-    assert other.subscribed.wait(5)
+    assert other.subscribed.wait(30)
     mine, theirs = router.open("a", "m"), other.open("b", "m")
     sender.open("a", WEB, 100)
     sender.open("b", "web-2", 100)
@@ -125,7 +125,7 @@ def test_a_replay_list_that_vanished_gives_the_request_up(
     take(inbox, 1)
     redis_client.delete(keys.replay("r"))
     sender.emit([("r", Delta("b"))])
-    assert ends.lost.get(timeout=5) == "r"
+    assert ends.lost.get(timeout=30) == "r"
     assert not redis_client.exists(keys.replay("r")), "a list made anew would have no beginning and no TTL"
 
 
@@ -178,7 +178,7 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
         def register_script(self, source: str) -> Callable[..., Any]:
             def stalled(**arguments: Any) -> Any:
                 blocked.set()
-                release.wait(10)
+                release.wait(60)
                 raise redis.ConnectionError("gone")
 
             return stalled
@@ -189,7 +189,7 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
     sender.start()
     sender.open("r", WEB, 100)
     sender.emit([("r", Delta("a"))])
-    assert blocked.wait(5)
+    assert blocked.wait(30)
     done = threading.Event()
 
     def emit() -> None:
@@ -197,7 +197,7 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
         done.set()
 
     threading.Thread(target=emit, daemon=True).start()
-    assert done.wait(2)
+    assert done.wait(30)
     release.set()
     sender.stop(5)
 
@@ -209,7 +209,11 @@ def test_what_has_ended_can_not_fail_any_more() -> None:
     assert inbox.take(0) == [Finished(None)]
 
 
-def test_what_an_acl_forbids_is_given_up_at_once(keys: Keys, ends: Ends) -> None:
+def test_what_an_acl_forbids_is_given_up_at_once(
+    keys: Keys, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.event_sender.RESEND_S", 60)
+
     class Forbidden:
         def register_script(self, source: str) -> Callable[..., Any]:
             def refused(**arguments: Any) -> Any:
@@ -223,5 +227,5 @@ def test_what_an_acl_forbids_is_given_up_at_once(keys: Keys, ends: Ends) -> None
     sender.start()
     sender.open("r", WEB, 100)
     sender.emit([("r", Delta("a"))])
-    assert ends.lost.get(timeout=5) == "r"
+    assert ends.lost.get(timeout=30) == "r"
     sender.stop(5)

@@ -1,5 +1,6 @@
 """What the security tests share: deployments with keys, raw sockets, and the one error body."""
 
+import errno
 import http.client
 import json
 import os
@@ -91,9 +92,10 @@ def converse(port: int, data: bytes, timeout: float = 40) -> bytes:
             peer.shutdown(socket.SHUT_WR)
             while part := peer.recv(65536):
                 received += part
-        except (BrokenPipeError, ConnectionResetError):
+        except OSError as error:
             # refused before everything was sent: what was answered until then counts
-            pass
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+                raise
     return received
 
 

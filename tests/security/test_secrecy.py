@@ -25,6 +25,8 @@ from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, free_port, wait_until
 from tests.security.conftest import Answer, GuardedRedis, KeyedDeployment, ask
 
+pytestmark = pytest.mark.timeout(300)  # three workers, one with torch, and Flower's questions to each
+
 PROMPT = "prompt" + secrets.token_hex(12)
 PICTURE = "picture" + secrets.token_hex(12)
 KEY = "sk-key" + secrets.token_hex(12)
