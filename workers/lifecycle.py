@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import msgspec
 from celery import Celery
-from celery.signals import worker_init, worker_ready, worker_shutdown, worker_shutting_down
+from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
 from config import Catalogue, ModelEntry, Settings
@@ -36,6 +36,7 @@ from workers.heartbeat import Heartbeat
 from workers.picture_keeper import keep_picture
 from workers.registrar import build_registrar
 from workers.runner import Runner
+from workers.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class WorkerProcess:
         self._keys = Keys.of(self._namespace)
         self._state: WorkerState = "loading"
         self._last_error = ""
-        self._stop_asked = threading.Event()
+        self._state_lock = threading.Lock()
         self._runner: Runner | None = None
 
     def connect_signals(self) -> None:
@@ -65,7 +66,6 @@ class WorkerProcess:
         # weak=False: Celery would drop bound methods of an object that nobody else holds
         worker_init.connect(self._on_init, weak=False)
         worker_ready.connect(self._on_ready, weak=False)
-        worker_shutting_down.connect(self._on_shutting_down, weak=False)
         worker_shutdown.connect(self._on_shutdown, weak=False)
 
         def generate(request_id: str) -> None:
@@ -78,12 +78,13 @@ class WorkerProcess:
     # ----- coming up
 
     def _on_init(self, sender: Any, **_: Any) -> None:
-        # Celery's own handler comes later; until then SIGTERM would leave the lease to lapse
-        signal.signal(signal.SIGTERM, lambda *_: self._stop_asked.set())
+        # Celery's own handler comes later; until then SIGTERM would end the process and leave the lease to lapse
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        stop = StopSignal()
         self._connect(node_name=str(sender))
         self._heartbeat.start()
         # from now on a stop ends this process, wherever it hangs: a Celery that loses Redis before it is ready waits for it
-        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+        threading.Thread(target=self._drain, args=(stop,), name="drain", daemon=True).start()
         # before the load: what a crashed incarnation of this worker left at the node is taken off meanwhile
         self._registrar.start()
         try:
@@ -159,23 +160,21 @@ class WorkerProcess:
         log.info("loaded %s in %.1f s", self._entry.name, time.monotonic() - started)
 
     def _on_ready(self, **_: Any) -> None:
-        if self._stop_asked.is_set():
-            return
-        self._state = "ready"
+        with self._state_lock:
+            if self._state == "draining":
+                return
+            self._state = "ready"
         self._heartbeat.beat_now()
         self._registrar.set_serving(True)
         log.info("worker %s serves %s", self._cid, self._entry.name)
 
     # ----- going down
 
-    def _on_shutting_down(self, **_: Any) -> None:
-        # runs inside the signal handler: any lock taken here may be held by the code it interrupted
-        self._stop_asked.set()
-
-    def _drain(self) -> None:
+    def _drain(self, stop: StopSignal) -> None:
         """Waits for the stop, then: off the node first, then at most DRAIN_S for what runs, then the rest fails."""
-        self._stop_asked.wait()
-        self._state = "draining"
+        stop.wait()
+        with self._state_lock:
+            self._state = "draining"
         self._heartbeat.beat_now()
         self._registrar.drain()
         if self._runner is not None:

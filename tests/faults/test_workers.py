@@ -87,6 +87,19 @@ def test_drain_is_bounded(start: Starter) -> None:
     assert service.workers["echo-1"].popen.wait(20) == 0
 
 
+def test_many_signals_stop_it_as_one_does(start: Starter) -> None:
+    """A supervisor that is killed sends one for each of its threads, microseconds apart."""
+    service = start(workers=4, DRAIN_S="1")
+    for worker in service.workers.values():
+        for number in range(100):
+            again_at = time.perf_counter() + number * 2e-6
+            worker.signal(signal.SIGTERM)
+            while time.perf_counter() < again_at:
+                pass
+    for worker in service.workers.values():
+        assert worker.popen.wait(40) == 0, worker.tail()
+
+
 def test_stopped_while_it_loads(tmp_path: Path) -> None:
     with Deployment(tmp_path, catalogue=demo_catalogue()) as service:
         service.start()
