@@ -11,13 +11,14 @@ the end of its log.
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -50,21 +51,38 @@ def demo_catalogue() -> str:
     return (ROOT / "models.toml").read_text().replace('weights = "demo/', f'weights = "{ROOT}/demo/')
 
 
+def _own_ports() -> Iterator[int]:
+    """Below those that the kernel hands out, and none of another test process of this run."""
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = 20000 + 3000 * (process % 4)
+    return iter(random.sample(range(first, first + 3000), 3000))
+
+
+_ports = _own_ports()
+
+
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listens on; each is given once."""
+    for port in _ports:
+        with closing(socket.socket()) as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 def wait_until(check: Callable[[], T], *, timeout_s: float, what: str) -> T:
-    """The first true answer of `check`, asked every 50 ms. AssertionError after `timeout_s`."""
-    give_up_at = time.monotonic() + timeout_s
+    """The first true answer of `check`, asked every 50 ms. AssertionError after `timeout_s`.
+
+    A turn counts for a second at most: a machine that stood still is not a service that was late.
+    """
+    left = timeout_s
     while True:
+        began = time.monotonic()
         if found := check():
             return found
-        assert time.monotonic() < give_up_at, f"not within {timeout_s:g} s: {what}"
+        assert left > 0, f"not within {timeout_s:g} s: {what}"
         time.sleep(0.05)
+        left -= min(time.monotonic() - began, 1.0)
 
 
 class RedisServer:

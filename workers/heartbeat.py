@@ -15,6 +15,7 @@ from workers.runner import Runner
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
+STOP_S = 5.0  # above the time limit of a command to Redis
 
 
 class Heartbeat(threading.Thread):
@@ -45,6 +46,7 @@ class Heartbeat(threading.Thread):
         self._hang_s = hang_s
         self._wake = threading.Event()
         self._stopping = False
+        self._renewing = threading.Lock()
         self._watched: tuple[Engine, Runner] | None = None
         self._judging = True
         self._renew_at = 0.0
@@ -67,9 +69,11 @@ class Heartbeat(threading.Thread):
         self._wake.set()
 
     def stop(self) -> None:
+        """Renew no more. Returns once no renewal is under way, which would undo a release; after STOP_S at most."""
         self._stopping = True
         self._wake.set()
-        self.join(2 * TICK_S)
+        if self._renewing.acquire(timeout=STOP_S):
+            self._renewing.release()
 
     def run(self) -> None:
         while not self._stopping:
@@ -91,7 +95,10 @@ class Heartbeat(threading.Thread):
         now = time.monotonic()
         if now >= self._renew_at:
             record = self._describe()
-            before = self._leases.renew_worker(record)
+            with self._renewing:
+                if self._stopping:
+                    return
+                before = self._leases.renew_worker(record)
             self._renew_at = now + REFRESH_S
             if before and before != record.boot and self._renewed_once:
                 self._on_replaced()

@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,6 +37,7 @@ def settled_steps(demo: Deployment) -> dict[str, int]:
     return wait_until(agree, timeout_s=60, what="step counters settle") or {}
 
 
+@pytest.mark.timeout(300)
 def test_sixteen_chats_share_steps_and_both_workers_serve(demo: Deployment) -> None:
     before = settled_steps(demo)
     with ThreadPoolExecutor(16) as callers:

@@ -15,13 +15,13 @@ def picture_status(service: Deployment, path: str) -> int:
 
 def test_links_lapse(tmp_path: Path) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
-    with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_TTL_S="2") as service:
+    with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_TTL_S="10") as service:
         service.start("echo-pictures")
         answer = service.post("/v1/images/generations", {"model": "echo-pictures", "prompt": "x", "n": 3})[1]
         paths = [row["url"].removeprefix(service.url) for row in answer["data"]]
         assert len(set(paths)) == 3
         assert picture_status(service, paths[0]) == 200
-        wait_until(lambda: picture_status(service, paths[0]) == 404, timeout_s=10, what="the link lapses")
+        wait_until(lambda: picture_status(service, paths[0]) == 404, timeout_s=30, what="the link lapses")
 
 
 def test_the_store_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:

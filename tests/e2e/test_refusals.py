@@ -100,7 +100,9 @@ def test_bodies_that_are_no_json_object(demo: Deployment, path: str, body: bytes
 
 
 def test_a_body_too_large(demo: Deployment) -> None:
-    body = json.dumps({"model": CHAT, "messages": [{"role": "user", "content": "x" * 9 * 2**20}]}).encode()
+    body = json.dumps(
+        {"model": CHAT, "messages": [{"role": "user", "content": "x" * (8 * 2**20 + 1)}]}
+    ).encode()
     check_error(*demo.post("/v1/chat/completions", body), 413, "bytes")
 
 

@@ -66,7 +66,7 @@ class Crowd:
 def test_sigterm_with_five_hundred_streams(start: Starter) -> None:
     service = start(step_ms=1000, slots=512, MAX_WAITING="600")
     assert service.web is not None
-    short, long = chat_body(14, stream=True), chat_body(5000, stream=True)
+    short, long = chat_body(8, stream=True), chat_body(5000, stream=True)
     # a connection that idles must not hold the process
     with closing(socket.create_connection(("127.0.0.1", service.port))):
         with closing(Crowd(service.port, [short, long] * 250)) as crowd:
@@ -151,11 +151,12 @@ def stream_through(connection: HTTPConnection, tokens: int) -> Reader:
     return reader
 
 
+@pytest.mark.timeout(240)
 def test_one_of_two_web_processes_is_killed(start: Starter, callers: ExitStack) -> None:
     service = start(step_ms=50, slots=4, WEB_CONCURRENCY="2")
     victim, survivor = web_processes(service)
     cut = [stream_through(connect_to(service, victim, callers), 50_000) for _ in range(2)]
-    kept = [stream_through(connect_to(service, survivor, callers), 500) for _ in range(2)]
+    kept = [stream_through(connect_to(service, survivor, callers), 1000) for _ in range(2)]
     for _ in range(3):
         connection = connect_to(service, victim, callers)
         connection.request("POST", "/v1/chat/completions", chat_body(50_000), JSON)
@@ -168,7 +169,7 @@ def test_one_of_two_web_processes_is_killed(start: Starter, callers: ExitStack) 
     os.kill(victim, signal.SIGKILL)
     killed_at = time.monotonic()
     for reader in cut:
-        reader.wait_end(5)
+        reader.wait_end(20)
         assert not reader.done
     wait_until(lambda: waiting(service) == 0, timeout_s=30, what="nothing of it is counted as waiting")
     wait_until(
@@ -180,12 +181,12 @@ def test_one_of_two_web_processes_is_killed(start: Starter, callers: ExitStack) 
     for reader in kept:
         reader.wait_end(60)
         assert reader.done, reader.error
-        assert reader.text == counted(500)
+        assert reader.text == counted(1000)
     assert service.chat("hi", "echo", max_tokens=3)[0] == 200
 
 
 def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter, callers: ExitStack) -> None:
-    service = start(step_ms=50, slots=1, WEB_CONCURRENCY="2", MAX_WAITING="3", CHAT_DEADLINE_S="3")
+    service = start(step_ms=50, slots=1, WEB_CONCURRENCY="2", MAX_WAITING="3", CHAT_DEADLINE_S="10")
     victim, survivor = web_processes(service)
     through_victim = [connect_to(service, victim, callers) for _ in range(4)]
     through_survivor = connect_to(service, survivor, callers)
@@ -196,7 +197,7 @@ def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter
         service.redis.client.expire(lease, 60)
     for connection in through_victim[:3]:
         connection.request("POST", "/v1/chat/completions", chat_body(3), JSON)
-    wait_until(lambda: waiting(service) == 3, timeout_s=5, what="the line is full")
+    wait_until(lambda: waiting(service) == 3, timeout_s=20, what="the line is full")
     admitted_at = time.monotonic()
     os.kill(victim, signal.SIGKILL)
 
@@ -216,7 +217,7 @@ def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter
         return False
 
     assert refused(), "the dead process' requests are still in time"
-    wait_until(lambda: not refused(), timeout_s=12, what="a request is admitted again")
+    wait_until(lambda: not refused(), timeout_s=40, what="a request is admitted again")
     assert asked_at - admitted_at > 2
     service.workers["echo-1"].signal(signal.SIGCONT)
 
@@ -287,5 +288,8 @@ def test_stopped_while_it_boots(tmp_path: Path, redis_server: RedisServer) -> No
     with Deployment(tmp_path, catalogue=catalogue, redis_server=redis_server) as service:
         web = service.launch_web()
         wait_until(lambda: "Booting worker" in web.tail(), timeout_s=60, what="gunicorn has forked")
+        forked_at = time.monotonic()
+        # it says so a moment before it gives SIGTERM its own meaning back; the rest of its boot takes a second
+        wait_until(lambda: time.monotonic() - forked_at > 0.2, timeout_s=10, what="the moment is over")
         web.signal(signal.SIGTERM)
         assert web.popen.wait(20) == 0, web.tail()

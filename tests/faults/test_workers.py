@@ -33,7 +33,11 @@ def test_killed_mid_stream(start: Starter) -> None:
     service.start_worker("echo", "echo-1")
     service.wait_worker("echo-1", "ready")
     wait_until(lambda: service.chat("hi", "echo", max_tokens=3)[0] == 200, timeout_s=10, what="next request")
-    assert service.wait_worker("echo-1", "ready")["running"] == 0, "what was cut must not be generated again"
+    wait_until(
+        lambda: service.wait_worker("echo-1", "ready")["running"] == 0,
+        timeout_s=20,
+        what="nothing runs: what was cut, 100 s of it, is not generated again",
+    )
 
 
 def test_restarted_faster_than_its_lease_lapses(start: Starter) -> None:
@@ -51,12 +55,12 @@ def test_sigterm_with_running_streams(start: Starter) -> None:
     with StandInNode() as node:
         service = start(workers=2, step_ms=50, slots=2, NODE_URL=node.url)
         node.wait_for(lambda node: len(node.cids("Test")) == 2, 20)
-        readers = read(service, 100, 4)
+        readers = read(service, 300, 4)
         leaving = service.workers["echo-1"]
         row = service.wait_worker("echo-1", "ready")
         began = time.monotonic()
         leaving.signal(signal.SIGTERM)
-        node.wait_for(lambda node: row["cid"] not in node.cids("Test"), 4)
+        node.wait_for(lambda node: row["cid"] not in node.cids("Test"), 10)
         told = [call.at for call in node.seen("model/unregister") if call.body["cid"] == row["cid"]]
         assert told[-1] - began < 4
         assert not any(reader.ended.is_set() for reader in readers), (
@@ -65,14 +69,14 @@ def test_sigterm_with_running_streams(start: Starter) -> None:
         for reader in readers:
             reader.wait_end(60)
             assert reader.done
-            assert reader.text == counted(100)
+            assert reader.text == counted(300)
         ended_at = time.monotonic()
         assert leaving.popen.wait(30) == 0, leaving.tail()
         assert time.monotonic() - ended_at < 4
         assert service.chat("hi", "echo", max_tokens=3)[0] == 200, "the other worker serves on"
         wait_until(
             lambda: [worker["state"] for worker in service.worker_rows()] == ["ready"],
-            timeout_s=5,
+            timeout_s=20,
             what="the one that left is forgotten",
         )
 
@@ -91,7 +95,10 @@ def test_many_signals_stop_it_as_one_does(start: Starter) -> None:
     """A supervisor that is killed sends one for each of its threads, microseconds apart."""
     service = start(workers=4, DRAIN_S="1")
     for worker in service.workers.values():
+        began = time.monotonic()
         for number in range(100):
+            if time.monotonic() - began > 0.2:
+                break  # one that ends already has no handlers any more
             again_at = time.perf_counter() + number * 2e-6
             worker.signal(signal.SIGTERM)
             while time.perf_counter() < again_at:
@@ -107,7 +114,7 @@ def test_stopped_while_it_loads(tmp_path: Path) -> None:
         service.wait_worker(name, "loading")
         service.workers[name].signal(signal.SIGTERM)
         assert service.workers[name].popen.wait(20) == 0, service.workers[name].tail()
-        wait_until(lambda: not service.worker_rows(), timeout_s=5, what="its lease has ended with it")
+        wait_until(lambda: not service.worker_rows(), timeout_s=20, what="its lease has ended with it")
 
 
 def test_stopped_after_redis_went_before_it_was_ready(start: Starter) -> None:
@@ -139,7 +146,7 @@ def test_stopped_for_twenty_seconds(start: Starter) -> None:
         lost = [reader for reader in readers if reader.ended.is_set()]
         for reader in lost:
             check_lost(reader, 1)
-        assert service.wait_worker("echo-1", "lost", timeout_s=5)["cid"] == cid
+        assert service.wait_worker("echo-1", "lost", timeout_s=20)["cid"] == cid
         wait_until(lambda: time.monotonic() - stopped_at > 20, timeout_s=30, what="twenty seconds")
         parts = [len(reader.parts) for reader in lost]
         frozen.signal(signal.SIGCONT)
@@ -176,8 +183,11 @@ def test_redelivered_tasks_are_generated_once(start: Starter) -> None:
         reader.wait_end(60)
         assert reader.done, reader.error
         assert reader.text == counted(150)
-    logs = "".join(worker.log.read_text() for worker in service.workers.values())
-    assert logs.count("received") > len(readers), "the test must have made copies"
+
+    def received() -> int:
+        return sum(worker.log.read_text().count("received") for worker in service.workers.values())
+
+    wait_until(lambda: received() > len(readers), timeout_s=20, what="copies, or this test tests nothing")
 
 
 def test_killed_and_staying_down_is_unregistered(start: Starter) -> None:
