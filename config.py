@@ -165,7 +165,7 @@ class ChatEngineOptions(_Options):
     )
 
 
-class PictureEngineOptions(_Options):
+class ImageEngineOptions(_Options):
     """`[models.engine]` of a picture model."""
 
     max_batch_size: int = Field(
@@ -208,7 +208,7 @@ class ChatDefaults(_Options):
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
 
-class PictureDefaults(_Options):
+class ImageDefaults(_Options):
     """`[models.defaults]` of a picture model: what a request leaves out (then the pipeline's own defaults decide)."""
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -225,8 +225,8 @@ class ModelEntry(_Options):
     weights: str = Field(min_length=1)
     revision: str | None = None
     workers: tuple[tuple[int, ...], ...] | None = None
-    engine: ChatEngineOptions | PictureEngineOptions
-    defaults: ChatDefaults | PictureDefaults
+    engine: ChatEngineOptions | ImageEngineOptions
+    defaults: ChatDefaults | ImageDefaults
 
     @model_validator(mode="before")
     @classmethod
@@ -234,7 +234,7 @@ class ModelEntry(_Options):
         """`tasks` decides which options and defaults the two tables hold, so that a wrong key is named exactly."""
         chat = tuple(data.get("tasks", ())) == ("chat",)
         kinds: tuple[type[_Options], type[_Options]] = (
-            (ChatEngineOptions, ChatDefaults) if chat else (PictureEngineOptions, PictureDefaults)
+            (ChatEngineOptions, ChatDefaults) if chat else (ImageEngineOptions, ImageDefaults)
         )
         tables: dict[str, _Options] = {}
         for table, kind in zip(("engine", "defaults"), kinds, strict=True):

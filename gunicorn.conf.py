@@ -159,7 +159,7 @@ def _judge(exc: BaseException) -> tuple[int, str]:
 
 def _json_answer(status: int, message: str) -> bytes:
     # not before gevent has patched: gunicorn's master reads this file too
-    from app.errors import error_body
+    from app.http.errors import error_body
     from protocol.errors import InternalError, InvalidRequest
 
     error = InvalidRequest(message) if status < 500 or status == 501 else InternalError(message)

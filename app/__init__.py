@@ -4,11 +4,14 @@ import logging
 
 from flask import Flask
 
-from app.errors import register_error_handlers
-from app.node_cli import node_commands
-from app.routes import chat, images, models, operations
+from app.chat.routes import blueprint as chat_blueprint
+from app.http.errors import register_error_handlers
+from app.images.routes import blueprint as images_blueprint
+from app.operations.models import blueprint as models_blueprint
+from app.operations.routes import blueprint as operations_blueprint
 from app.services import Services, build_services
 from config import Catalogue, Settings
+from node.cli import node_commands
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +33,10 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     services.gate.init_app(app)
     register_error_handlers(app)
 
-    app.register_blueprint(chat.blueprint(services))
-    app.register_blueprint(images.blueprint(services))
-    app.register_blueprint(models.blueprint(services))
-    app.register_blueprint(operations.blueprint(services))
+    app.register_blueprint(chat_blueprint(services))
+    app.register_blueprint(images_blueprint(services))
+    app.register_blueprint(models_blueprint(services))
+    app.register_blueprint(operations_blueprint(services))
     app.cli.add_command(node_commands(lambda: services))
 
     for warning in settings.warnings():

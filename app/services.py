@@ -5,14 +5,14 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from app.auth import Gate, Limiter
-from app.directory import Directory
-from app.fetch import ImageFetcher
-from app.generation import Generation
-from app.metrics import Metrics
-from app.patrol import Patrol
-from app.reconciler import Reconciler, build_reconciler
+from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.monitor import RequestMonitor
+from app.dispatch.worker_view import WorkerView
+from app.http.auth import Gate, Limiter
+from app.images.fetch import ImageFetcher
+from app.operations.metrics import Metrics
 from config import Catalogue, Settings
+from node.reconciler import Reconciler, build_reconciler
 from protocol.connections import (
     RedisClient,
     connect_redis,
@@ -21,9 +21,9 @@ from protocol.connections import (
     visibility_timeout_s,
 )
 from protocol.event_router import EventRouter
+from protocol.image_store import ImageStore
 from protocol.leases import Leases
 from protocol.names import Keys
-from protocol.pictures import PictureStore
 from protocol.queue import JobQueue
 
 START_S = 5.0
@@ -54,13 +54,13 @@ class Services:
     namespace: str
     gate: Gate
     leases: Leases
-    directory: Directory
-    generation: Generation
-    pictures: PictureStore
+    worker_view: WorkerView
+    dispatcher: Dispatcher
+    pictures: ImageStore
     fetcher: ImageFetcher
     metrics: Metrics
     router: EventRouter
-    patrol: Patrol
+    monitor: RequestMonitor
     reconciler: Reconciler | None
     drain_clock: DrainClock
     redis: RedisClient
@@ -73,7 +73,7 @@ class Services:
         """
         self.drain_clock.gunicorn_worker = gunicorn_worker
         self.router.start()
-        self.patrol.start()
+        self.monitor.start()
         if self.reconciler is not None:
             self.reconciler.start()
         give_up_at = time.monotonic() + START_S
@@ -82,13 +82,13 @@ class Services:
 
     def able(self) -> bool:
         """Redis answers and the event channel is heard: a request can be followed to its end."""
-        return self.directory.reachable and self.router.subscribed.is_set()
+        return self.worker_view.reachable and self.router.subscribed.is_set()
 
     def stop(self) -> None:
         """End the threads; tests and orderly exits use it."""
         if self.reconciler is not None:
             self.reconciler.stop()
-        self.patrol.stop()
+        self.monitor.stop()
         self.router.stop()
 
 
@@ -99,39 +99,39 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     client = connect_redis(settings)
     web_id = uuid.uuid4().hex
     leases = Leases(client, keys)
-    directory = Directory(leases)
+    worker_view = WorkerView(leases)
     queue = JobQueue(
         client, keys, create_celery(settings, keys), claim_ttl_s=visibility_timeout_s(settings) + 60
     )
     router = EventRouter(client, keys, web_id)
     drain_clock = DrainClock()
-    pictures = PictureStore(
+    pictures = ImageStore(
         client, keys.prefix, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
     return Services(
         settings=settings,
         catalogue=catalogue,
         namespace=namespace,
-        gate=Gate(settings, _build_limiter(settings, client, keys, directory)),
+        gate=Gate(settings, _build_limiter(settings, client, keys, worker_view)),
         leases=leases,
-        directory=directory,
-        generation=Generation(
+        worker_view=worker_view,
+        dispatcher=Dispatcher(
             settings,
             catalogue,
             web_id=web_id,
             queue=queue,
             router=router,
-            directory=directory,
+            worker_view=worker_view,
             draining_for_s=drain_clock,
         ),
         pictures=pictures,
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts, public_url=settings.public_url, read_own=pictures.get
         ),
-        metrics=Metrics(directory, router),
+        metrics=Metrics(worker_view, router),
         router=router,
-        patrol=Patrol(
-            client, keys, web_id=web_id, leases=leases, directory=directory, router=router, queue=queue
+        monitor=RequestMonitor(
+            client, keys, web_id=web_id, leases=leases, worker_view=worker_view, router=router, queue=queue
         ),
         reconciler=build_reconciler(settings, catalogue, namespace, client, keys, leases),
         drain_clock=drain_clock,
@@ -140,11 +140,11 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
 
 
 def _build_limiter(
-    settings: Settings, client: RedisClient, keys: Keys, directory: Directory
+    settings: Settings, client: RedisClient, keys: Keys, worker_view: WorkerView
 ) -> Limiter | None:
     if not (settings.rate_limit and settings.api_keys):
         return None
     # here: few deployments have one, and all others start sooner without its library
-    from app.rate_limit import RateLimiter
+    from app.http.rate_limit import RateLimiter
 
-    return RateLimiter(settings.rate_limit, client, keys, reachable=lambda: directory.reachable)
+    return RateLimiter(settings.rate_limit, client, keys, reachable=lambda: worker_view.reachable)

@@ -1,4 +1,4 @@
-"""Pictures through the whole service beside the bare diffusers call: python -m benchmarks.pictures
+"""Pictures through the whole service beside the bare diffusers call: python -m benchmarks.images
 
 Prints what the service adds to one request (aim: at most 30 ms), and how eight requests at once compare with one after
 another (aim: 1.8 times as fast on a GPU, not slower on a CPU). The demo's picture model; steps as given.
@@ -82,7 +82,7 @@ def main() -> None:
     for name, value in figures.items():
         print(f"{name:24} {value:10.2f}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "pictures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (RESULTS / "images.json").write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Trains the demo picture model: a tiny Stable Diffusion that draws one coloured shape.
 
-Run as ``python -m demo.make_picture_model``. The result is an ordinary diffusers folder with every part
+Run as ``python -m demo.make_image_model``. The result is an ordinary diffusers folder with every part
 that a real one has (VAE, text encoder, U-Net, scheduler, tokenizer), so that the service's code for
 text to image, image to image and inpainting runs as it does with real weights.
 """

@@ -8,6 +8,7 @@ RUN pip install --no-cache-dir -r requirements-web.txt
 
 COPY config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
 COPY app/ app/
+COPY node/ node/
 COPY protocol/ protocol/
 # Flower looks through the workers' Celery app; importing it loads no torch
 COPY workers/ workers/

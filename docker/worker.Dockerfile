@@ -9,6 +9,7 @@ COPY requirements-web.txt requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
 
 COPY config.py ./
+COPY node/ node/
 COPY protocol/ protocol/
 COPY workers/ workers/
 COPY demo/ demo/

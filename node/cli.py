@@ -9,10 +9,7 @@ from flask.cli import AppGroup
 from redis.exceptions import RedisError
 
 from config import Catalogue, Settings
-from protocol.connections import RedisClient
-from protocol.leases import Leases, WorkerRecord
-from protocol.names import Keys
-from protocol.node import (
+from node.client import (
     NodeClient,
     NodeError,
     Registration,
@@ -20,7 +17,10 @@ from protocol.node import (
     is_ours,
     registrations_of,
 )
-from protocol.node_lock import NodeLock
+from node.lock import NodeLock
+from protocol.connections import RedisClient
+from protocol.leases import Leases, WorkerRecord
+from protocol.names import Keys
 
 Mark = Literal["ok", "missing", "changing", "stale", "foreign"]
 

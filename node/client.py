@@ -1,7 +1,7 @@
 """The client of the network node: the standard's four calls (section 2), the node's own list, and what we tell it of a model.
 
-Knows neither leases nor threads: who registers, and when, is decided by workers/registrar.py (its own entry),
-app/reconciler.py (entries that nobody stands for) and app/node_cli.py (a person). What the real node does beyond the
+Knows neither leases nor threads: who registers, and when, is decided by node/registrar.py (its own entry),
+node/reconciler.py (entries that nobody stands for) and node/cli.py (a person). What the real node does beyond the
 standard's text stands beside the line that minds it.
 """
 

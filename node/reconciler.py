@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
-from app.election import Election
 from config import Catalogue, Settings
+from node.client import NodeClient, NodeError, Registration, is_of_node, is_ours
+from node.election import Election
+from node.lock import NodeLock
 from protocol.connections import RedisClient
 from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
 from protocol.names import Keys
-from protocol.node import NodeClient, NodeError, Registration, is_of_node, is_ours
-from protocol.node_lock import NodeLock
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class Reconciler:
         self._read_at: float | None = None
         self._taken_off: dict[
             tuple[str, str], float
-        ] = {}  # cid and boot of lost workers that the node lacks by now
+        ] = {}  # cid and incarnation_id of lost workers that the node lacks by now
         self._suspects: dict[Registration, float] = {}  # since when, of uninterrupted watching
         self._bury_at = self._look_at = 0.0
         self._failures = 0
@@ -136,7 +136,7 @@ class Reconciler:
         self._bury_at = now + min(self._timing.backoff_most_s, self._timing.every_s * 2**self._failures)
         self._failures = min(self._failures + 1, 8)
         for record in records:
-            who = (record.cid, record.boot)
+            who = (record.cid, record.incarnation_id)
             if record.state != "lost" or who in self._taken_off or not is_of_node(record, self._settings):
                 continue
             if self._take_off(record.project, record.model, record.cid, _still_lost(record)):
@@ -146,7 +146,7 @@ class Reconciler:
 
     def _forget_shown(self, records: list[WorkerRecord], now: float) -> None:
         """Drop the records of lost workers that were shown long enough and have nothing left at a node."""
-        lost = {(record.cid, record.boot): record for record in records if record.state == "lost"}
+        lost = {(record.cid, record.incarnation_id): record for record in records if record.state == "lost"}
         self._taken_off = {who: since for who, since in self._taken_off.items() if who in lost}
         for who, record in lost.items():
             if not record.node:
@@ -210,8 +210,8 @@ class Reconciler:
 
 
 def _still_lost(record: WorkerRecord) -> Callable[[list[WorkerRecord]], bool]:
-    who = (record.cid, record.boot, "lost")
-    return lambda records: any((other.cid, other.boot, other.state) == who for other in records)
+    who = (record.cid, record.incarnation_id, "lost")
+    return lambda records: any((other.cid, other.incarnation_id, other.state) == who for other in records)
 
 
 def _unknown(entry: Registration) -> Callable[[list[WorkerRecord]], bool]:

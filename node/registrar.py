@@ -2,7 +2,7 @@
 
 One daemon thread compares what should be with what the node is believed to have, and makes one call at a time to bring
 both together, for ever, without anybody waiting for it. Only the worker itself registers; entries of workers that died
-without a word are removed by app/reconciler.py.
+without a word are removed by node/reconciler.py.
 """
 
 import logging
@@ -18,10 +18,7 @@ from typing import Literal
 from redis.exceptions import RedisError
 
 from config import ModelEntry, Settings
-from protocol.connections import RedisClient
-from protocol.leases import Leases
-from protocol.names import Keys
-from protocol.node import (
+from node.client import (
     NodeClient,
     NodeError,
     Registration,
@@ -29,8 +26,11 @@ from protocol.node import (
     registration_for,
     registrations_of,
 )
-from protocol.node_lock import NodeLock
-from workers.web_watch import WebWatch, http_probe
+from node.lock import NodeLock
+from node.web_watch import WebWatch, http_probe
+from protocol.connections import RedisClient
+from protocol.leases import Leases
+from protocol.names import Keys
 
 log = logging.getLogger(__name__)
 

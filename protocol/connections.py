@@ -52,7 +52,7 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
     """The Celery app of web (which only sends), of workers and of Flower. Each setting was found by experiment; see
     docs/adr/0001-threads-pool.md and docs/architecture.md for what breaks without it."""
     # by the URL's own scheme, so that TLS and log lines stay as they are
-    TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "protocol.transport:SurvivingTransport"))
+    TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "protocol.kombu_redis:ReconnectingTransport"))
     app = Celery("modelservice", broker=settings.redis_url, set_as_current=False)
     app.conf.update(
         broker_transport_options={

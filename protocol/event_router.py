@@ -2,7 +2,7 @@
 
 Pub/sub may lose a message without telling (redis-py resubscribes silently, and the lost one may be the last), so what
 counts is the sequence number: the next one passes, doubles are dropped, and a gap or silence is filled from the replay
-list by whoever calls `feed` with what it read there (app.patrol).
+list by whoever calls `feed` with what it read there (app.dispatch.monitor).
 """
 
 import logging
@@ -34,10 +34,10 @@ class Inbox:
         "_arrival",
         "_arrived",
         "admitted",
-        "boot",
         "ended",
         "expires_s",
         "gap_since",
+        "incarnation_id",
         "last_event_at",
         "model",
         "next_seq",
@@ -56,7 +56,7 @@ class Inbox:
         self._arrived: list[Event] = []
         self._arrival = threading.Lock()
         self._arrival.acquire()
-        self.boot: str | None = None
+        self.incarnation_id: str | None = None
         self.last_event_at = time.monotonic()
         self.gap_since: float | None = None
         self.orphan_since: float | None = None
@@ -74,7 +74,7 @@ class Inbox:
         self.gap_since = None
         self.last_event_at = time.monotonic()
         if isinstance(envelope.event, events.Started):
-            self.boot = envelope.event.boot
+            self.incarnation_id = envelope.event.incarnation_id
         self.ended = events.is_terminal(envelope.event)
         self._put(envelope.event)
 

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 RESEND_S = 10.0
 RETRY_PAUSE_S = 0.25
-REPLAY_LIMIT = 20_000
+PENDING_LIMIT = 20_000
 """Envelopes waiting for a Redis that doesn't answer; beyond it requests are given up before memory is."""
 
 # KEYS: the replay lists of the requests that gained something. ARGV: number of channels, then for each its name and its
@@ -141,7 +141,7 @@ class EventSender(threading.Thread):
                 if not isinstance(error, RedisError):
                     log.exception("writing events failed")
                 with self._lock:
-                    overfull = len(self._pending) > REPLAY_LIMIT
+                    overfull = len(self._pending) > PENDING_LIMIT
                 # an ACL that forbids the command forbids it the next time, too
                 forbidden = isinstance(error, NoPermissionError)
                 if forbidden or overfull or self._stopping or time.monotonic() > give_up_at:

@@ -32,9 +32,9 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """A worker has claimed the request. `boot` names the incarnation whose lease now stands for it."""
+    """A worker has claimed the request. `incarnation_id` names the incarnation whose lease now stands for it."""
 
-    boot: str
+    incarnation_id: str
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):

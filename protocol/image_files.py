@@ -17,7 +17,7 @@ MAX_BYTES = 10 * 1024 * 1024
 """Of one picture file as it arrives."""
 
 
-def open_picture(data: bytes, param: str = "image") -> Image.Image:
+def open_image(data: bytes, param: str = "image") -> Image.Image:
     """A PNG, JPEG or WEBP file with one frame and at most MAX_PIXELS; only its header has been read.
 
     Raises InvalidImage, with `param` as the field at fault.

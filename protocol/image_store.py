@@ -1,7 +1,7 @@
 """The store of finished pictures: bytes in Redis under unguessable names, each with a TTL, never more than a fixed total.
 
 One atomic script writes, so that any number of workers and web processes agree on the total. Two keys beside the pictures
-keep the books: `picture:#expiry` (sorted set, name to expiry in µs: the order of age, too) and `picture:#sizes` (hash, name
+keep the books: `image:#expiry` (sorted set, name to expiry in µs: the order of age, too) and `image:#sizes` (hash, name
 to bytes, and the field `total`). A name can't contain `#`.
 """
 
@@ -60,7 +60,7 @@ end
 """
 
 
-class PictureTooLarge(ValueError):
+class ImageTooLarge(ValueError):
     """One picture is larger than the whole store."""
 
 
@@ -69,7 +69,7 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-class PictureStore:
+class ImageStore:
     """Pictures by name, all with the same TTL. `client` must return bytes (no decode_responses).
 
     Methods raise what the client raises; `put` and `delete` may be repeated.
@@ -77,7 +77,7 @@ class PictureStore:
 
     def __init__(self, client: RedisClient, namespace_prefix: str, ttl_s: float, capacity_bytes: int) -> None:
         self._client = client
-        self._prefix = f"{namespace_prefix}picture:"
+        self._prefix = f"{namespace_prefix}image:"
         self._ttl_ms = round(ttl_s * 1000)
         self._capacity = capacity_bytes
         self._put = client.register_script(_PUT)
@@ -89,9 +89,9 @@ class PictureStore:
         return secrets.token_urlsafe(32)
 
     def put(self, name: str, png: bytes) -> None:
-        """Keep a picture; the oldest ones go when there is no room. Raises PictureTooLarge."""
+        """Keep a picture; the oldest ones go when there is no room. Raises ImageTooLarge."""
         if len(png) > self._capacity:
-            raise PictureTooLarge(
+            raise ImageTooLarge(
                 f"a picture of {len(png)} bytes in a store of {self._capacity} (IMAGE_STORE_MB)"
             )
         self._put(keys=self._keys(name), args=[name, self._ttl_ms, self._capacity, self._prefix, png])

@@ -44,7 +44,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_defaul
     continue_final_message: bool = False
 
 
-class PictureJob(msgspec.Struct, frozen=True, kw_only=True, tag="picture", omit_defaults=True):
+class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag="image", omit_defaults=True):
     """One picture request. Sizes in pixels; None: the pipeline's own default.
 
     `image` and `mask` are the caller's files (PNG, JPEG or WEBP bytes, header already judged, pixels not yet). The
@@ -67,7 +67,7 @@ class PictureJob(msgspec.Struct, frozen=True, kw_only=True, tag="picture", omit_
     mask: bytes | None = None
 
 
-Job = ChatJob | PictureJob
+Job = ChatJob | ImageJob
 
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Job)
@@ -76,7 +76,7 @@ _decoder = msgspec.json.Decoder(Job)
 def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
     """A job as JSON and the pictures that travel beside it, by field name."""
     files: dict[str, bytes] = {}
-    if isinstance(job, PictureJob):
+    if isinstance(job, ImageJob):
         files = {name: data for name in ("image", "mask") if (data := getattr(job, name)) is not None}
         job = msgspec.structs.replace(job, image=None, mask=None)
     return _encoder.encode(job), files

@@ -14,7 +14,7 @@ import redis
 from kombu.transport import redis as kombu_redis
 
 
-class SurvivingChannel(kombu_redis.Channel):
+class ReconnectingChannel(kombu_redis.Channel):
     """A channel that raises a connection error where its connection is gone, and keeps its client."""
 
     _client_of_pool: tuple[Any, Any] = (None, None)
@@ -36,7 +36,7 @@ class SurvivingChannel(kombu_redis.Channel):
         return client
 
 
-class SurvivingTransport(kombu_redis.Transport):
+class ReconnectingTransport(kombu_redis.Transport):
     """Stands in kombu's table of transports for `redis` and `rediss`."""
 
-    Channel = SurvivingChannel
+    Channel = ReconnectingChannel

@@ -1,7 +1,7 @@
 """Who lives: leases of workers and web processes in Redis, and the one place that judges them.
 
 A worker's record outlives its lease, so that a worker which died without a word still shows, as `lost`, until the
-reconciler has taken it off the node. An incarnation is cid + boot: a restarted worker has the same cid, a new boot.
+reconciler has taken it off the node. An incarnation is cid + incarnation_id: a restarted worker has the same cid, a new incarnation_id.
 """
 
 from typing import Any, Literal
@@ -27,7 +27,7 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     """
 
     cid: str
-    boot: str
+    incarnation_id: str
     model: str
     tasks: tuple[Task, ...]
     project: str
@@ -56,13 +56,13 @@ class Leases:
         self._keys = keys
 
     def renew_worker(self, record: WorkerRecord) -> str:
-        """Say that this worker lives; returns the boot that held the lease before ("" for none).
+        """Say that this worker lives; returns the incarnation_id that held the lease before ("" for none).
 
-        A worker that meets another boot than its own there shares its cid with a newer incarnation.
+        A worker that meets another incarnation_id than its own there shares its cid with a newer incarnation.
         """
         keys = self._keys
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(keys.lease(record.cid), record.boot, ex=LEASE_TTL_S, get=True)
+            pipe.set(keys.lease(record.cid), record.incarnation_id, ex=LEASE_TTL_S, get=True)
             pipe.set(keys.worker(record.cid), _encoder.encode(record), ex=RECORD_TTL_S)
             pipe.sadd(keys.workers, record.cid)
             before = pipe.execute()[0]
@@ -97,11 +97,11 @@ class Leases:
             [self._keys.worker(cid) for cid in cids] + [self._keys.lease(cid) for cid in cids]
         )
         records = []
-        for body, boot in zip(found[: len(cids)], found[len(cids) :], strict=True):
+        for body, incarnation_id in zip(found[: len(cids)], found[len(cids) :], strict=True):
             if body is None:
                 continue
             record = _decoder.decode(body)
-            if boot is None or boot.decode() != record.boot:
+            if incarnation_id is None or incarnation_id.decode() != record.incarnation_id:
                 record.state = "lost"
             records.append(record)
         return sorted(records, key=lambda record: (record.model, record.cid))

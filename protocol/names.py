@@ -21,7 +21,7 @@ class Keys(NamedTuple):
         return f"{self.prefix}job:{request_id}"
 
     def claim(self, request_id: str) -> str:
-        """String: boot id of the worker that generates this request. TTL above the visibility timeout."""
+        """String: incarnation id of the worker that generates this request. TTL above the visibility timeout."""
         return f"{self.prefix}claim:{request_id}"
 
     def cancel(self, request_id: str) -> str:
@@ -70,7 +70,7 @@ class Keys(NamedTuple):
         return f"{self.prefix}worker:{cid}"
 
     def lease(self, cid: str) -> str:
-        """String with a TTL of 10 s: boot id of the living incarnation."""
+        """String with a TTL of 10 s: incarnation id of the living incarnation."""
         return f"{self.prefix}lease:{cid}"
 
     def node_lock(self, node_url: str, service_id: str) -> str:

@@ -153,10 +153,10 @@ class JobQueue:
         if answered := [self._answered.popleft() for _ in range(len(self._answered))]:
             self._redis.unlink(*map(self._keys.replay, answered))
 
-    def claim(self, request_id: str, model: str, boot: str) -> Claimed | None:
+    def claim(self, request_id: str, model: str, incarnation_id: str) -> Claimed | None:
         """Take a job for this incarnation; None when another has it, or nobody waits for it any more.
 
-        Repeating the call with the same `boot` is safe: a worker that lost the answer may ask again.
+        Repeating the call with the same `incarnation_id` is safe: a worker that lost the answer may ask again.
         """
         key = self._keys
         names = [
@@ -166,7 +166,7 @@ class JobQueue:
             key.waiting(model),
             key.youngest_claimed(model),
         ]
-        answer = self._claim(keys=names, args=[request_id, boot, self._claim_ttl_s])
+        answer = self._claim(keys=names, args=[request_id, incarnation_id, self._claim_ttl_s])
         if not answer:
             return None
         flat = answer[1]

@@ -8,14 +8,14 @@ from PIL import Image
 
 from config import ModelEntry
 from protocol.events import Event, Failed, Finished, is_terminal
-from protocol.jobs import ChatJob, Job, PictureJob, SamplingParams
+from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from workers.engines.base import Emit, Engine, EngineLoadError
 
 CANARY_ID = "canary"
 CANARY_S = 600
 
 
-class Outlet:
+class SwitchableEmit:
     """Where an engine's events go: to the canary first, to callers once it has passed."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Outlet:
         self.target(gained)
 
 
-def sing(engine: Engine, entry: ModelEntry, outlet: Outlet) -> None:
+def run_canary(engine: Engine, entry: ModelEntry, outlet: SwitchableEmit) -> None:
     """Generate something small and wait for it. Raises EngineLoadError when it fails or takes ten minutes."""
     ended = threading.Event()
     last: list[Event] = []
@@ -55,7 +55,7 @@ def _job(entry: ModelEntry) -> Job:
             sampling=SamplingParams(max_tokens=2, temperature=0),
         )
     if "generation" in entry.tasks:
-        return PictureJob(
+        return ImageJob(
             id=CANARY_ID,
             model=entry.name,
             task="generation",
@@ -65,7 +65,7 @@ def _job(entry: ModelEntry) -> Job:
         )
     png = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(png, "PNG")
-    return PictureJob(
+    return ImageJob(
         id=CANARY_ID,
         model=entry.name,
         task="edit",

@@ -100,7 +100,7 @@ class Heartbeat(threading.Thread):
                     return
                 before = self._leases.renew_worker(record)
             self._renew_at = now + REFRESH_S
-            if before and before != record.boot and self._renewed_once:
+            if before and before != record.incarnation_id and self._renewed_once:
                 self._on_replaced()
             elif not before and self._renewed_once:
                 log.warning("the lease had lapsed")

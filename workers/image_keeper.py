@@ -3,19 +3,19 @@
 import logging
 
 from protocol.events import Event, Failed, ImageReady
-from protocol.pictures import PictureStore, PictureTooLarge
+from protocol.image_store import ImageStore, ImageTooLarge
 
 log = logging.getLogger(__name__)
 
 
-def keep_picture(store: PictureStore, event: Event) -> Event:
+def keep_image(store: ImageStore, event: Event) -> Event:
     """The event as it travels: a picture's has a name instead of bytes, any other is as it was. Raises RedisError."""
     if not isinstance(event, ImageReady) or not event.png:
         return event
     name = store.new_name()
     try:
         store.put(name, event.png)
-    except PictureTooLarge as error:
+    except ImageTooLarge as error:
         log.error("%s", error)
         return Failed(
             "engine_error", "the picture is larger than this server can keep; ask for a smaller one"

@@ -20,21 +20,21 @@ from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
 from config import Catalogue, ModelEntry, Settings
+from node.client import default_cid
+from node.registrar import build_registrar
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
 from protocol.event_sender import EventSender
 from protocol.events import Event, Failed
+from protocol.image_store import ImageStore
 from protocol.leases import Leases, WorkerRecord, WorkerState
 from protocol.names import GENERATE_TASK, Keys
-from protocol.node import default_cid
-from protocol.pictures import PictureStore
 from protocol.queue import JobQueue
-from workers.canary import Outlet, sing
+from workers.canary import SwitchableEmit, run_canary
 from workers.device import visible_gpus
 from workers.engines import create_engine
 from workers.engines.base import Engine, EngineLoadError
 from workers.heartbeat import Heartbeat
-from workers.picture_keeper import keep_picture
-from workers.registrar import build_registrar
+from workers.image_keeper import keep_image
 from workers.runner import Runner
 from workers.stop_signal import StopSignal
 
@@ -102,13 +102,13 @@ class WorkerProcess:
         self._cid = settings.worker_cid or default_cid(
             settings.service_id, self._namespace, os.uname().nodename, *slot, entry.name
         )
-        self._boot = f"{self._cid}:{uuid.uuid4().hex[:12]}"
+        self._incarnation_id = f"{self._cid}:{uuid.uuid4().hex[:12]}"
         redis = connect_redis(settings)
         self._leases = Leases(redis, self._keys)
         self._queue = JobQueue(
             redis, self._keys, self._celery, claim_ttl_s=visibility_timeout_s(settings) + 60
         )
-        pictures = PictureStore(
+        pictures = ImageStore(
             redis,
             self._keys.prefix,
             ttl_s=settings.image_ttl_s,
@@ -135,7 +135,7 @@ class WorkerProcess:
         self._sender = EventSender(
             redis,
             self._keys,
-            prepare=partial(keep_picture, pictures),
+            prepare=partial(keep_image, pictures),
             on_sent=self._on_sent,
             on_lost=self._on_lost,
         )
@@ -143,14 +143,18 @@ class WorkerProcess:
     def _load(self) -> None:
         started = time.monotonic()
         log.info("loading %s from %s", self._entry.name, self._entry.weights)
-        outlet = Outlet()
+        outlet = SwitchableEmit()
         engine: Engine = create_engine(self._entry)
         engine.load(outlet)
-        sing(engine, self._entry, outlet)
+        run_canary(engine, self._entry, outlet)
         outlet.target = self._sender.emit
         self._engine = engine
         self._runner = Runner(
-            model=self._entry.name, boot=self._boot, queue=self._queue, engine=engine, sender=self._sender
+            model=self._entry.name,
+            incarnation_id=self._incarnation_id,
+            queue=self._queue,
+            engine=engine,
+            sender=self._sender,
         )
         self._sender.start()
         self._heartbeat.watch(engine, self._runner)
@@ -251,7 +255,7 @@ class WorkerProcess:
         status = self._engine.status() if self._runner is not None else None
         return WorkerRecord(
             cid=self._cid,
-            boot=self._boot,
+            incarnation_id=self._incarnation_id,
             model=self._entry.name,
             tasks=self._entry.tasks,
             project=self._catalogue.project,

@@ -31,10 +31,10 @@ class Runner:
     """Takes request ids from the queue and sees each through. One for each worker process."""
 
     def __init__(
-        self, *, model: str, boot: str, queue: JobQueue, engine: Engine, sender: EventSender
+        self, *, model: str, incarnation_id: str, queue: JobQueue, engine: Engine, sender: EventSender
     ) -> None:
         self._model = model
-        self._boot = boot
+        self._incarnation_id = incarnation_id
         self._queue = queue
         self._engine = engine
         self._sender = sender
@@ -94,7 +94,7 @@ class Runner:
         give_up_at = time.monotonic() + CLAIM_RETRY_S
         while True:
             try:
-                return self._queue.claim(request_id, self._model, self._boot)
+                return self._queue.claim(request_id, self._model, self._incarnation_id)
             except JobError as error:
                 log.error("request %s is of another version of this service: %s", request_id, error)
                 return None
@@ -111,7 +111,7 @@ class Runner:
             self._runs[request_id] = run
         try:
             self._sender.open(request_id, claimed.web_id, int(claimed.remaining_s) + REPLAY_GRACE_S)
-            self._sender.emit([(request_id, Started(self._boot))])
+            self._sender.emit([(request_id, Started(self._incarnation_id))])
             self._engine.submit(job)
             if not run.over.wait(claimed.remaining_s):
                 self._engine.cancel(request_id, "deadline")

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from app.sse import frame
+from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
 from protocol.events import Delta, Event, Finished, Started, TokenLogprob, Usage
 
@@ -36,7 +36,7 @@ def _token_body(token: TokenLogprob) -> dict[str, Any]:
 
 
 class Batches(Protocol):
-    """app.generation.Answer, as far as a chat needs it."""
+    """app.dispatch.dispatcher.EventReader, as far as a chat needs it."""
 
     over: bool
 
@@ -45,7 +45,7 @@ class Batches(Protocol):
 
 class ChatAnswer:
     """An answer of `n` choices that ends properly at its deadline, also where the worker missed it: with
-    finish_reason "length" and usage, where it has a token at all. Otherwise as app.generation.Answer."""
+    finish_reason "length" and usage, where it has a token at all. Otherwise as app.dispatch.dispatcher.EventReader."""
 
     __slots__ = ("_batches", "_open", "_tokens", "over")
 
@@ -129,7 +129,7 @@ class ChunkEncoder:
 
 
 class ChunkStream:
-    """A chat as frames for app.sse.EventStream. Made when the answer's first token is there: until then nothing is sent,
+    """A chat as frames for app.http.sse.EventStream. Made when the answer's first token is there: until then nothing is sent,
     so that an error keeps its status. Raises what `answer` raises."""
 
     __slots__ = ("_answer", "_encoder", "_lead")

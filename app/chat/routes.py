@@ -5,15 +5,15 @@ from typing import NamedTuple
 
 from flask import Blueprint, Response, request
 
-from app.chat_answer import ChatAnswer, ChunkEncoder, ChunkStream, completion
-from app.connection import Connection
-from app.errors import json_response
-from app.generation import Answer
-from app.request_body import ignored_params, read_json
-from app.schemas.chat import ChatCompletionRequest
-from app.schemas.validation import parse
+from app.chat.response import ChatAnswer, ChunkEncoder, ChunkStream, completion
+from app.chat.schema import ChatCompletionRequest
+from app.dispatch.dispatcher import EventReader
+from app.http.connection import Connection
+from app.http.errors import json_response
+from app.http.request_body import ignored_params, read_json
+from app.http.sse import EventStream
+from app.http.validation import parse
 from app.services import Services
-from app.sse import EventStream
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -49,10 +49,10 @@ class _Asked(NamedTuple):
     ignored: str
 
 
-def _begin(services: Services, connection: Connection) -> tuple[_Asked, Answer]:
+def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventReader]:
     raw = read_json(request, MAX_BODY_BYTES)
     body = parse(ChatCompletionRequest, raw)
-    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.generation.entry(body.model, "chat"))
+    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.dispatcher.entry(body.model, "chat"))
     asked = _Asked(
         job.id,
         job.model,
@@ -61,10 +61,10 @@ def _begin(services: Services, connection: Connection) -> tuple[_Asked, Answer]:
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored_params(ChatCompletionRequest, raw),
     )
-    return asked, services.generation.begin(job, "chat", connection)
+    return asked, services.dispatcher.begin(job, "chat", connection)
 
 
-def _respond(asked: _Asked, answer: Answer, connection: Connection) -> Response:
+def _respond(asked: _Asked, answer: EventReader, connection: Connection) -> Response:
     chat = ChatAnswer(answer, asked.n)
     if asked.stream:
         encoder = ChunkEncoder(asked.id, asked.model, n=asked.n, include_usage=asked.include_usage)
@@ -74,7 +74,7 @@ def _respond(asked: _Asked, answer: Answer, connection: Connection) -> Response:
     return response
 
 
-def _stream(chunks: ChunkStream, connection: Connection, answer: Answer) -> Response:
+def _stream(chunks: ChunkStream, connection: Connection, answer: EventReader) -> Response:
     """The event stream; whoever sends it closes the answer."""
 
     def close() -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from redis.exceptions import RedisError
 
-from app.directory import Directory
+from app.dispatch.worker_view import WorkerView
 from config import Catalogue, ModelEntry, Settings, Task
 from protocol.errors import (
     Cancelled,
@@ -37,7 +37,7 @@ class Caller(Protocol):
         """He has left; the work is for nothing."""
 
 
-class Answer:
+class EventReader:
     """What comes of one request, until it is `over`. One reader, who closes it whatever happens.
 
     Read by plain calls, not through generators: thousands of streams wait in `take` at once, and each generator in
@@ -105,7 +105,7 @@ class Answer:
             raise ShuttingDown("this server is stopping; send the request again")
 
 
-class Generation:
+class Dispatcher:
     """Sends jobs to workers and follows their events. One for each web process."""
 
     def __init__(
@@ -116,7 +116,7 @@ class Generation:
         web_id: str,
         queue: JobQueue,
         router: EventRouter,
-        directory: Directory,
+        worker_view: WorkerView,
         draining_for_s: Callable[[], float],
     ) -> None:
         self._settings = settings
@@ -124,7 +124,7 @@ class Generation:
         self._web_id = web_id
         self._queue = queue
         self._router = router
-        self._directory = directory
+        self._worker_view = worker_view
         self._draining_for_s = draining_for_s
 
     def entry(self, name: str, task: Task) -> ModelEntry:
@@ -139,8 +139,8 @@ class Generation:
             )
         return entry
 
-    def begin(self, job: Job, task: Task, caller: Caller) -> Answer:
-        """Admit and queue a job. What becomes of it is read from the Answer, which must be closed.
+    def begin(self, job: Job, task: Task, caller: Caller) -> EventReader:
+        """Admit and queue a job. What becomes of it is read from the EventReader, which must be closed.
 
         Raises ServiceError where it is refused; a job whose fate in the queue is unknown is cancelled.
         """
@@ -149,7 +149,9 @@ class Generation:
         self._refuse_early(job.model)
         inbox = self._router.open(job.id, job.model)
         inbox.expires_s = deadline_s + DEADLINE_GRACE_S
-        answer = Answer(inbox, caller, ends_at=ends_at, draining_for_s=self._draining_for_s, end=self._end)
+        answer = EventReader(
+            inbox, caller, ends_at=ends_at, draining_for_s=self._draining_for_s, end=self._end
+        )
         try:
             inbox.admitted = self._queue.admit(
                 job, web_id=self._web_id, deadline_s=deadline_s, max_waiting=self._settings.max_waiting
@@ -161,9 +163,9 @@ class Generation:
         return answer
 
     def _refuse_early(self, model: str) -> None:
-        if not self._directory.reachable or not self._router.subscribed.is_set():
+        if not self._worker_view.reachable or not self._router.subscribed.is_set():
             raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5)
-        if not self._directory.has_ready(model, look_again=True):
+        if not self._worker_view.has_ready(model, look_again=True):
             raise NoWorker(
                 f"no worker serves model {model!r} at the moment; try again soon", retry_after_s=10
             )

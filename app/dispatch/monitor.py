@@ -10,7 +10,7 @@ import time
 
 from redis.exceptions import RedisError
 
-from app.directory import Directory
+from app.dispatch.worker_view import WorkerView
 from protocol import events
 from protocol.connections import RedisClient
 from protocol.errors import QueueUnavailable, ServiceError, WorkerLost
@@ -27,7 +27,7 @@ GAP_LIMIT_S = 10.0
 ORPHAN_S = 5.0
 
 
-class Patrol(threading.Thread):
+class RequestMonitor(threading.Thread):
     """One thread (a greenlet under gunicorn) of a web process."""
 
     def __init__(
@@ -37,16 +37,16 @@ class Patrol(threading.Thread):
         *,
         web_id: str,
         leases: Leases,
-        directory: Directory,
+        worker_view: WorkerView,
         router: EventRouter,
         queue: JobQueue,
     ) -> None:
-        super().__init__(name="patrol", daemon=True)
+        super().__init__(name="monitor", daemon=True)
         self._redis = client
         self._keys = keys
         self._web_id = web_id
         self._leases = leases
-        self._directory = directory
+        self._worker_view = worker_view
         self._router = router
         self._queue = queue
         self._renew_at = 0.0
@@ -76,7 +76,7 @@ class Patrol(threading.Thread):
         if now >= self._renew_at:
             self._leases.renew_web(self._web_id)
             self._renew_at = now + REFRESH_S
-        self._directory.refresh()
+        self._worker_view.refresh()
         self._queue.sweep()
         silent = [inbox for inbox in self._router.inboxes() if _is_silent(inbox, now)]
         if not silent:
@@ -85,10 +85,10 @@ class Patrol(threading.Thread):
         for inbox, claim, job_exists in self._look_up(silent):
             if inbox.ended or not _is_silent(inbox, time.monotonic()):
                 continue
-            boot = inbox.boot or claim
-            if failure := self._verdict(inbox, boot, claim, job_exists):
+            incarnation_id = inbox.incarnation_id or claim
+            if failure := self._verdict(inbox, incarnation_id, claim, job_exists):
                 inbox.fail(events.Failed(failure.code, failure.message))
-            elif boot is None:
+            elif incarnation_id is None:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
 
@@ -111,13 +111,13 @@ class Patrol(threading.Thread):
         return found
 
     def _verdict(
-        self, inbox: Inbox, boot: str | None, claim: str | None, job_exists: bool
+        self, inbox: Inbox, incarnation_id: str | None, claim: str | None, job_exists: bool
     ) -> ServiceError | None:
-        if boot is not None and claim is None:
+        if incarnation_id is not None and claim is None:
             return QueueUnavailable("the queue lost its data while this request ran; send it again")
-        if boot is not None and self._directory.is_lost(boot):
+        if incarnation_id is not None and self._worker_view.is_lost(incarnation_id):
             return WorkerLost("the worker that generated this answer died; send the request again")
-        if boot is None and not job_exists:
+        if incarnation_id is None and not job_exists:
             return QueueUnavailable("the queue lost its data while this request waited; send it again")
         if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
             return QueueUnavailable("a part of the answer was lost on its way; send the request again")

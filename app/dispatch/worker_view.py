@@ -1,4 +1,4 @@
-"""What this web process knows of the workers: a snapshot of their leases, taken once a second by the patrol."""
+"""What this web process knows of the workers: a snapshot of their leases, taken once a second by the monitor."""
 
 import math
 import time
@@ -9,7 +9,7 @@ from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
 LOOK_AGAIN_S = 0.1
 
 
-class Directory:
+class WorkerView:
     """Answers without a round trip. Until the first `refresh` nobody is known and Redis counts as unreached."""
 
     def __init__(self, leases: Leases) -> None:
@@ -52,14 +52,14 @@ class Directory:
         """Names of the models that no worker serves."""
         return [entry.name for entry in models if not self.has_ready(entry.name)]
 
-    def is_lost(self, boot: str) -> bool:
+    def is_lost(self, incarnation_id: str) -> bool:
         """That incarnation is gone for good: a newer one stands in its place, or its lease has lapsed.
 
         A missing lease counts only after this reader itself has reached Redis without failure for a whole lease:
         otherwise a Redis that stalled or came back empty would bury everyone.
         """
-        cid = boot.rpartition(":")[0]
+        cid = incarnation_id.rpartition(":")[0]
         record = next((record for record in self._records if record.cid == cid), None)
         if record is not None and record.state != "lost":
-            return record.boot != boot
+            return record.incarnation_id != incarnation_id
         return self._reached_since is not None and time.monotonic() - self._reached_since >= LEASE_TTL_S

@@ -16,7 +16,7 @@ NODE_PATHS = frozenset({"/v1/chat/completions", "/v1/images/generations", "/v1/i
 
 
 class Limiter(Protocol):
-    """What counts how often a key asks (app.rate_limit)."""
+    """What counts how often a key asks (app.http.rate_limit)."""
 
     def check(self, caller: str) -> None:
         """Count a request of `caller`. Raises RateLimited."""

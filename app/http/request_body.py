@@ -8,7 +8,7 @@ import msgspec
 from flask import Request
 from pydantic import BaseModel
 
-from app.connection import read_body
+from app.http.connection import read_body
 from protocol.errors import InvalidRequest
 
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

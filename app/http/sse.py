@@ -7,7 +7,7 @@ from typing import Self
 
 import msgspec
 
-from app.errors import error_body, log_unexpected
+from app.http.errors import error_body, log_unexpected
 from protocol.errors import Cancelled, InternalError, ServiceError
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class EventStream:
     first byte becomes an error event, and the stream ends without [DONE].
     """
 
-    # an iterator and no generator: app.generation.Answer says why
+    # an iterator and no generator: app.dispatch.dispatcher.EventReader says why
     __slots__ = ("_clock", "_ended", "_last_sent", "_take", "close")
 
     def __init__(

@@ -1,7 +1,7 @@
 """Pictures in a request: the node's and OpenAI's multipart forms, the standard's JSON. The only place that knows both.
 
-Reading has two steps, so that a body is validated before anything is downloaded for it: `read_picture_request` takes the
-body apart, `PictureRequest.attach` gets and judges the picture files.
+Reading has two steps, so that a body is validated before anything is downloaded for it: `read_image_request` takes the
+body apart, `ImageRequest.attach` gets and judges the picture files.
 """
 
 import base64
@@ -16,12 +16,12 @@ from gevent import get_hub, monkey
 from werkzeug.datastructures import MultiDict
 from werkzeug.formparser import FormDataParser
 
-from app.connection import read_body
-from app.request_body import read_json
-from app.schemas.images import ABSENT_AS_ZERO
+from app.http.connection import read_body
+from app.http.request_body import read_json
+from app.images.schema import ABSENT_AS_ZERO
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
-from protocol.jobs import PictureJob
-from protocol.picture_files import MAX_BYTES, open_picture
+from protocol.image_files import MAX_BYTES, open_image
+from protocol.jobs import ImageJob
 
 _TEXT_BYTES = 1024 * 1024
 """Of everything in a body that is no picture."""
@@ -30,13 +30,13 @@ MAX_JSON_BYTES = 2 * (MAX_BYTES * 4 // 3 + 4) + _TEXT_BYTES
 _MAX_FORM_PARTS = 200
 
 Fetch = Callable[[str, str], bytes]
-"""Downloads a URL for a field: app.fetch.ImageFetcher.fetch."""
+"""Downloads a URL for a field: app.images.fetch.ImageFetcher.fetch."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class PictureRequest(NamedTuple):
-    """A picture request's body. `fields` are for app.schemas.images, `strict` is what its `parse` wants with them."""
+class ImageRequest(NamedTuple):
+    """A picture request's body. `fields` are for app.images.schema, `strict` is what its `parse` wants with them."""
 
     task: Literal["generation", "edit"]
     fields: dict[str, Any]
@@ -48,7 +48,7 @@ class PictureRequest(NamedTuple):
     def is_form(self) -> bool:
         return self.strict is False
 
-    def attach(self, job: PictureJob, fetch: Fetch) -> PictureJob:
+    def attach(self, job: ImageJob, fetch: Fetch) -> ImageJob:
         """The job with its pictures; a generation has none. Comes last, when all else was judged. Raises as `load`."""
         if self.task == "generation":
             return job
@@ -63,7 +63,7 @@ class PictureRequest(NamedTuple):
         return image, None if self.mask is None else _load(self.mask, "mask", fetch)
 
 
-def read_picture_request(request: Request, *, edit: bool) -> PictureRequest:
+def read_image_request(request: Request, *, edit: bool) -> ImageRequest:
     """Take a body apart; `edit` says which end point it came to. A form with a picture is an edit at either.
 
     Raises InvalidRequest, PayloadTooLarge, RequestTimeout.
@@ -72,16 +72,16 @@ def read_picture_request(request: Request, *, edit: bool) -> PictureRequest:
         return _from_form(request, edit)
     fields = read_json(request, MAX_JSON_BYTES)
     if not edit:
-        return PictureRequest("generation", fields, None)
+        return ImageRequest("generation", fields, None)
     image, mask = (_one_text(fields.pop(name, None), name) for name in ("image", "mask"))
-    return PictureRequest("edit", fields, None, image, mask)
+    return ImageRequest("edit", fields, None, image, mask)
 
 
-def _from_form(request: Request, edit: bool) -> PictureRequest:
+def _from_form(request: Request, edit: bool) -> ImageRequest:
     form, files = _parse_form(request)
     image, mask = (_one_part(name, form, files) for name in ("image", "mask"))
     is_edit = edit or image is not None or mask is not None
-    return PictureRequest("edit" if is_edit else "generation", _form_fields(form), False, image, mask)
+    return ImageRequest("edit" if is_edit else "generation", _form_fields(form), False, image, mask)
 
 
 def _parse_form(request: Request) -> tuple[MultiDict[str, str], MultiDict[str, Any]]:
@@ -144,7 +144,7 @@ def _load(source: bytes | str, param: str, fetch: Fetch) -> bytes:
     if len(source) > MAX_BYTES:
         raise PayloadTooLarge(f"{param} has {len(source)} bytes; at most {MAX_BYTES} are taken", param=param)
     # text chunks, colour profiles and EXIF are unpacked with the header: seldom, but up to a second for hostile ones
-    _off_loop(open_picture, source, param)
+    _off_loop(open_image, source, param)
     return source
 
 

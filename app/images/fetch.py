@@ -19,9 +19,9 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-from app.public_address import is_own, is_public
+from app.images.public_address import is_own, is_public
 from protocol.errors import InvalidImage, Overloaded
-from protocol.picture_files import MAX_BYTES
+from protocol.image_files import MAX_BYTES
 
 CONNECT_S = 3.0
 TOTAL_S = 15.0

@@ -6,22 +6,22 @@ from contextlib import closing
 
 from flask import Blueprint, Response, request
 
-from app.connection import Connection
-from app.errors import json_response
-from app.request_body import ignored_params
-from app.schemas.images import (
+from app.http.connection import Connection
+from app.http.errors import json_response
+from app.http.request_body import ignored_params
+from app.http.validation import parse
+from app.images.body import read_image_request
+from app.images.schema import (
     ImageEditRequest,
     ImageGenerationRequest,
     images_response,
     images_response_base64,
     only_model,
-    ready_pictures,
+    ready_images,
 )
-from app.schemas.validation import parse
 from app.services import Services
-from app.uploads import read_picture_request
 from protocol.errors import NotFound
-from protocol.jobs import PictureJob
+from protocol.jobs import ImageJob
 
 FILES = "/v1/images/files/"
 
@@ -51,13 +51,13 @@ def blueprint(services: Services) -> Blueprint:
 
 def _create(services: Services, *, edit: bool) -> Response:
     """Both end points: a form with a picture is an edit at either, since the node knows one URL of a model alone."""
-    received = read_picture_request(request, edit=edit)
+    received = read_image_request(request, edit=edit)
     fields = received.fields
     schema = ImageEditRequest if received.task == "edit" else ImageGenerationRequest
     if received.is_form and "model" not in fields:
         fields = {**fields, "model": only_model(services.catalogue, received.task)}
     body = parse(schema, fields, strict=received.strict)
-    entry = services.generation.entry(body.model, received.task)
+    entry = services.dispatcher.entry(body.model, received.task)
     # every bound is checked before anything is downloaded for this request
     job = received.attach(body.to_job(f"img-{uuid.uuid4().hex}", entry), services.fetcher.fetch)
     response = json_response(_answer(services, job, as_base64=body.response_format == "b64_json"))
@@ -67,9 +67,9 @@ def _create(services: Services, *, edit: bool) -> Response:
     return response
 
 
-def _answer(services: Services, job: PictureJob, *, as_base64: bool) -> dict[str, object]:
-    with closing(services.generation.begin(job, job.task, Connection(request.environ))) as answer:
-        pictures = ready_pictures(answer)
+def _answer(services: Services, job: ImageJob, *, as_base64: bool) -> dict[str, object]:
+    with closing(services.dispatcher.begin(job, job.task, Connection(request.environ))) as answer:
+        pictures = ready_images(answer)
     created = int(time.time())
     if as_base64:
         return images_response_base64(created, job, pictures, load=services.pictures.get)

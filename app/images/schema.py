@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from config import Catalogue, ModelEntry, PictureDefaults, PictureEngineOptions, Task
+from config import Catalogue, ImageDefaults, ImageEngineOptions, ModelEntry, Task
 from protocol.errors import InvalidRequest, Unavailable
 from protocol.events import Event, ImageReady
-from protocol.jobs import PictureJob
+from protocol.jobs import ImageJob
 
 MAX_PROMPT_CHARACTERS = 32_000
 _STEP_NAMES = ("step", "num_inference_steps", "steps")
@@ -59,7 +59,7 @@ Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
 Factor = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
 
 
-class _PictureRequest(BaseModel):
+class _ImageRequest(BaseModel):
     """What both picture end points take. None: not given, so the catalogue's defaults and the pipeline's own decide."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
@@ -83,19 +83,19 @@ class _PictureRequest(BaseModel):
     def _drop_absent(cls, given: Any) -> Any:
         return {name: value for name, value in given.items() if not _is_absent(name, value)}
 
-    def to_job(self, request_id: str, entry: ModelEntry) -> PictureJob:
+    def to_job(self, request_id: str, entry: ModelEntry) -> ImageJob:
         """The job for a worker: request > catalogue defaults > (None) the pipeline's own.
 
         Raises InvalidRequest for what lies beyond the entry's limits.
         """
         defaults, limits = entry.defaults, entry.engine
-        assert isinstance(defaults, PictureDefaults) and isinstance(limits, PictureEngineOptions)
+        assert isinstance(defaults, ImageDefaults) and isinstance(limits, ImageEngineOptions)
         step_name = next((name for name in _STEP_NAMES if getattr(self, name) is not None), "step")
         steps = getattr(self, step_name)
         _check_at_most("n", self.n, limits.max_n)
         _check_at_most(step_name, steps, limits.max_steps)
         width, height = self._sides(limits)
-        return PictureJob(
+        return ImageJob(
             id=request_id,
             model=entry.name,
             task="generation",
@@ -110,7 +110,7 @@ class _PictureRequest(BaseModel):
             seed=_first(self.seed, secrets.randbelow(2**32)),
         )
 
-    def _sides(self, limits: PictureEngineOptions) -> tuple[int | None, int | None]:
+    def _sides(self, limits: ImageEngineOptions) -> tuple[int | None, int | None]:
         """Width and height asked for, judged; `width` and `height` win over `size`."""
         pair = _SIZE.fullmatch(self.size or "")
         width = self.width or (int(pair[1]) if pair else None)
@@ -127,20 +127,20 @@ class _PictureRequest(BaseModel):
         return width, height
 
 
-class ImageGenerationRequest(_PictureRequest):
+class ImageGenerationRequest(_ImageRequest):
     """POST /v1/images/generations."""
 
 
-class ImageEditRequest(_PictureRequest):
-    """POST /v1/images/edits without its pictures: app.uploads takes those out of the body."""
+class ImageEditRequest(_ImageRequest):
+    """POST /v1/images/edits without its pictures: app.images.body takes those out of the body."""
 
     strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
 
     def to_job(
         self, request_id: str, entry: ModelEntry, image: bytes | None = None, mask: bytes | None = None
-    ) -> PictureJob:
+    ) -> ImageJob:
         """As for a generation. The picture files may be given here or put into the job afterwards."""
-        assert isinstance(entry.defaults, PictureDefaults)
+        assert isinstance(entry.defaults, ImageDefaults)
         job = super().to_job(request_id, entry)
         strength = _first(self.strength, entry.defaults.strength)
         return msgspec.structs.replace(job, task="edit", strength=strength, image=image, mask=mask)
@@ -156,21 +156,21 @@ def only_model(catalogue: Catalogue, task: Task) -> str:
     return names[0]
 
 
-def ready_pictures(batches: Iterable[list[Event]]) -> list[ImageReady]:
+def ready_images(batches: Iterable[list[Event]]) -> list[ImageReady]:
     """The pictures of a finished request, in order of their index."""
     ready = [event for batch in batches for event in batch if isinstance(event, ImageReady)]
     return sorted(ready, key=lambda event: event.index)
 
 
 def images_response(
-    created: int, job: PictureJob, pictures: Sequence[ImageReady], *, link: Callable[[str], str]
+    created: int, job: ImageJob, pictures: Sequence[ImageReady], *, link: Callable[[str], str]
 ) -> dict[str, Any]:
     """The standard's answer with links; `link` makes a URL of a picture's name."""
     return _answer(created, job, [(picture, link(picture.name), "") for picture in pictures])
 
 
 def images_response_base64(
-    created: int, job: PictureJob, pictures: Sequence[ImageReady], *, load: Callable[[str], bytes | None]
+    created: int, job: ImageJob, pictures: Sequence[ImageReady], *, load: Callable[[str], bytes | None]
 ) -> dict[str, Any]:
     """The standard's answer with the PNG files in it. Raises Unavailable when the store has lost one meanwhile."""
     files = [(picture, load(picture.name)) for picture in pictures]
@@ -179,7 +179,7 @@ def images_response_base64(
     return _answer(created, job, [(picture, "", b64encode(png or b"").decode()) for picture, png in files])
 
 
-def _answer(created: int, job: PictureJob, rows: Iterable[tuple[ImageReady, str, str]]) -> dict[str, Any]:
+def _answer(created: int, job: ImageJob, rows: Iterable[tuple[ImageReady, str, str]]) -> dict[str, Any]:
     data = [
         {"b64_json": b64_json, "url": url, "revised_prompt": job.prompt, "seed": picture.seed}
         for picture, url, b64_json in rows
@@ -198,7 +198,7 @@ def _check_at_most(name: str, value: int | None, limit: int) -> None:
         raise InvalidRequest(f"{name} must be at most {limit} for this model (it is {value})", param=name)
 
 
-def _check_side(param: str, side_name: str, side: int, limits: PictureEngineOptions) -> None:
+def _check_side(param: str, side_name: str, side: int, limits: ImageEngineOptions) -> None:
     multiple = limits.size_multiple
     if side == 0 or side > limits.max_side or side % multiple:
         raise InvalidRequest(

@@ -8,14 +8,14 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from app.directory import Directory
+from app.dispatch.worker_view import WorkerView
 from protocol.event_router import EventRouter
 
 
 class Metrics:
     """One registry for each web process; `render` is its text form."""
 
-    def __init__(self, directory: Directory, router: EventRouter) -> None:
+    def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "http_requests_total",
@@ -30,7 +30,7 @@ class Metrics:
             buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 30, 60, 120, 180, 300),
             registry=self._registry,
         )
-        self._registry.register(_Fleet(directory, router))
+        self._registry.register(_Fleet(worker_view, router))
 
     def init_app(self, app: Flask) -> None:
         app.before_request(_start_clock)
@@ -53,8 +53,8 @@ def _start_clock() -> None:
 class _Fleet(Collector):
     """Gauges read at scrape time."""
 
-    def __init__(self, directory: Directory, router: EventRouter) -> None:
-        self._directory = directory
+    def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
+        self._worker_view = worker_view
         self._router = router
 
     def collect(self) -> Iterable[Metric]:
@@ -62,7 +62,7 @@ class _Fleet(Collector):
         running = GaugeMetricFamily("requests_running", "Requests in workers' hands.", labels=["model"])
         states: dict[tuple[str, str], int] = {}
         load: dict[str, int] = {}
-        for record in self._directory.records():
+        for record in self._worker_view.records():
             states[record.model, record.state] = states.get((record.model, record.state), 0) + 1
             if record.state != "lost":
                 load[record.model] = load.get(record.model, 0) + record.running
@@ -76,5 +76,5 @@ class _Fleet(Collector):
             "requests_open", "Requests this web process waits for.", value=len(self._router.inboxes())
         )
         yield GaugeMetricFamily(
-            "redis_up", "Redis answered the last time.", value=float(self._directory.reachable)
+            "redis_up", "Redis answered the last time.", value=float(self._worker_view.reachable)
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from app.errors import json_response
+from app.http.errors import json_response
 from app.services import Services
 from config import Task
 from protocol.errors import ModelNotFound

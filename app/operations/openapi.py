@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from app.schemas.chat import ChatCompletionRequest
-from app.schemas.images import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+from app.chat.schema import ChatCompletionRequest
+from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
 
 REF = "#/components/schemas/{model}"
 
@@ -191,7 +191,7 @@ def _allow_absent(properties: dict[str, Any]) -> None:
 
 
 def _add_pictures(schema: dict[str, Any]) -> None:
-    """The pictures of a JSON edit, which app.uploads takes out before pydantic sees the body."""
+    """The pictures of a JSON edit, which app.images.body takes out before pydantic sees the body."""
     one = {**_STRING, "minLength": 1, "description": "an http(s) URL, a data: URL or base64"}
     picture = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": 1}]}
     schema["properties"]["image"] = picture

@@ -4,8 +4,8 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from app.errors import json_response
-from app.openapi import describe
+from app.http.errors import json_response
+from app.operations.openapi import describe
 from app.services import Services
 
 
@@ -19,9 +19,9 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/readyz")
     def readyz() -> Response:
-        directory = services.directory
-        missing = directory.missing(services.catalogue.models)
-        listening = directory.reachable and services.router.subscribed.is_set()
+        worker_view = services.worker_view
+        missing = worker_view.missing(services.catalogue.models)
+        listening = worker_view.reachable and services.router.subscribed.is_set()
         ready = listening and not missing
         body: dict[str, Any] = (
             {"code": 0, "message": "ready"} if ready else {"code": 503, "message": "not ready"}
@@ -50,7 +50,7 @@ def blueprint(services: Services) -> Blueprint:
                 "registered": record.registered,
                 "last_error": record.last_error,
             }
-            for record in services.directory.records()
+            for record in services.worker_view.records()
         ]
         return json_response({"code": 0, "message": "success", "data": rows})
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from app.chat_answer import ChatAnswer, ChunkEncoder, ChunkStream, completion
-from app.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
+from app.chat.response import ChatAnswer, ChunkEncoder, ChunkStream, completion
+from app.http.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
 from protocol.events import Delta, Event, Finished, Started, Usage
 
@@ -15,7 +15,7 @@ END: list[Event] = [Delta("", tokens=0, finish_reason="stop"), Finished(Usage(3,
 
 
 class Batches:
-    """What app.generation.Answer gives, from a list; an exception in it is raised."""
+    """What app.dispatch.dispatcher.EventReader gives, from a list; an exception in it is raised."""
 
     def __init__(self, batches: Iterable[list[Event] | Exception]) -> None:
         self._batches = list(batches)

@@ -1,11 +1,11 @@
-"""app.generation.Answer: what a reader gets that comes late, or whose caller leaves."""
+"""app.dispatch.dispatcher.EventReader: what a reader gets that comes late, or whose caller leaves."""
 
 import time
 from typing import Any
 
 import pytest
 
-from app.generation import DEADLINE_GRACE_S, Answer
+from app.dispatch.dispatcher import DEADLINE_GRACE_S, EventReader
 from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown, WorkerLost
 from protocol.event_router import Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
@@ -20,14 +20,14 @@ class Caller:
 
 def answer(
     *events: Event, late: bool = False, draining_for_s: float = 0.0
-) -> tuple[Answer, Caller, list[Any]]:
+) -> tuple[EventReader, Caller, list[Any]]:
     """An answer whose inbox holds `events`, at a moment when its caller, deadline and server are looked at."""
     inbox = Inbox("r", "m")
     for seq, event in enumerate(events):
         inbox.feed(Envelope("r", seq, event))
     ends: list[Any] = []
     caller = Caller()
-    made = Answer(
+    made = EventReader(
         inbox,
         caller,
         ends_at=time.monotonic() - (DEADLINE_GRACE_S + 1 if late else -100),

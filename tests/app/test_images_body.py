@@ -11,10 +11,10 @@ import pytest
 from flask import Flask, request
 from PIL import Image
 
-from app.uploads import MAX_JSON_BYTES, PictureRequest, read_picture_request
+from app.images.body import MAX_JSON_BYTES, ImageRequest, read_image_request
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
-from protocol.jobs import PictureJob
-from protocol.picture_files import MAX_BYTES
+from protocol.image_files import MAX_BYTES
+from protocol.jobs import ImageJob
 
 flask_app = Flask(__name__)
 
@@ -32,12 +32,12 @@ def no_fetch(url: str, param: str) -> bytes:
     raise AssertionError(f"fetched {url} for {param}")
 
 
-def read(*, edit: bool = True, **body: Any) -> PictureRequest:
+def read(*, edit: bool = True, **body: Any) -> ImageRequest:
     with flask_app.test_request_context("/v1/images/edits", method="POST", **body):
-        return read_picture_request(request, edit=edit)
+        return read_image_request(request, edit=edit)
 
 
-def form(edit: bool = True, **fields: Any) -> PictureRequest:
+def form(edit: bool = True, **fields: Any) -> ImageRequest:
     """A multipart body; bytes become files as the node sends them."""
     return read(edit=edit, data=encoded(fields.items()), content_type="multipart/form-data; boundary=bound")
 
@@ -52,7 +52,7 @@ def encoded(fields: Iterable[tuple[str, Any]]) -> bytes:
     return parts + b"--bound--\r\n"
 
 
-def files_of(asked: PictureRequest) -> tuple[bytes, bytes | None]:
+def files_of(asked: ImageRequest) -> tuple[bytes, bytes | None]:
     return asked.load(no_fetch)
 
 
@@ -86,7 +86,7 @@ def test_a_form_with_a_picture_is_an_edit_at_the_generations_end_point():
 def test_json_at_the_generations_end_point_is_a_generation_whatever_it_holds():
     asked = read(edit=False, json={"prompt": "p", "image": "https://h/p.png"})
     assert asked.task == "generation" and asked.fields["image"] == "https://h/p.png"
-    job = PictureJob(id="i", model="m", task="generation", prompt="p")
+    job = ImageJob(id="i", model="m", task="generation", prompt="p")
     assert asked.attach(job, no_fetch) is job
 
 
@@ -107,7 +107,7 @@ BASE64 = base64.b64encode(PNG).decode()
 def test_json_pictures(image):
     asked = read(json={"prompt": "p", "image": image, "mask": BASE64})
     assert asked.strict is None and asked.fields == {"prompt": "p"}
-    job = asked.attach(PictureJob(id="i", model="m", task="edit", prompt="p"), no_fetch)
+    job = asked.attach(ImageJob(id="i", model="m", task="edit", prompt="p"), no_fetch)
     assert (job.image, job.mask) == (PNG, PNG)
 
 
@@ -248,18 +248,18 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, threading, time
 from io import BytesIO
-import app.uploads
+import app.images.body
 from PIL import Image
 from protocol.errors import InvalidImage
 main = gevent.get_hub().thread_ident
-seen, real = [], app.uploads.open_picture
+seen, real = [], app.images.body.open_image
 def judge(data, param):
     seen.append(gevent.monkey.get_original("threading", "get_ident")() != main)
     return real(data, param)
-app.uploads.open_picture = judge
+app.images.body.open_image = judge
 buffer = BytesIO()
 Image.new("RGB", (4, 4)).save(buffer, "PNG")
-asked = app.uploads.PictureRequest("edit", {}, None, buffer.getvalue())
+asked = app.images.body.ImageRequest("edit", {}, None, buffer.getvalue())
 assert asked.load(None)[0] == buffer.getvalue()
 try:
     asked._replace(image=b"broken").load(None)

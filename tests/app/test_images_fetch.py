@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from app.fetch import PARALLEL, ImageFetcher
-from app.public_address import is_own, is_public
+from app.images.fetch import PARALLEL, ImageFetcher
+from app.images.public_address import is_own, is_public
 from protocol.errors import InvalidImage, Overloaded
-from protocol.picture_files import MAX_BYTES
+from protocol.image_files import MAX_BYTES
 
 PUBLIC = "93.184.216.34"
 TLS = ssl.create_default_context()  # reads all of the system's certificates: once is enough
@@ -359,7 +359,7 @@ def test_an_address_of_this_machine_is_its_own():
 
 
 def test_an_own_public_address_is_refused(listener, monkeypatch):
-    monkeypatch.setattr("app.fetch.is_own", lambda address: address == PUBLIC)
+    monkeypatch.setattr("app.images.fetch.is_own", lambda address: address == PUBLIC)
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
     assert listener.connections == 0
 
@@ -457,7 +457,7 @@ def test_a_body_of_exactly_the_limit_is_taken(listener):
     ],
 )
 def test_what_drips_is_cut_off_in_time(listener, answer, monkeypatch):
-    monkeypatch.setattr("app.fetch.TOTAL_S", 0.5)
+    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
     listener.answers = [answer]
     begun = time.monotonic()
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
@@ -465,7 +465,7 @@ def test_what_drips_is_cut_off_in_time(listener, answer, monkeypatch):
 
 
 def test_a_resolver_that_hangs_is_not_waited_for(listener, monkeypatch):
-    monkeypatch.setattr("app.fetch.TOTAL_S", 0.3)
+    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.3)
     release = threading.Event()
     fetcher = ImageFetcher(resolve=lambda host, port: [PUBLIC] if release.wait(30) else [])
     assert refusal(fetcher, "http://slow.test/") == ONE_TEXT
@@ -495,7 +495,7 @@ def test_only_four_downloads_run_at_a_time(listener):
 
 
 def test_who_waits_too_long_for_a_free_slot_is_told_to_come_back(listener, monkeypatch):
-    monkeypatch.setattr("app.fetch.TOTAL_S", 0.2)
+    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.2)
     fetcher = Rerouted(listener, NAMES)
     for _ in range(PARALLEL):
         fetcher._slots.acquire()
@@ -582,7 +582,7 @@ def test_https_is_not_left_for_http(secure):
 
 
 def test_a_handshake_that_never_ends_is_cut_off(listener, monkeypatch):
-    monkeypatch.setattr("app.fetch.TOTAL_S", 0.5)
+    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
     listener.answers = [raw(b"\x16\x03\x03\x40\x00", b"\x02", pause_s=0.02, forever=True)]
     begun = time.monotonic()
     assert refusal(Rerouted(listener, NAMES), "https://public.test/") == ONE_TEXT
@@ -593,11 +593,11 @@ UNDER_GEVENT = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, sys, time
-import app.fetch
-from app.fetch import ImageFetcher
+import app.images.fetch
+from app.images.fetch import ImageFetcher
 from protocol.errors import InvalidImage
 good, drip, tls_drip = sys.argv[1:]
-app.fetch.TOTAL_S = 3.0
+app.images.fetch.TOTAL_S = 3.0
 fetcher = ImageFetcher(allowed_hosts=["127.0.0.1", "localhost"])
 gaps, last, done = [], time.monotonic(), False
 def tick():

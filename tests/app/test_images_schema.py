@@ -2,19 +2,19 @@
 
 import pytest
 
-from app.schemas.images import (
+from app.http.validation import parse
+from app.images.schema import (
     ImageEditRequest,
     ImageGenerationRequest,
     images_response,
     images_response_base64,
     only_model,
-    ready_pictures,
+    ready_images,
 )
-from app.schemas.validation import parse
 from config import Catalogue, ModelEntry
 from protocol.errors import InvalidRequest, Unavailable
 from protocol.events import Finished, ImageReady, Progress
-from protocol.jobs import PictureJob
+from protocol.jobs import ImageJob
 
 
 def entry(**engine: object) -> ModelEntry:
@@ -29,7 +29,7 @@ def entry(**engine: object) -> ModelEntry:
     )
 
 
-def job(**body: object) -> PictureJob:
+def job(**body: object) -> ImageJob:
     request = parse(ImageGenerationRequest, {"model": "painter", "prompt": "a cat", **body})
     return request.to_job("id", entry())
 
@@ -179,7 +179,7 @@ def test_an_edit_without_strength_takes_the_catalogues():
 
 
 def test_answers_have_the_standards_shape():
-    pictures = ready_pictures(
+    pictures = ready_images(
         [
             [Progress(1, 1), ImageReady(1, 6, 8, 8, name="second")],
             [ImageReady(0, 5, 8, 8, name="first"), Finished()],

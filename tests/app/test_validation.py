@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import BaseModel, StrictFloat, StrictInt, StrictStr
 
-from app.schemas.validation import parse
+from app.http.validation import parse
 from protocol.errors import InvalidRequest
 
 

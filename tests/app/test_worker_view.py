@@ -5,7 +5,7 @@ from typing import Any, cast
 import msgspec
 import redis
 
-from app.directory import Directory
+from app.dispatch.worker_view import WorkerView
 from protocol.leases import WorkerRecord
 
 
@@ -31,16 +31,16 @@ class Ready(msgspec.Struct):
 
 def test_it_looks_again_before_it_says_no_and_not_for_each_caller(monkeypatch: Any) -> None:
     now = 100.0
-    monkeypatch.setattr("app.directory.time.monotonic", lambda: now)
+    monkeypatch.setattr("app.dispatch.worker_view.time.monotonic", lambda: now)
     records = Records()
-    directory = Directory(cast(Any, records))
-    directory.refresh()
+    worker_view = WorkerView(cast(Any, records))
+    worker_view.refresh()
     records.found = [cast(WorkerRecord, Ready("echo"))]
-    assert not directory.has_ready("echo", look_again=True), "it has just looked"
+    assert not worker_view.has_ready("echo", look_again=True), "it has just looked"
     now += 0.2
-    assert not directory.has_ready("echo")
-    assert directory.has_ready("echo", look_again=True)
+    assert not worker_view.has_ready("echo")
+    assert worker_view.has_ready("echo", look_again=True)
     assert records.reads == 2
     now += 0.2
-    assert directory.has_ready("echo", look_again=True)
+    assert worker_view.has_ready("echo", look_again=True)
     assert records.reads == 2

@@ -35,9 +35,7 @@ def test_the_store_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
             assert status == 200, answer
             links += [row["url"].removeprefix(service.url) for row in answer["data"]]
         client = service.redis.client
-        held = sum(
-            client.strlen(name) for name in client.keys("*picture:*") if client.type(name) == b"string"
-        )
+        held = sum(client.strlen(name) for name in client.keys("*image:*") if client.type(name) == b"string")
         assert held <= 2**20
         assert picture_status(service, links[0]) == 404
         assert picture_status(service, links[-1]) == 200

@@ -5,12 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.engines.tiny_chat import CONFIGS
-from workers.engines.chat import cuda_runner
-from workers.engines.chat.attention import register
-from workers.engines.chat.cuda_runner import CudaRunner, FlashPagedAttention
-from workers.engines.chat.fused_decoder import FusedDecoder, join_weights
-from workers.engines.chat.kv_cache import CacheShape, KVCache
-from workers.engines.chat.model_runner import Chunk, ModelForward
+from workers.engines.chat.attention.base import register
+from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
+from workers.engines.chat.model import cuda_graphs
+from workers.engines.chat.model.cuda_graphs import CudaRunner, FlashPagedAttention
+from workers.engines.chat.model.fused_decoder import FusedDecoder, join_weights
+from workers.engines.chat.model.runner import Chunk, ModelForward
 
 
 def plain_varlen(
@@ -49,7 +49,7 @@ def plain_varlen(
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_prefill_chunks_and_decode_rows_give_the_models_own_logits(family, monkeypatch):
-    monkeypatch.setattr(cuda_runner, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(cuda_graphs, "varlen_attn", plain_varlen)
     torch.manual_seed(0)
     config = CONFIGS[family]()
     model = AutoModelForCausalLM.from_config(config).eval()

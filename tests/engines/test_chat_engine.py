@@ -22,7 +22,7 @@ from tests.engines.tiny_chat import (
 )
 from workers.engines.base import EngineLoadError
 from workers.engines.chat import ChatEngine
-from workers.engines.chat.cpu_attention import CpuPagedAttention
+from workers.engines.chat.attention.cpu import CpuPagedAttention
 
 NEAR_TIE = 1e-4
 PROMPTS = [

@@ -14,17 +14,17 @@ from transformers import Qwen2Config
 from config import ModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
-from workers.engines.chat import assembly
-from workers.engines.chat.assembly import Assembly, assemble
-from workers.engines.chat.attention import LayerCall
-from workers.engines.chat.cpu_attention import CpuPagedAttention
-from workers.engines.chat.cpu_kernels import exp_of_differences
-from workers.engines.chat.fused_decoder import FusedDecoder
-from workers.engines.chat.kv_cache import CacheShape, KVCache
-from workers.engines.chat.model_loader import LoadedModel, load_model
-from workers.engines.chat.model_runner import ModelForward, PortableRunner
-from workers.engines.chat.paged_attention import PagedAttention, Plan
-from workers.engines.chat.products import PackedLinear
+from workers.engines.chat import build
+from workers.engines.chat.attention.base import LayerCall
+from workers.engines.chat.attention.cpu import CpuPagedAttention
+from workers.engines.chat.attention.paged import PagedAttention, Plan
+from workers.engines.chat.build import Assembly, assemble
+from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
+from workers.engines.chat.kernels.cpu import exp_of_differences
+from workers.engines.chat.model.fused_decoder import FusedDecoder
+from workers.engines.chat.model.linear import PackedLinear
+from workers.engines.chat.model.loader import LoadedModel, load_model
+from workers.engines.chat.model.runner import ModelForward, PortableRunner
 
 LENGTHS = [1, 8, 9, 61, 24]
 
@@ -100,7 +100,7 @@ def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
         loaded.append(weakref.ref(model.model.model.layers[0].mlp.down_proj.weight))
         return model
 
-    monkeypatch.setattr(assembly, "load_model", remember)
+    monkeypatch.setattr(build, "load_model", remember)
     parts = assembled(save_model(tmp_path, CONFIGS[family]()))
     gc.collect()
     assert loaded[0]() is None
@@ -126,7 +126,7 @@ def test_other_models_run_through_transformers_with_packed_products(tmp_path, fa
 
 
 def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
-    monkeypatch.setattr(assembly, "COMPILED_ATTENTION_THREADS", 0)
+    monkeypatch.setattr(build, "COMPILED_ATTENTION_THREADS", 0)
     parts = assembled(save_model(tmp_path, CONFIGS["llama"]()))
     assert isinstance(parts.runner, PortableRunner)
     assert type(parts.runner._attention) is PagedAttention
@@ -172,5 +172,5 @@ def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
 
 
 def test_a_gpus_worker_imports_no_compiler():
-    program = "import sys, workers.engines.chat.assembly; sys.exit('numba' in sys.modules)"
+    program = "import sys, workers.engines.chat.build; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

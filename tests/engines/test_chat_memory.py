@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model, together
-from workers.engines.chat.kv_cache import CacheShape, KVCache, OutOfPages
-from workers.engines.chat.prefix_cache import PrefixCache
+from workers.engines.chat.cache.kv_cache import CacheShape, KVCache, OutOfPages
+from workers.engines.chat.cache.prefix_cache import PrefixCache
 
 PAGE = 4
 

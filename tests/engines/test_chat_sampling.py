@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
-from workers.engines.chat import drawing
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
-from workers.engines.chat.drawing import Filters, compiled_draw, draw
-from workers.engines.chat.sampling import Sampler, Uniforms
+from workers.engines.chat.sampling import draw as drawing
+from workers.engines.chat.sampling.draw import Filters, compiled_draw, draw
+from workers.engines.chat.sampling.sampler import Sampler, Uniforms
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 
 VOCABULARY = 300

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
-from workers.engines.chat.kv_cache import CacheShape, KVCache
 from workers.engines.chat.scheduler import SMALLEST_CHUNK, STALL, BatchScheduler, Work
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 

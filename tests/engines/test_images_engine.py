@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from protocol.events import Failed, Finished, ImageReady, Progress
-from tests.engines.tiny_pictures import (
+from tests.engines.tiny_images import (
     SIDE,
     Ear,
     entry,
@@ -23,8 +23,8 @@ from tests.engines.tiny_pictures import (
     write_model,
 )
 from workers.engines.base import EngineLoadError
-from workers.engines.pictures import PictureEngine
-from workers.engines.pictures.pipeline import PicturePipeline, Piece, Recipe
+from workers.engines.images import ImageEngine
+from workers.engines.images.pipeline import ImagePipeline, Piece, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +33,19 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(weights: Path) -> Iterator[tuple[PictureEngine, Ear]]:
+def loaded(weights: Path) -> Iterator[tuple[ImageEngine, Ear]]:
     ear = Ear()
-    engine = PictureEngine(entry(weights, max_batch_size=3, default_size=SIDE))
+    engine = ImageEngine(entry(weights, max_batch_size=3, default_size=SIDE))
     engine.load(ear)
     yield engine, ear
     engine.close()
 
 
 @pytest.fixture
-def fresh(weights: Path) -> Iterator[tuple[PictureEngine, Ear]]:
+def fresh(weights: Path) -> Iterator[tuple[ImageEngine, Ear]]:
     """An engine of its own for tests that break or close it."""
     ear = Ear()
-    engine = PictureEngine(entry(weights, max_batch_size=3, default_size=SIDE))
+    engine = ImageEngine(entry(weights, max_batch_size=3, default_size=SIDE))
     engine.load(ear)
     yield engine, ear
     engine.close()
@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_picture_alone_or_in_a_batch(loaded):
 
 
 @contextmanager
-def held(engine: PictureEngine, ear: Ear) -> Iterator[None]:
+def held(engine: ImageEngine, ear: Ear) -> Iterator[None]:
     """While the engine is busy with a call of another kind, so that what is submitted meanwhile waits together."""
     name = f"holder-{len(ear.events)}"
     engine.submit(job(name, num_inference_steps=900, width=16, height=16))
@@ -86,7 +86,7 @@ def held(engine: PictureEngine, ear: Ear) -> Iterator[None]:
     engine.cancel(name, "cancelled")
 
 
-def until_waiting(engine: PictureEngine, count: int) -> None:
+def until_waiting(engine: ImageEngine, count: int) -> None:
     with engine._work:
         assert engine._work.wait_for(lambda: len(engine._waiting) == count, timeout=30)
 
@@ -95,13 +95,13 @@ def until_waiting(engine: PictureEngine, count: int) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Kind and number of pictures of each call."""
     made: list[tuple[str, int]] = []
-    real = PicturePipeline.__call__
+    real = ImagePipeline.__call__
 
     def call(self, recipe, pieces, on_step):
         made.append((recipe.kind, len(pieces)))
         return real(self, recipe, pieces, on_step)
 
-    monkeypatch.setattr(PicturePipeline, "__call__", call)
+    monkeypatch.setattr(ImagePipeline, "__call__", call)
     return made
 
 
@@ -402,16 +402,16 @@ def test_weights_are_shared_between_the_tasks(loaded):
     assert len(unets) == 1
 
 
-def engine_of(weights: Path, *tasks: str) -> Iterator[tuple[PictureEngine, Ear]]:
+def engine_of(weights: Path, *tasks: str) -> Iterator[tuple[ImageEngine, Ear]]:
     ear = Ear()
-    engine = PictureEngine(entry(weights, tasks, max_batch_size=3, default_size=SIDE))
+    engine = ImageEngine(entry(weights, tasks, max_batch_size=3, default_size=SIDE))
     engine.load(ear)
     yield engine, ear
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def instructed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[PictureEngine, Ear]]:
+def instructed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ImageEngine, Ear]]:
     yield from engine_of(write_instruction_model(tmp_path_factory.mktemp("instructed")), "edit")
 
 
@@ -452,7 +452,7 @@ def test_an_inpainting_model_edits_with_a_mask_and_without(tmp_path, calls):
 def test_a_model_that_needs_a_picture_can_not_serve_generations(tmp_path):
     folder = write_instruction_model(tmp_path / "instructed")
     with pytest.raises(EngineLoadError, match="tiny: "):
-        PictureEngine(entry(folder, ["generation"])).load(Ear())
+        ImageEngine(entry(folder, ["generation"])).load(Ear())
 
 
 def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded):
@@ -465,7 +465,7 @@ def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded
                 prompt, height, width, num_inference_steps, generator=generator, output_type=output_type
             )
 
-    silent = PicturePipeline(Silent(**pipe.components, requires_safety_checker=False), "text2image")
+    silent = ImagePipeline(Silent(**pipe.components, requires_safety_checker=False), "text2image")
     recipe = Recipe("text2image", SIDE, SIDE, 3, None, None, False)
     steps: list[tuple[int, int]] = []
     silent(recipe, [Piece("p", "", 7)], lambda *step: steps.append(step))
@@ -476,12 +476,12 @@ def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded
 
 def test_a_default_size_that_callers_could_not_ask_for_is_a_load_error(weights):
     with pytest.raises(EngineLoadError, match="size_multiple"):
-        PictureEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Ear())
+        ImageEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Ear())
 
 
 def test_the_size_the_model_was_trained_for_is_the_default(weights):
     ear = Ear()
-    engine = PictureEngine(entry(weights, ["generation"]))
+    engine = ImageEngine(entry(weights, ["generation"]))
     engine.load(ear)
     engine.submit(job("own size"))
     assert ear.pictures("own size")[0].size == (SIDE, SIDE)
@@ -490,7 +490,7 @@ def test_the_size_the_model_was_trained_for_is_the_default(weights):
 
 def test_missing_weights_are_a_load_error(tmp_path):
     with pytest.raises(EngineLoadError, match="tiny"):
-        PictureEngine(entry(tmp_path / "nothing")).load(Ear())
+        ImageEngine(entry(tmp_path / "nothing")).load(Ear())
 
 
 def test_pickled_weights_are_refused(weights, tmp_path):
@@ -498,4 +498,4 @@ def test_pickled_weights_are_refused(weights, tmp_path):
         tmp_path / "pickled", safe_serialization=False
     )
     with pytest.raises(EngineLoadError):
-        PictureEngine(entry(tmp_path / "pickled")).load(Ear())
+        ImageEngine(entry(tmp_path / "pickled")).load(Ear())

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from protocol.errors import InvalidImage
-from workers.engines.pictures.images import Source, decode_source, encode_png, fit, paste_back, same_shape
+from workers.engines.images.pixels import Source, decode_source, encode_png, fit, paste_back, same_shape
 
 
 def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -199,7 +199,7 @@ import resource, sys, time
 from pathlib import Path
 from PIL import Image
 from protocol.errors import InvalidImage
-from workers.engines.pictures.images import decode_source, encode_png
+from workers.engines.images.pixels import decode_source, encode_png
 decode_source(encode_png(Image.new("RGB", (8, 8))), None)
 for path in map(Path, sys.argv[1:]):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from config import ModelEntry
 from protocol.events import Event, Failed, ImageReady, is_terminal
-from protocol.jobs import PictureJob
+from protocol.jobs import ImageJob
 
 SIDE = 32
 
@@ -119,13 +119,13 @@ def entry(weights: Path, tasks: Sequence[str] = ("generation", "edit"), **engine
     )
 
 
-def job(id: str, **asked: object) -> PictureJob:
+def job(id: str, **asked: object) -> ImageJob:
     """A job of two steps; an edit if it has an image."""
     task = "edit" if "image" in asked else "generation"
     fields: dict[str, Any] = {
         "id": id, "model": "tiny", "task": task, "prompt": "p", "seed": 7, "num_inference_steps": 2, **asked
     }  # fmt: skip
-    return PictureJob(**fields)
+    return ImageJob(**fields)
 
 
 def png(image: Image.Image, **options: object) -> bytes:

@@ -289,7 +289,7 @@ def test_stopped_while_it_boots(tmp_path: Path, redis_server: RedisServer) -> No
         web = service.launch_web()
         wait_until(lambda: "Booting worker" in web.tail(), timeout_s=60, what="gunicorn has forked")
         forked_at = time.monotonic()
-        # it says so a moment before it gives SIGTERM its own meaning back; the rest of its boot takes a second
+        # it says so a moment before it gives SIGTERM its own meaning back; the rest of its start takes a second
         wait_until(lambda: time.monotonic() - forked_at > 0.2, timeout_s=10, what="the moment is over")
         web.signal(signal.SIGTERM)
         assert web.popen.wait(20) == 0, web.tail()

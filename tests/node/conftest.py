@@ -94,7 +94,7 @@ def record(settings: Settings) -> Callable[..., WorkerRecord]:
 
     def make(cid: str, **fields: object) -> WorkerRecord:
         given = {
-            "boot": f"{cid}:1",
+            "incarnation_id": f"{cid}:1",
             "model": "Chat",
             "tasks": ("chat",),
             "project": "P",

@@ -7,11 +7,11 @@ import flask
 import pytest
 from click.testing import Result
 
-from app.node_cli import compare, node_commands
 from config import Catalogue, Settings
+from node.cli import compare, node_commands
+from node.client import NodeClient, Registration, default_cid, registrations_of
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
-from protocol.node import NodeClient, Registration, default_cid, registrations_of
 from tests.stand_in_node import StandInNode
 
 Make = Callable[..., WorkerRecord]

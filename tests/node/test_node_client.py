@@ -1,4 +1,4 @@
-"""protocol.node against the stand-in node: each answer the real node gives, and each way it can fail to give one."""
+"""node.client against the stand-in node: each answer the real node gives, and each way it can fail to give one."""
 
 import json
 import socket
@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from config import Catalogue, Settings
-from protocol.node import (
+from node.client import (
     NodeClient,
     NodeError,
     Registration,

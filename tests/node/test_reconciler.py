@@ -1,4 +1,4 @@
-"""app.reconciler with a real Redis and the stand-in node: who is taken off, and above all who is not."""
+"""node.reconciler with a real Redis and the stand-in node: who is taken off, and above all who is not."""
 
 import os
 import signal
@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from app.election import Election
-from app.reconciler import Reconciler, Timing
 from config import Settings
+from node.client import NodeClient, default_cid, registrations_of
+from node.election import Election
+from node.lock import NodeLock
+from node.reconciler import Reconciler, Timing
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
-from protocol.node import NodeClient, default_cid, registrations_of
-from protocol.node_lock import NodeLock
 from tests.node.conftest import RedisServer
 from tests.stand_in_node import StandInNode
 
@@ -152,7 +152,7 @@ def test_a_restarted_worker_is_not_taken_off_for_its_former_self(
     bench.live(record("c-1"))
     bench.lapse(record("c-1"))
     found = bench.leases.workers()
-    bench.leases.renew_worker(record("c-1", boot="c-1:2"))
+    bench.leases.renew_worker(record("c-1", incarnation_id="c-1:2"))
 
     bench.reconciler()._bury(found, bench.now)
 

@@ -1,4 +1,4 @@
-"""workers.registrar against the stand-in node: one entry's whole life, under every way a node can be hard to talk to."""
+"""node.registrar against the stand-in node: one entry's whole life, under every way a node can be hard to talk to."""
 
 import contextlib
 import threading
@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 
+from node.client import NodeClient, Registration
+from node.lock import NodeLock
+from node.registrar import Registrar, Timing
+from node.web_watch import WebWatch, http_probe
 from protocol.connections import RedisClient
 from protocol.names import Keys
-from protocol.node import NodeClient, Registration
-from protocol.node_lock import NodeLock
 from tests.node.conftest import RedisServer
 from tests.stand_in_node import StandInNode
-from workers.registrar import Registrar, Timing
-from workers.web_watch import WebWatch, http_probe
 
 OURS = Registration("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", 0, "c-1")
 QUICK = Timing(

@@ -67,11 +67,15 @@ def test_events_arrive_in_order_and_stand_in_the_replay_list(
 ) -> None:
     inbox = router.open("r", "m")
     sender.open("r", WEB, 100)
-    told: list[Event] = [Started("cid:boot"), *(Delta(f"{n} ") for n in range(50)), Finished(Usage(1, 50))]
+    told: list[Event] = [
+        Started("cid:incarnation_id"),
+        *(Delta(f"{n} ") for n in range(50)),
+        Finished(Usage(1, 50)),
+    ]
     for event in told:
         sender.emit([("r", event)])
     assert take(inbox, len(told)) == told
-    assert inbox.boot == "cid:boot"
+    assert inbox.incarnation_id == "cid:incarnation_id"
     assert inbox.ended
     replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
     assert replay == [Envelope("r", seq, event) for seq, event in enumerate(told)]

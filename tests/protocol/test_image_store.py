@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from protocol.image_store import ImageStore, ImageTooLarge, is_name
 from protocol.names import Keys
-from protocol.pictures import PictureStore, PictureTooLarge, is_name
 
 
 @pytest.fixture
@@ -17,14 +17,14 @@ def prefix(keys: Keys) -> str:
 
 
 @pytest.fixture
-def store(redis_client: Any, prefix: str) -> Callable[..., PictureStore]:
-    def make(*, ttl_s: float = 60, capacity: int = 1000) -> PictureStore:
-        return PictureStore(redis_client, prefix, ttl_s, capacity)
+def store(redis_client: Any, prefix: str) -> Callable[..., ImageStore]:
+    def make(*, ttl_s: float = 60, capacity: int = 1000) -> ImageStore:
+        return ImageStore(redis_client, prefix, ttl_s, capacity)
 
     return make
 
 
-def put(pictures: PictureStore, size: int) -> str:
+def put(pictures: ImageStore, size: int) -> str:
     name = pictures.new_name()
     pictures.put(name, b"x" * size)
     return name
@@ -63,7 +63,7 @@ def test_the_oldest_go_when_room_is_needed(store):
 def test_a_picture_larger_than_the_store_is_refused_and_nothing_goes(store):
     pictures = store(capacity=1000)
     name = put(pictures, 1000)
-    with pytest.raises(PictureTooLarge):
+    with pytest.raises(ImageTooLarge):
         put(pictures, 1001)
     assert pictures.get(name) is not None
 
@@ -83,14 +83,14 @@ def test_expired_pictures_are_not_counted(redis_client, prefix, store):
     short = store(ttl_s=0.05)
     gone = put(short, 100)
     until = time.monotonic() + 10
-    while redis_client.exists(f"{prefix}picture:{gone}") and time.monotonic() < until:
+    while redis_client.exists(f"{prefix}image:{gone}") and time.monotonic() < until:
         pass
     assert pictures.get(gone) is None
     newcomer = put(pictures, 400)
     assert pictures.get(kept) is not None and pictures.get(newcomer) is not None
     names = {kept.encode(), newcomer.encode()}
-    assert set(redis_client.zrange(f"{prefix}picture:#expiry", 0, -1)) == names
-    assert set(redis_client.hkeys(f"{prefix}picture:#sizes")) == {*names, b"total"}
+    assert set(redis_client.zrange(f"{prefix}image:#expiry", 0, -1)) == names
+    assert set(redis_client.hkeys(f"{prefix}image:#sizes")) == {*names, b"total"}
 
 
 def test_every_key_has_the_prefix_and_a_ttl(redis_client, prefix, store):
@@ -99,7 +99,7 @@ def test_every_key_has_the_prefix_and_a_ttl(redis_client, prefix, store):
         put(pictures, 10)
     found = redis_client.keys(f"{prefix}*")
     assert len(found) == 5
-    assert all(key.startswith(f"{prefix}picture:".encode()) for key in found)
+    assert all(key.startswith(f"{prefix}image:".encode()) for key in found)
     assert all(0 < redis_client.pttl(key) <= 60_000 for key in found)
 
 
@@ -108,14 +108,14 @@ def test_many_writers_never_exceed_the_capacity(redis_client, prefix, store):
 
     def total() -> int:
         return sum(
-            redis_client.strlen(key) for key in redis_client.keys(f"{prefix}picture:*") if b"#" not in key
+            redis_client.strlen(key) for key in redis_client.keys(f"{prefix}image:*") if b"#" not in key
         )
 
     with ThreadPoolExecutor(8) as writers:
         names = list(writers.map(lambda size: put(pictures, size), [100 + 37 * (i % 50) for i in range(200)]))
     largest = 100 + 37 * 49
     assert 10_000 - largest < total() <= 10_000
-    assert int(redis_client.hget(f"{prefix}picture:#sizes", "total")) == total()
+    assert int(redis_client.hget(f"{prefix}image:#sizes", "total")) == total()
     for name in names:
         pictures.delete(name)
-    assert int(redis_client.hget(f"{prefix}picture:#sizes", "total")) == 0
+    assert int(redis_client.hget(f"{prefix}image:#sizes", "total")) == 0

@@ -8,7 +8,7 @@ import pytest
 from config import Settings
 from protocol.connections import create_celery
 from protocol.errors import Overloaded, QueueUnavailable
-from protocol.jobs import ChatJob, Job, PictureJob, SamplingParams
+from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from protocol.names import Keys
 from protocol.queue import RATE_BUCKET_S, JobQueue
 from tests.deployment import RedisServer, free_port
@@ -34,11 +34,11 @@ def admit(queue: JobQueue, job: Job, *, deadline_s: float = 60, max_waiting: int
 
 
 def test_a_job_crosses_unchanged_with_its_pictures(queue: JobQueue) -> None:
-    job = PictureJob(
+    job = ImageJob(
         id="p", model=MODEL, task="edit", prompt="é", image=b"\x00\xff", mask=b"m", width=64, seed=3
     )
     admit(queue, job)
-    claimed = queue.claim("p", MODEL, "boot")
+    claimed = queue.claim("p", MODEL, "incarnation_id")
     assert claimed is not None
     assert claimed.job == job
     assert claimed.web_id == "w"
@@ -47,9 +47,9 @@ def test_a_job_crosses_unchanged_with_its_pictures(queue: JobQueue) -> None:
 
 def test_only_one_boot_gets_a_claim_and_may_ask_again(queue: JobQueue) -> None:
     admit(queue, chat("a"))
-    assert queue.claim("a", MODEL, "boot-1") is not None
-    assert queue.claim("a", MODEL, "boot-2") is None
-    assert queue.claim("a", MODEL, "boot-1") is not None
+    assert queue.claim("a", MODEL, "incarnation_id-1") is not None
+    assert queue.claim("a", MODEL, "incarnation_id-2") is None
+    assert queue.claim("a", MODEL, "incarnation_id-1") is not None
 
 
 def test_the_line_is_bounded_and_a_claim_makes_room(queue: JobQueue) -> None:
@@ -58,7 +58,7 @@ def test_the_line_is_bounded_and_a_claim_makes_room(queue: JobQueue) -> None:
     with pytest.raises(Overloaded) as refusal:
         admit(queue, chat("d"))
     assert refusal.value.retry_after_s
-    queue.claim("a", MODEL, "boot")
+    queue.claim("a", MODEL, "incarnation_id")
     admit(queue, chat("d"))
 
 
@@ -72,15 +72,17 @@ def test_what_a_dead_web_process_left_stops_counting_at_its_deadline(queue: JobQ
 def test_late_cancelled_and_ended_jobs_are_dropped_at_the_claim(queue: JobQueue) -> None:
     admit(queue, chat("late"), deadline_s=0.02)
     time.sleep(0.03)
-    assert queue.claim("late", MODEL, "boot") is None
+    assert queue.claim("late", MODEL, "incarnation_id") is None
     admit(queue, chat("left"))
     queue.cancel("left", MODEL)
-    assert queue.claim("left", MODEL, "boot") is None
+    assert queue.claim("left", MODEL, "incarnation_id") is None
     assert queue.cancelled(["left", "other"]) == {"left"}
     admit(queue, chat("over"))
-    assert queue.claim("over", MODEL, "boot") is not None
+    assert queue.claim("over", MODEL, "incarnation_id") is not None
     queue.end("over", MODEL, completed=True)
-    assert queue.claim("over", MODEL, "boot") is None, "a redelivered task must not be generated twice"
+    assert queue.claim("over", MODEL, "incarnation_id") is None, (
+        "a redelivered task must not be generated twice"
+    )
 
 
 def test_the_estimate_refuses_only_after_measured_saturation(
@@ -101,12 +103,12 @@ def test_the_estimate_refuses_only_after_measured_saturation(
 
 def test_completions_count_only_while_others_wait(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
     admit(queue, chat("a"))
-    queue.claim("a", MODEL, "boot")
+    queue.claim("a", MODEL, "incarnation_id")
     queue.end("a", MODEL, completed=True)
     assert not redis_client.keys(keys.completions(MODEL) + "*")
     admit(queue, chat("b"))
     admit(queue, chat("c"))
-    queue.claim("b", MODEL, "boot")
+    queue.claim("b", MODEL, "incarnation_id")
     queue.end("b", MODEL, completed=True)
     assert len(redis_client.keys(keys.completions(MODEL) + "*")) == 1
 
@@ -114,7 +116,7 @@ def test_completions_count_only_while_others_wait(queue: JobQueue, keys: Keys, r
 def test_every_key_has_a_ttl(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
     admit(queue, chat("a"))
     queue.send("a", MODEL, expires_s=10)
-    queue.claim("a", MODEL, "boot")
+    queue.claim("a", MODEL, "incarnation_id")
     queue.cancel("a", MODEL)
     admit(queue, chat("b"))
     lasting = [

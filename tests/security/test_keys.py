@@ -14,7 +14,7 @@ import pytest
 from flask import Flask
 from limits import parse
 
-from app.auth import Gate
+from app.http.auth import Gate
 from config import ConfigurationError, Settings
 from protocol.errors import Unauthorized
 from tests.deployment import Deployment, Process, free_port, wait_until

@@ -9,8 +9,8 @@ import redis
 
 from config import Settings
 from protocol.connections import connect_redis, create_celery
+from protocol.kombu_redis import ReconnectingTransport
 from protocol.names import Keys
-from protocol.transport import SurvivingTransport
 from tests.deployment import Deployment, free_port, wait_until
 from tests.security.conftest import CATALOGUE, HI, Certificates, GuardedRedis, KeyedDeployment, tls_redis
 
@@ -152,7 +152,7 @@ def test_both_clients_of_a_url_check_the_certificate(guarded: Deployment, tmp_pa
     right = Settings(redis_url=url)
     with create_celery(right, Keys.of("Test")).connection() as connection:
         connection.ensure_connection(max_retries=1)
-        assert isinstance(connection.transport, SurvivingTransport)
+        assert isinstance(connection.transport, ReconnectingTransport)
     if not url.startswith("rediss:"):
         return
     other = Certificates.make(tmp_path / "other")

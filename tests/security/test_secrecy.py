@@ -18,7 +18,7 @@ from celery import Celery
 from flask import Flask
 from PIL import Image, PngImagePlugin
 
-from app.errors import register_error_handlers
+from app.http.errors import register_error_handlers
 from config import Catalogue, Settings
 from protocol.connections import create_celery, namespace_of
 from protocol.names import Keys

@@ -202,8 +202,8 @@ import sys
 from pathlib import Path
 from config import Catalogue
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.model_loader import load_model
-from workers.engines.pictures.pipelines import load_pipelines
+from workers.engines.chat.model.loader import load_model
+from workers.engines.images.pipelines import load_pipelines
 for path in sys.argv[1:]:
     (entry,) = Catalogue.from_file(Path(path)).models
     try:

@@ -14,6 +14,6 @@ def create_engine(entry: ModelEntry) -> Engine:
         from workers.engines.chat import ChatEngine
 
         return ChatEngine(entry)
-    from workers.engines.pictures import PictureEngine
+    from workers.engines.images import ImageEngine
 
-    return PictureEngine(entry)
+    return ImageEngine(entry)

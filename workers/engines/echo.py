@@ -14,7 +14,7 @@ from PIL import Image
 
 from config import ModelEntry
 from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
-from protocol.jobs import ChatJob, Job, PictureJob
+from protocol.jobs import ChatJob, ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
 
 PREFIX = "echo:"
@@ -88,7 +88,7 @@ class EchoEngine:
     def _step(self, running: _Running) -> list[Event]:
         if running.cancelled == "cancelled":
             return [Failed("cancelled", "nobody waits for this any more")]
-        if isinstance(running.job, PictureJob):
+        if isinstance(running.job, ImageJob):
             return self._picture_step(running, running.job)
         fault = str(running.job.messages[-1]["content"])
         if fault in FAULTS:
@@ -102,7 +102,7 @@ class EchoEngine:
             return [Delta(text)]
         return [Delta(text, finish_reason="length"), Finished(Usage(len(running.job.messages), running.done))]
 
-    def _picture_step(self, running: _Running, job: PictureJob) -> list[Event]:
+    def _picture_step(self, running: _Running, job: ImageJob) -> list[Event]:
         if running.cancelled == "deadline":
             return [Failed("deadline_exceeded", "the picture was not ready before the deadline")]
         running.done += 1

@@ -9,11 +9,14 @@ import torch
 
 from config import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.attention import ModelAttention, register
-from workers.engines.chat.cuda_runner import CudaRunner, FlashPagedAttention
-from workers.engines.chat.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
-from workers.engines.chat.kv_cache import KVCache
-from workers.engines.chat.model_loader import (
+from workers.engines.chat.attention.base import ModelAttention, register
+from workers.engines.chat.attention.paged import PagedAttention
+from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.cache.prefix_cache import PrefixCache
+from workers.engines.chat.model.cuda_graphs import CudaRunner, FlashPagedAttention
+from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
+from workers.engines.chat.model.linear import can_pack, pack_linears
+from workers.engines.chat.model.loader import (
     CPU_PAGE,
     GPU_PAGE,
     LoadedModel,
@@ -22,13 +25,10 @@ from workers.engines.chat.model_loader import (
     load_model,
     wants_flash,
 )
-from workers.engines.chat.model_runner import Chunk, ModelForward, ModelRunner, PortableRunner
-from workers.engines.chat.output_check import OutputCheck
-from workers.engines.chat.paged_attention import PagedAttention
-from workers.engines.chat.prefix_cache import PrefixCache
-from workers.engines.chat.products import can_pack, pack_linears
+from workers.engines.chat.model.output_check import OutputCheck
+from workers.engines.chat.model.runner import Chunk, ModelForward, ModelRunner, PortableRunner
 from workers.engines.chat.prompt import PromptBuilder
-from workers.engines.chat.sampling import Sampler
+from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _paged_attention(cache: KVCache) -> PagedAttention:
     plain = cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32
     if plain and torch.get_num_threads() <= COMPILED_ATTENTION_THREADS:
         # here, so that a GPU's worker doesn't import a compiler
-        from workers.engines.chat.cpu_attention import CpuPagedAttention
+        from workers.engines.chat.attention.cpu import CpuPagedAttention
 
         return CpuPagedAttention(cache)
     return PagedAttention(cache)

@@ -16,11 +16,11 @@ from protocol.errors import ServiceError, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
-from workers.engines.chat.assembly import Assembly, assemble
+from workers.engines.chat.build import Assembly, assemble
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.model_runner import Chunk
-from workers.engines.chat.open_requests import OpenRequests
-from workers.engines.chat.sampling import Sampled
+from workers.engines.chat.model.runner import Chunk
+from workers.engines.chat.outputs import OpenRequests
+from workers.engines.chat.sampling.sampler import Sampled
 from workers.engines.chat.scheduler import Work
 from workers.engines.chat.sequence import Request, Sequence
 

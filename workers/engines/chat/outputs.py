@@ -6,7 +6,7 @@ from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.sampling import Sampled
+from workers.engines.chat.sampling.sampler import Sampled
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Request, Sequence
 

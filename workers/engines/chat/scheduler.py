@@ -3,8 +3,8 @@
 from collections import deque
 from collections.abc import Iterable
 
-from workers.engines.chat.kv_cache import KVCache, OutOfPages
-from workers.engines.chat.prefix_cache import PrefixCache
+from workers.engines.chat.cache.kv_cache import KVCache, OutOfPages
+from workers.engines.chat.cache.prefix_cache import PrefixCache
 from workers.engines.chat.sequence import Sequence
 
 SMALLEST_CHUNK = 16

@@ -1,5 +1,5 @@
 """The picture engine: diffusers pipelines that draw and edit, several requests in one call."""
 
-from workers.engines.pictures.engine import PictureEngine
+from workers.engines.images.engine import ImageEngine
 
-__all__ = ["PictureEngine"]
+__all__ = ["ImageEngine"]

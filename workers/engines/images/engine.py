@@ -14,15 +14,15 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from config import ModelEntry, PictureEngineOptions
+from config import ImageEngineOptions, ModelEntry
 from protocol.errors import ServiceError
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
-from protocol.jobs import Job, PictureJob
+from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
-from workers.engines.pictures.failures import failure_of, free_memory
-from workers.engines.pictures.images import encode_png, paste_back
-from workers.engines.pictures.pipelines import Pipelines, load_pipelines
-from workers.engines.pictures.request import Request, warm_up_requests
+from workers.engines.failures import failure_of, free_memory
+from workers.engines.images.pipelines import Pipelines, load_pipelines
+from workers.engines.images.pixels import encode_png, paste_back
+from workers.engines.images.request import Request, warm_up_requests
 
 _GATHER_S = 0.01
 """How long a call that isn't full waits for the rest of a burst; a request alone pays this once."""
@@ -47,11 +47,11 @@ class _NobodyWaits(Exception):
     """Every request of the running call has ended."""
 
 
-class PictureEngine:
+class ImageEngine:
     """Draws and edits pictures with one model (the `Engine` of workers.engines.base)."""
 
     def __init__(self, entry: ModelEntry) -> None:
-        assert isinstance(entry.engine, PictureEngineOptions)
+        assert isinstance(entry.engine, ImageEngineOptions)
         self._entry = entry
         self._max_batch_size = entry.engine.max_batch_size
         self._pipelines: Pipelines | None = None
@@ -85,7 +85,7 @@ class PictureEngine:
 
     def submit(self, job: Job) -> None:
         """Take a job and return at once; a second job with the id of a live one is ignored."""
-        assert isinstance(job, PictureJob)
+        assert isinstance(job, ImageJob)
         request = Request(job)
         with self._lock:
             if job.id in self._requests:

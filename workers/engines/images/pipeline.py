@@ -43,7 +43,7 @@ OnStep = Callable[[int, int], None]
 """Called after denoising step `step` (1-based) of `total`; an exception of its own ends the pipeline's call at once."""
 
 
-class PicturePipeline:
+class ImagePipeline:
     """One diffusers pipeline. Not thread safe: its scheduler holds the state of a call."""
 
     def __init__(self, pipe: Any, kind: Kind) -> None:

@@ -15,17 +15,17 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 
-from config import ModelEntry, PictureEngineOptions
+from config import ImageEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.pictures.pipeline import PicturePipeline, denoiser_of
+from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 
 
 class Pipelines(NamedTuple):
     """What a model can do. `image2image` None while `inpaint` isn't: an inpainting model, which edits with a mask only."""
 
-    text2image: PicturePipeline | None
-    image2image: PicturePipeline | None
-    inpaint: PicturePipeline | None
+    text2image: ImagePipeline | None
+    image2image: ImagePipeline | None
+    inpaint: ImagePipeline | None
     default_side: int
     size_multiple: int
 
@@ -33,7 +33,7 @@ class Pipelines(NamedTuple):
 def load_pipelines(entry: ModelEntry) -> Pipelines:
     """Load an entry's weights once, for all its tasks. Raises EngineLoadError."""
     options = entry.engine
-    assert isinstance(options, PictureEngineOptions)
+    assert isinstance(options, ImageEngineOptions)
     # its warnings quote the part of a prompt that the text encoder cut off
     diffusers_logging.set_verbosity_error()
     if options.torch_threads:
@@ -50,9 +50,9 @@ def load_pipelines(entry: ModelEntry) -> Pipelines:
             f"{entry.name}: the default size {default_side} is no multiple of size_multiple {options.size_multiple}"
         )
     return Pipelines(
-        text2image and PicturePipeline(text2image, "text2image"),
-        image2image and PicturePipeline(image2image, "image2image"),
-        inpaint and PicturePipeline(inpaint, "inpaint"),
+        text2image and ImagePipeline(text2image, "text2image"),
+        image2image and ImagePipeline(image2image, "image2image"),
+        inpaint and ImagePipeline(inpaint, "inpaint"),
         default_side=default_side,
         size_multiple=options.size_multiple,
     )
@@ -113,7 +113,7 @@ def _dtype(name: str) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
-def _tune(pipe: Any, options: PictureEngineOptions) -> None:
+def _tune(pipe: Any, options: ImageEngineOptions) -> None:
     if hasattr(getattr(pipe, "vae", None), "enable_slicing"):
         pipe.vae.enable_slicing()  # decodes a batch one by one: the same pixels, a fraction of the memory peak
     denoiser = denoiser_of(pipe)

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from PIL import Image
 
 from protocol.errors import UnsupportedParameter
-from protocol.jobs import PictureJob
-from workers.engines.pictures.images import Source, decode_source, encode_png, fit, round_side, same_shape
-from workers.engines.pictures.pipeline import Kind, PicturePipeline, Piece, Recipe
-from workers.engines.pictures.pipelines import Pipelines
+from protocol.jobs import ImageJob
+from workers.engines.images.pipeline import ImagePipeline, Kind, Piece, Recipe
+from workers.engines.images.pipelines import Pipelines
+from workers.engines.images.pixels import Source, decode_source, encode_png, fit, round_side, same_shape
 
 SEED_LIMIT = 2**63
 
@@ -19,9 +19,9 @@ class Request:
     """Made by `submit`; `prepare` fills `recipe` and `source`. Afterwards only the engine's threads touch it."""
 
     recipe: Recipe
-    pipeline: PicturePipeline
+    pipeline: ImagePipeline
 
-    def __init__(self, job: PictureJob) -> None:
+    def __init__(self, job: ImageJob) -> None:
         self.job = job
         self.source: Source | None = None
         self.undrawn = deque(range(job.n))
@@ -81,7 +81,7 @@ def warm_up_requests(model: str, pipelines: Pipelines) -> Iterator[Request]:
         if getattr(pipelines, kind) is None:
             continue
         request = Request(
-            PictureJob(
+            ImageJob(
                 id=f"warm-up-{kind}",
                 model=model,
                 task="edit" if source else "generation",
@@ -107,7 +107,7 @@ def _with_usable_mask(source: Source, pipelines: Pipelines) -> Source:
     return source
 
 
-def _edit_size(job: PictureJob, own: tuple[int, int], pipelines: Pipelines) -> tuple[int, int]:
+def _edit_size(job: ImageJob, own: tuple[int, int], pipelines: Pipelines) -> tuple[int, int]:
     """What was asked for; sides left out keep the source's proportions at the model's usual number of pixels."""
     multiple = pipelines.size_multiple
     if job.width and job.height:

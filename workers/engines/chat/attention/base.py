@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from workers.engines.chat.kv_cache import KVCache
+from workers.engines.chat.cache.kv_cache import KVCache
 
 KNOWN_ARGUMENTS = frozenset(
     {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"}

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from workers.engines.chat.attention import LayerCall
-from workers.engines.chat.cpu_kernels import decode_rows, store_in_pages
-from workers.engines.chat.paged_attention import PagedAttention, Plan
+from workers.engines.chat.attention.base import LayerCall
+from workers.engines.chat.attention.paged import PagedAttention, Plan
+from workers.engines.chat.kernels.cpu import decode_rows, store_in_pages
 
 
 class CpuPagedAttention(PagedAttention):

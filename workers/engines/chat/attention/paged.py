@@ -11,8 +11,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workers.engines.chat.attention import LayerCall, ModelAttention
-from workers.engines.chat.kv_cache import KVCache
+from workers.engines.chat.attention.base import LayerCall, ModelAttention
+from workers.engines.chat.cache.kv_cache import KVCache
 
 MASKED = -1e30
 """Finite, so that a page without a visible key gets weight 0 and not NaN."""

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 
-from workers.engines.chat.kv_cache import KVCache
+from workers.engines.chat.cache.kv_cache import KVCache
 
 Key = tuple[int, tuple[int, ...]]
 """The serial number of the entry before (0: none) and the tokens of this page."""

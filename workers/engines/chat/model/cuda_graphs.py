@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from workers.engines.chat.attention import LayerCall, ModelAttention, UnsupportedAttention
-from workers.engines.chat.kv_cache import KVCache
-from workers.engines.chat.model_runner import Chunk, Forward, ModelRunner
+from workers.engines.chat.attention.base import LayerCall, ModelAttention, UnsupportedAttention
+from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.model.runner import Chunk, Forward, ModelRunner
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workers.engines.chat.attention import LayerCall, ModelAttention
-from workers.engines.chat.operations import operations
-from workers.engines.chat.products import Product, join, product
+from workers.engines.chat.attention.base import LayerCall, ModelAttention
+from workers.engines.chat.model.layers import operations
+from workers.engines.chat.model.linear import Product, join, product
 
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """Whose layers are: norm, attention with rotated keys and queries, residual, norm, gated MLP, residual. A list, since no

@@ -43,10 +43,10 @@ class CompiledOperations(Operations):
 
     def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
         # here, so that a GPU's worker doesn't import a compiler
-        from workers.engines.chat import cpu_kernels
+        from workers.engines.chat.kernels import cpu
 
         super().__init__(rotary, max_context, like)
-        self._kernels = cpu_kernels
+        self._kernels = cpu
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         half = sin.shape[-1] // 2

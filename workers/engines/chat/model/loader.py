@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from config import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.kv_cache import CacheShape
+from workers.engines.chat.cache.kv_cache import CacheShape
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})

@@ -7,10 +7,10 @@ name instead of being served wrongly; a faster way of computing it that gives so
 import torch
 
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.attention import ModelAttention, UnsupportedAttention
-from workers.engines.chat.kv_cache import KVCache
-from workers.engines.chat.model_loader import LoadedModel, first_line
-from workers.engines.chat.model_runner import Chunk, ModelRunner
+from workers.engines.chat.attention.base import ModelAttention, UnsupportedAttention
+from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.model.loader import LoadedModel, first_line
+from workers.engines.chat.model.runner import Chunk, ModelRunner
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
 """Largest difference of logits, relative to their spread, that rounding explains."""

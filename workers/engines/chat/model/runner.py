@@ -6,8 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from workers.engines.chat.kv_cache import KVCache
-from workers.engines.chat.paged_attention import PagedAttention, Plan, Segment, to_device
+from workers.engines.chat.attention.paged import PagedAttention, Plan, Segment, to_device
+from workers.engines.chat.cache.kv_cache import KVCache
 
 
 class Chunk(NamedTuple):

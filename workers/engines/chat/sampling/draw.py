@@ -52,7 +52,7 @@ def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torc
 def compiled_draw() -> Draw:
     """`Draw` for a CPU."""
     # here, so that a GPU's worker doesn't import a compiler
-    from workers.engines.chat.cpu_kernels import draw_tokens
+    from workers.engines.chat.kernels.cpu import draw_tokens
 
     def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(len(logits), dtype=torch.int64)

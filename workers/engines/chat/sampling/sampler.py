@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from workers.engines.chat.drawing import Filters, compiled_draw, draw
+from workers.engines.chat.sampling.draw import Filters, compiled_draw, draw
 from workers.engines.chat.sequence import Sequence
 
 _MASK64 = (1 << 64) - 1
