@@ -15,7 +15,6 @@ from typing import NamedTuple
 from PIL import Image
 
 from config import ImageEngineOptions, ModelEntry
-from protocol.errors import ServiceError
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
@@ -216,8 +215,6 @@ class ImageEngine:
             if (pipelines := self._pipelines) is None:
                 return  # closed, and the request ended with it
             request.prepare(pipelines)
-        except ServiceError as error:
-            self._end(request, Failed(error.code, error.message, error.param))
         except Exception as error:
             self._end(request, failure_of(error))
         else:
