@@ -40,7 +40,6 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     running: int = 0
     registered: bool = False
     last_error: str = ""
-    concurrency: int = 0
     steps: int = 0
 
 

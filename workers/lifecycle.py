@@ -268,7 +268,6 @@ class WorkerProcess:
             running=running,
             registered=self._registrar.registered,
             last_error=self._last_error or self._registrar.last_error,
-            concurrency=int(self._celery.conf.worker_concurrency or 0),
             steps=status.steps if status is not None else 0,
         )
 

@@ -28,10 +28,6 @@ class EngineLoadError(Exception):
 class Engine(Protocol):
     """A loaded model that works on several jobs at once, in threads of its own."""
 
-    @property
-    def concurrency(self) -> int:
-        """How many jobs it takes at the same time: the worker's Celery concurrency."""
-
     def load(self, emit: Emit) -> None:
         """Load the weights, warm up and start. Raises EngineLoadError."""
 

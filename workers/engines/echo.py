@@ -37,7 +37,6 @@ class EchoEngine:
         options = dict(parse_qsl(entry.weights.removeprefix(PREFIX)))
         self._step_s = float(options.get("step_ms", 0)) / 1000
         self._tokens = int(options.get("tokens", 100))
-        self.concurrency = entry.engine.max_batch_size
         self._lock = threading.Condition()
         self._jobs: dict[str, _Running] = {}
         self._steps = 0

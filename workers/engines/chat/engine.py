@@ -47,10 +47,6 @@ class ChatEngine:
         """Guards _open, _cancels, _inbox and _closed, so that no request falls between two threads."""
         self._thread: threading.Thread | None = None
 
-    @property
-    def concurrency(self) -> int:
-        return self.options.max_batch_size
-
     def load(self, emit: Emit) -> None:
         self._emit = emit
         self._parts: Assembly = assemble(self.entry)

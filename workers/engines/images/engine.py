@@ -64,11 +64,6 @@ class ImageEngine:
         self._pixels = ThreadPoolExecutor(1, thread_name_prefix="picture-pixels")
         self._thread = threading.Thread(target=self._serve, name="picture-engine", daemon=True)
 
-    @property
-    def concurrency(self) -> int:
-        """Jobs at the same time: what one batch takes, so that a worker can't hoard."""
-        return self._max_batch_size
-
     def load(self, emit: Emit) -> None:
         """Load the weights, run one step of all that the model can do, and start. Raises EngineLoadError."""
         self._emit = emit
