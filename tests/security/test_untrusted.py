@@ -203,7 +203,7 @@ from pathlib import Path
 from config import Catalogue
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.model.loader import load_model
-from workers.engines.images.pipelines import load_pipelines
+from workers.engines.images.loader import load_pipelines
 for path in sys.argv[1:]:
     (entry,) = Catalogue.from_file(Path(path)).models
     try:

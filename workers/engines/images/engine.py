@@ -19,7 +19,7 @@ from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
 from workers.engines.failures import failure_of, free_memory
-from workers.engines.images.pipelines import Pipelines, load_pipelines
+from workers.engines.images.loader import Pipelines, load_pipelines
 from workers.engines.images.pixels import encode_png, paste_back
 from workers.engines.images.request import Request, warm_up_requests
 

@@ -8,8 +8,8 @@ from PIL import Image
 
 from protocol.errors import UnsupportedParameter
 from protocol.jobs import ImageJob
+from workers.engines.images.loader import Pipelines
 from workers.engines.images.pipeline import ImagePipeline, Kind, Piece, Recipe
-from workers.engines.images.pipelines import Pipelines
 from workers.engines.images.pixels import Source, decode_source, encode_png, fit, round_side, same_shape
 
 SEED_LIMIT = 2**63
