@@ -10,7 +10,8 @@ from app.images.routes import blueprint as images_blueprint
 from app.operations.models import blueprint as models_blueprint
 from app.operations.routes import blueprint as operations_blueprint
 from app.services import Services, build_services
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.cli import node_commands
 
 log = logging.getLogger(__name__)

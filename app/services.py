@@ -11,7 +11,8 @@ from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
 from app.images.fetch import ImageFetcher
 from app.operations.metrics import Metrics
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.reconciler import Reconciler, build_reconciler
 from protocol.connections import (
     RedisClient,

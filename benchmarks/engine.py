@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.events import Delta, Event, is_terminal
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat import ChatEngine

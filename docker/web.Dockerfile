@@ -6,7 +6,7 @@ WORKDIR /srv
 COPY requirements-web.txt .
 RUN pip install --no-cache-dir -r requirements-web.txt
 
-COPY config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
+COPY catalogue.py config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
 COPY app/ app/
 COPY node/ node/
 COPY protocol/ protocol/

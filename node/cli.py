@@ -8,7 +8,8 @@ import click
 from flask.cli import AppGroup
 from redis.exceptions import RedisError
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.client import (
     NodeClient,
     NodeError,

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import requests
 
-from config import ModelEntry, Settings, Task
+from catalogue import ModelEntry, Task
+from config import Settings
 from protocol.leases import WorkerRecord
 
 MODEL_REGISTER = "/api/v0/ai/model/register"

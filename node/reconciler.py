@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.client import NodeClient, NodeError, Registration, is_of_node, is_ours
 from node.election import Election
 from node.lock import NodeLock

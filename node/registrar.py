@@ -17,7 +17,8 @@ from typing import Literal
 
 from redis.exceptions import RedisError
 
-from config import ModelEntry, Settings
+from catalogue import ModelEntry
+from config import Settings
 from node.client import (
     NodeClient,
     NodeError,

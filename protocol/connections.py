@@ -7,7 +7,8 @@ from kombu.transport import TRANSPORT_ALIASES
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from protocol.names import Keys
 
 RedisClient = redis.Redis

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from config import Task
+from catalogue import Task
 from protocol.connections import RedisClient
 from protocol.names import Keys
 

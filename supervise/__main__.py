@@ -6,7 +6,8 @@ import contextlib
 import sys
 from pathlib import Path
 
-from config import Catalogue, ConfigurationError, Settings
+from catalogue import Catalogue
+from config import ConfigurationError, Settings
 from supervise.console import Console
 from supervise.listeners import FLOWER_ADDRESS, Unavailable
 from supervise.plan import make_plan

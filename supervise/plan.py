@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from supervise.listeners import FLOWER_ADDRESS
 from supervise.process import EX_CONFIG, Spec
 from supervise.redis_server import EmbeddedRedis

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import redis
 
-from config import Catalogue, ConfigurationError, ModelEntry, Settings
+from catalogue import Catalogue, ModelEntry
+from config import ConfigurationError, Settings
 from supervise.listeners import Unavailable, check_free
 from supervise.plan import visible_gpus
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.events import Event, Failed, Finished, is_terminal
 from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from workers.engines.base import Emit, Engine, EngineLoadError

@@ -9,7 +9,8 @@ import sys
 from celery import Celery
 from celery.signals import worker_init
 
-from config import Catalogue, ConfigurationError, ModelEntry, Settings
+from catalogue import Catalogue, ModelEntry
+from config import ConfigurationError, Settings
 from protocol.connections import consume, create_celery, namespace_of
 from protocol.names import Keys
 from workers.lifecycle import EXIT_CONFIGURATION, WorkerProcess

@@ -19,7 +19,8 @@ from celery import Celery
 from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
-from config import Catalogue, ModelEntry, Settings
+from catalogue import Catalogue, ModelEntry
+from config import Settings
 from node.client import default_cid
 from node.registrar import build_registrar
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from config import ChatDefaults, ModelEntry
+from catalogue import ChatDefaults, ModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, SamplingParams
 

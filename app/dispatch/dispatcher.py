@@ -8,7 +8,8 @@ from typing import Protocol
 from redis.exceptions import RedisError
 
 from app.dispatch.worker_view import WorkerView
-from config import Catalogue, ModelEntry, Settings, Task
+from catalogue import Catalogue, ModelEntry, Task
+from config import Settings
 from protocol.errors import (
     Cancelled,
     DeadlineExceeded,

@@ -3,7 +3,7 @@
 import math
 import time
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
 
 LOOK_AGAIN_S = 0.1

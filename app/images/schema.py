@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from config import Catalogue, ImageDefaults, ImageEngineOptions, ModelEntry, Task
+from catalogue import Catalogue, ImageDefaults, ImageEngineOptions, ModelEntry, Task
 from protocol.errors import InvalidRequest, Unavailable
 from protocol.events import Event, ImageReady
 from protocol.jobs import ImageJob

@@ -7,7 +7,7 @@ from flask import Blueprint, Response
 
 from app.http.errors import json_response
 from app.services import Services
-from config import Task
+from catalogue import Task
 from protocol.errors import ModelNotFound
 
 PATHS: dict[Task, str] = {

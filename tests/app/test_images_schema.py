@@ -11,7 +11,7 @@ from app.images.schema import (
     only_model,
     ready_images,
 )
-from config import Catalogue, ModelEntry
+from catalogue import Catalogue, ModelEntry
 from protocol.errors import InvalidRequest, Unavailable
 from protocol.events import Finished, ImageReady, Progress
 from protocol.jobs import ImageJob

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
 from workers.engines.chat import build

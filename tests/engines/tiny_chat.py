@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.events import Delta, Event, Failed, Finished, is_terminal
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat import ChatEngine

@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.events import Event, Failed, ImageReady, is_terminal
 from protocol.jobs import ImageJob
 

@@ -7,7 +7,8 @@ import flask
 import pytest
 from click.testing import Result
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.cli import compare, node_commands
 from node.client import NodeClient, Registration, default_cid, registrations_of
 from protocol.connections import RedisClient

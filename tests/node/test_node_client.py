@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from node.client import (
     NodeClient,
     NodeError,

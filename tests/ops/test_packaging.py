@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from tests.deployment import ROOT
 
 

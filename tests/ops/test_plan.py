@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from supervise.plan import Plan, make_plan
 from supervise.redis_server import EmbeddedRedis
 from tests.deployment import ROOT

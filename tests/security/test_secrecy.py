@@ -19,7 +19,8 @@ from flask import Flask
 from PIL import Image, PngImagePlugin
 
 from app.http.errors import register_error_handlers
-from config import Catalogue, Settings
+from catalogue import Catalogue
+from config import Settings
 from protocol.connections import create_celery, namespace_of
 from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, free_port, wait_until

@@ -200,7 +200,7 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 LOAD = """
 import sys
 from pathlib import Path
-from config import Catalogue
+from catalogue import Catalogue
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.model.loader import load_model
 from workers.engines.images.loader import load_pipelines

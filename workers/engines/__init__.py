@@ -1,6 +1,6 @@
 """Engines: loaded models that work on jobs. torch, transformers and diffusers are imported below here alone, and late."""
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from workers.engines.base import Engine
 from workers.engines.echo import PREFIX, EchoEngine
 

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from PIL import Image
 
-from config import ModelEntry
+from catalogue import ModelEntry
 from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
 from protocol.jobs import ChatJob, ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus

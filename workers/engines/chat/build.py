@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from config import ChatEngineOptions, ModelEntry
+from catalogue import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.attention.base import ModelAttention, register
 from workers.engines.chat.attention.paged import PagedAttention

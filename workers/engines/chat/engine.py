@@ -11,7 +11,7 @@ from collections import deque
 
 import torch
 
-from config import ChatEngineOptions, ModelEntry
+from catalogue import ChatEngineOptions, ModelEntry
 from protocol.errors import ServiceError, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from config import ImageEngineOptions, ModelEntry
+from catalogue import ImageEngineOptions, ModelEntry
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus

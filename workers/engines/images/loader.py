@@ -15,7 +15,7 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 
-from config import ImageEngineOptions, ModelEntry
+from catalogue import ImageEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from config import ChatEngineOptions, ModelEntry
+from catalogue import ChatEngineOptions, ModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 
