@@ -50,14 +50,20 @@ return lengths
 """
 
 
+OnEnd = Callable[[Event | None], None]
+"""Called once for each request, in the sender's thread: with the terminal event that was written, or with None when the
+request's events can't be delivered."""
+
+
 class _Outgoing:
     """One open request on its way out."""
 
-    __slots__ = ("next_seq", "ttl_s", "web_id", "written")
+    __slots__ = ("next_seq", "on_end", "ttl_s", "web_id", "written")
 
-    def __init__(self, web_id: str, ttl_s: int) -> None:
+    def __init__(self, web_id: str, ttl_s: int, on_end: OnEnd) -> None:
         self.web_id = web_id
         self.ttl_s = ttl_s
+        self.on_end = on_end
         self.next_seq = 0
         self.written = False
 
@@ -66,35 +72,24 @@ class EventSender(threading.Thread):
     """Owns the numbering of events. `emit` never blocks on Redis; everything else happens in this thread.
 
     `prepare` may turn an event into the one that travels (a picture's bytes into its name in the store); it runs in
-    this thread and may raise RedisError. `on_lost(request_id)` is told of requests whose events can't be delivered.
-    `on_sent(request_id, event)` is told of terminal events that were written.
+    this thread and may raise RedisError.
     """
 
-    def __init__(
-        self,
-        client: RedisClient,
-        keys: Keys,
-        *,
-        prepare: Callable[[Event], Event],
-        on_sent: Callable[[str, Event], None],
-        on_lost: Callable[[str], None],
-    ) -> None:
+    def __init__(self, client: RedisClient, keys: Keys, *, prepare: Callable[[Event], Event]) -> None:
         super().__init__(name="event-sender", daemon=True)
         self._step = client.register_script(_STEP)
         self._keys = keys
         self._prepare = prepare
-        self._on_sent = on_sent
-        self._on_lost = on_lost
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
         self._open: dict[str, _Outgoing] = {}
         self._pending: list[Envelope] = []
         self._stopping = False
 
-    def open(self, request_id: str, web_id: str, ttl_s: int) -> None:
+    def open(self, request_id: str, web_id: str, ttl_s: int, on_end: OnEnd) -> None:
         """Begin a request's stream; events of unknown requests are dropped."""
         with self._lock:
-            self._open[request_id] = _Outgoing(web_id, ttl_s)
+            self._open[request_id] = _Outgoing(web_id, ttl_s, on_end)
 
     def emit(self, gained: Sequence[tuple[str, Event]]) -> None:
         """Number and hand over what requests gained in one step. Returns at once."""
@@ -180,15 +175,15 @@ class EventSender(threading.Thread):
         return {request_id for request_id, length in zip(by_request, lengths, strict=True) if length == 0}
 
     def _settle(self, batch: Iterable[Envelope], gone: set[str]) -> None:
-        for request_id in gone:
-            with self._lock:
-                self._open.pop(request_id, None)
-            self._on_lost(request_id)
+        ended: dict[str, Event | None] = dict.fromkeys(gone)
         for envelope in batch:
             if events.is_terminal(envelope.event) and envelope.request_id not in gone:
-                with self._lock:
-                    self._open.pop(envelope.request_id, None)
-                self._on_sent(envelope.request_id, envelope.event)
+                ended[envelope.request_id] = envelope.event
+        for request_id, event in ended.items():
+            with self._lock:
+                outgoing = self._open.pop(request_id, None)
+            if outgoing is not None:
+                outgoing.on_end(event)
 
 
 def _ids(batch: Iterable[Envelope]) -> set[str]:

@@ -109,7 +109,7 @@ class Heartbeat(threading.Thread):
             self._cancel_for_dead_webs()
         if self._watched is not None:
             runner = self._watched[1]
-            for request_id in self._queue.cancelled(list(runner.running())):
+            for request_id in self._queue.cancelled(runner.running()):
                 runner.cancel(request_id)
 
     def _cancel_for_dead_webs(self) -> None:
@@ -123,13 +123,8 @@ class Heartbeat(threading.Thread):
         if time.monotonic() - self._reached_since < LEASE_TTL_S:
             return
         runner = self._watched[1]
-        running = runner.running()
-        # those judged dead before are looked at again: a process that was stopped for a while comes back
-        webs = runner.dead_webs.union(running.values())
-        runner.dead_webs = webs - self._leases.living_webs(sorted(webs))
-        for request_id, web_id in running.items():
-            if web_id in runner.dead_webs:
-                runner.cancel(request_id)
+        web_ids = runner.web_ids()
+        runner.set_lost_webs(web_ids - self._leases.living_webs(sorted(web_ids)))
 
     def _judge_engine(self) -> None:
         if self._watched is None or not self._judging:

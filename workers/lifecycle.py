@@ -25,7 +25,7 @@ from node.client import default_cid
 from node.registrar import build_registrar
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
 from protocol.event_sender import EventSender
-from protocol.events import Event, Failed
+from protocol.events import Failed
 from protocol.image_store import ImageStore
 from protocol.leases import Leases, WorkerRecord, WorkerState
 from protocol.names import GENERATE_TASK, Keys
@@ -137,8 +137,6 @@ class WorkerProcess:
             redis,
             self._keys,
             prepare=partial(keep_image, pictures),
-            on_sent=self._on_sent,
-            on_lost=self._on_lost,
         )
 
     def _load(self) -> None:
@@ -271,11 +269,3 @@ class WorkerProcess:
             last_error=self._last_error or self._registrar.last_error,
             steps=status.steps if status is not None else 0,
         )
-
-    def _on_sent(self, request_id: str, event: Event) -> None:
-        if self._runner is not None:
-            self._runner.on_sent(request_id, event)
-
-    def _on_lost(self, request_id: str) -> None:
-        if self._runner is not None:
-            self._runner.on_lost(request_id)

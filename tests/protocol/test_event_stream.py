@@ -18,27 +18,22 @@ from protocol.names import Keys
 WEB = "web-1"
 
 
-class Ends:
-    """Remembers what the sender said of requests' ends."""
-
-    def __init__(self) -> None:
-        self.sent: queue.SimpleQueue[tuple[str, Event]] = queue.SimpleQueue()
-        self.lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def on_sent(self, request_id: str, event: Event) -> None:
-        self.sent.put((request_id, event))
+Ends = queue.SimpleQueue[Event | None]
+"""What the sender said of one request's end."""
 
 
 @pytest.fixture
 def ends() -> Ends:
-    return Ends()
+    return queue.SimpleQueue()
+
+
+def ignore_end(event: Event | None) -> None:
+    """For requests whose end a test doesn't look at."""
 
 
 @pytest.fixture
-def sender(redis_client: Any, keys: Keys, ends: Ends) -> Iterator[EventSender]:
-    sender = EventSender(
-        redis_client, keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
-    )
+def sender(redis_client: Any, keys: Keys) -> Iterator[EventSender]:
+    sender = EventSender(redis_client, keys, prepare=lambda event: event)
     sender.start()
     yield sender
     sender.stop(5)
@@ -66,7 +61,7 @@ def test_events_arrive_in_order_and_stand_in_the_replay_list(
     sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
 ) -> None:
     inbox = router.open("r", "m")
-    sender.open("r", WEB, 100)
+    sender.open("r", WEB, 100, ends.put)
     told: list[Event] = [
         Started("cid:incarnation_id"),
         *(Delta(f"{n} ") for n in range(50)),
@@ -80,7 +75,7 @@ def test_events_arrive_in_order_and_stand_in_the_replay_list(
     replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
     assert replay == [Envelope("r", seq, event) for seq, event in enumerate(told)]
     assert 0 < redis_client.ttl(keys.replay("r")) <= 100
-    assert ends.sent.get(timeout=30) == ("r", told[-1])
+    assert ends.get(timeout=30) == told[-1]
 
 
 def test_requests_of_two_web_processes_are_kept_apart(
@@ -90,8 +85,8 @@ def test_requests_of_two_web_processes_are_kept_apart(
     other.start()
     assert other.subscribed.wait(30)
     mine, theirs = router.open("a", "m"), other.open("b", "m")
-    sender.open("a", WEB, 100)
-    sender.open("b", "web-2", 100)
+    sender.open("a", WEB, 100, ignore_end)
+    sender.open("b", "web-2", 100, ignore_end)
     sender.emit([("a", Delta("A")), ("b", Delta("B")), ("unknown", Delta("dropped"))])
     assert take(mine, 1) == [Delta("A")]
     assert take(theirs, 1) == [Delta("B")]
@@ -124,12 +119,12 @@ def test_a_replay_list_that_vanished_gives_the_request_up(
     sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
 ) -> None:
     inbox = router.open("r", "m")
-    sender.open("r", WEB, 100)
+    sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
     take(inbox, 1)
     redis_client.delete(keys.replay("r"))
     sender.emit([("r", Delta("b"))])
-    assert ends.lost.get(timeout=30) == "r"
+    assert ends.get(timeout=30) is None
     assert not redis_client.exists(keys.replay("r")), "a list made anew would have no beginning and no TTL"
 
 
@@ -156,20 +151,14 @@ class Flaky:
 def test_a_write_of_unknown_fate_is_repeated_and_nobody_sees_it_twice(
     router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
 ) -> None:
-    sender = EventSender(
-        cast(Any, Flaky(redis_client, 3)),
-        keys,
-        prepare=lambda event: event,
-        on_sent=ends.on_sent,
-        on_lost=ends.lost.put,
-    )
+    sender = EventSender(cast(Any, Flaky(redis_client, 3)), keys, prepare=lambda event: event)
     sender.start()
     inbox = router.open("r", "m")
-    sender.open("r", WEB, 100)
+    sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
     sender.emit([("r", Delta("b")), ("r", Finished())])
     assert take(inbox, 3) == [Delta("a"), Delta("b"), Finished()]
-    assert ends.sent.get(timeout=10)[0] == "r"
+    assert ends.get(timeout=30) == Finished()
     assert not inbox.take(0.01)
     assert redis_client.llen(keys.replay("r")) > 3, "the test must have doubled something"
     sender.stop(5)
@@ -187,11 +176,9 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
 
             return stalled
 
-    sender = EventSender(
-        cast(Any, Stalled()), keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
-    )
+    sender = EventSender(cast(Any, Stalled()), keys, prepare=lambda event: event)
     sender.start()
-    sender.open("r", WEB, 100)
+    sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
     assert blocked.wait(30)
     done = threading.Event()
@@ -225,11 +212,9 @@ def test_what_an_acl_forbids_is_given_up_at_once(
 
             return refused
 
-    sender = EventSender(
-        cast(Any, Forbidden()), keys, prepare=lambda event: event, on_sent=ends.on_sent, on_lost=ends.lost.put
-    )
+    sender = EventSender(cast(Any, Forbidden()), keys, prepare=lambda event: event)
     sender.start()
-    sender.open("r", WEB, 100)
+    sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
-    assert ends.lost.get(timeout=30) == "r"
+    assert ends.get(timeout=30) is None
     sender.stop(5)
