@@ -1,4 +1,4 @@
-"""Events of a chat as the standard's answers: one JSON document, or chunks. Encodes last; knows no socket and no Flask."""
+"""Turns the events of a chat completion into a JSON document or SSE chunks. Knows no socket and no Flask."""
 
 import time
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _json = msgspec.json.encode
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object."""
+    """Return OpenAI's usage object."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -24,7 +24,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def logprobs_body(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
-    """OpenAI's logprobs object of one choice or one chunk."""
+    """Return OpenAI's logprobs object of one choice or one chunk; None if they were not requested."""
     if logprobs is None:
         return None
     return {"content": [_token_body(token) for token in logprobs]}
@@ -35,36 +35,40 @@ def _token_body(token: TokenLogprob) -> dict[str, Any]:
     return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes, "top_logprobs": top}
 
 
-class Batches(Protocol):
-    """app.dispatch.dispatcher.EventReader, as far as a chat needs it."""
+class Reader(Protocol):
+    """The part of app.dispatch.dispatcher.EventReader that a response needs."""
 
-    over: bool
+    finished: bool
 
-    def take(self) -> list[Event]: ...
+    def next_events(self) -> list[Event]: ...
 
 
-class ChatAnswer:
-    """An answer of `n` choices that ends properly at its deadline, also where the worker missed it: with
-    finish_reason "length" and usage, where it has a token at all. Otherwise as app.dispatch.dispatcher.EventReader."""
+class ChatEventReader:
+    """Reads the events of `n` choices, and ends them with finish_reason "length" at a deadline after a token.
 
-    __slots__ = ("_batches", "_open", "_tokens", "over")
+    A worker ends its requests at their deadline by itself; this covers a worker that does not. Usage then has
+    the tokens received so far. Raises what `reader` raises, DeadlineExceeded only if no token was received.
+    """
 
-    def __init__(self, batches: Batches, n: int) -> None:
-        self._batches = batches
+    __slots__ = ("_open", "_reader", "_tokens", "finished")
+
+    def __init__(self, reader: Reader, n: int) -> None:
+        self._reader = reader
         self._open = set(range(n))
         self._tokens = 0
-        self.over = False
+        self.finished = False
 
-    def take(self) -> list[Event]:
+    def next_events(self) -> list[Event]:
+        """Return the events since the last call; an empty list after a second of silence."""
         try:
-            batch = self._batches.take()
+            batch = self._reader.next_events()
         except DeadlineExceeded:
             if not self._tokens:
                 raise
-            self.over = True
+            self.finished = True
             ends: list[Event] = [Delta("", index, 0, "length") for index in sorted(self._open)]
             return [*ends, Finished(Usage(0, self._tokens))]
-        self.over = self._batches.over
+        self.finished = self._reader.finished
         for event in batch:
             if isinstance(event, Delta):
                 self._tokens += event.tokens
@@ -74,7 +78,7 @@ class ChatAnswer:
 
 
 class ChunkEncoder:
-    """Events to SSE frames. The parts that are the same in all chunks are encoded once, not for each token."""
+    """Encodes events as SSE frames. What all chunks of a response have in common is encoded once."""
 
     def __init__(self, request_id: str, model: str, *, n: int, include_usage: bool) -> None:
         self._n = n
@@ -90,12 +94,12 @@ class ChunkEncoder:
         self._held: list[bytes] = []
 
     def opening(self) -> bytes:
-        """The chunks that tell the role, one for each choice."""
+        """Return the first chunk of each choice, which has the role."""
         chunk = b'{"index":%d,"delta":{"role":"assistant"},"logprobs":null,"finish_reason":null}]}'
         return b"".join(frame(self._head + chunk % index) for index in range(self._n))
 
     def frames(self, batch: list[Event]) -> bytes:
-        """All of a batch as frames; b"" when nothing in it shows."""
+        """Return the frames of a batch; b"" if none of its events is visible to the client."""
         return b"".join(part for event in batch for part in self._event(event))
 
     def _event(self, event: Event) -> Iterator[bytes]:
@@ -103,7 +107,7 @@ class ChunkEncoder:
             if event.text or event.logprobs:
                 yield self._text(event)
             if event.finish_reason:
-                # the last finish chunk carries usage, which comes with Finished: hold each until the next is known
+                # the last finish chunk has usage, which comes with Finished: each is held until the next event
                 yield from (frame(chunk + b"]}") for chunk in self._held)
                 self._held = [self._finish(event)]
         elif isinstance(event, Finished):
@@ -129,35 +133,38 @@ class ChunkEncoder:
 
 
 class ChunkStream:
-    """A chat as frames for app.http.sse.EventStream. Made when the answer's first token is there: until then nothing is sent,
-    so that an error keeps its status. Raises what `answer` raises."""
+    """Frames of a chat completion for app.http.sse.EventStream.
 
-    __slots__ = ("_answer", "_encoder", "_lead")
+    The constructor waits for the first token: until then nothing is sent, so that an error has an HTTP status
+    of its own. Raises what `reader` raises.
+    """
 
-    def __init__(self, answer: Batches, encoder: ChunkEncoder) -> None:
-        self._answer = answer
+    __slots__ = ("_encoder", "_lead", "_reader")
+
+    def __init__(self, reader: Reader, encoder: ChunkEncoder) -> None:
+        self._reader = reader
         self._encoder = encoder
         batch: list[Event] = []
         while all(isinstance(event, Started) for event in batch):
-            batch = answer.take()
+            batch = reader.next_events()
         self._lead = encoder.opening() + encoder.frames(batch)
 
-    def take(self) -> bytes | None:
-        """What has come as frames, b"" where nothing shows, None after all."""
+    def next_frames(self) -> bytes | None:
+        """Return the frames of the next batch; b"" if nothing in it is visible, None after the last."""
         if self._lead:
             lead, self._lead = self._lead, b""
             return lead
-        return None if self._answer.over else self._encoder.frames(self._answer.take())
+        return None if self._reader.finished else self._encoder.frames(self._reader.next_events())
 
 
-def completion(answer: Batches, request_id: str, model: str, *, n: int) -> dict[str, Any]:
-    """The plain answer: the deltas joined. Raises what `answer` raises."""
+def completion(reader: Reader, request_id: str, model: str, *, n: int) -> dict[str, Any]:
+    """Read all events and return the body of a response that is not streamed. Raises what `reader` raises."""
     texts: list[list[str]] = [[] for _ in range(n)]
     logprobs: list[list[TokenLogprob] | None] = [None] * n
     ends: list[Delta | None] = [None] * n
     usage = Usage(0, 0)
-    while not answer.over:
-        for event in answer.take():
+    while not reader.finished:
+        for event in reader.next_events():
             if isinstance(event, Delta):
                 texts[event.index].append(event.text)
                 if event.logprobs is not None:

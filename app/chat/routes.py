@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from flask import Blueprint, Response, request
 
-from app.chat.response import ChatAnswer, ChunkEncoder, ChunkStream, completion
+from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream, completion
 from app.chat.schema import ChatCompletionRequest
 from app.dispatch.dispatcher import EventReader
 from app.http.connection import Connection
@@ -24,14 +24,14 @@ def blueprint(services: Services) -> Blueprint:
     @routes.post("/v1/chat/completions")
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
-        asked, answer = _begin(services, connection)
+        asked, reader = _begin(services, connection)
         try:
-            response = _respond(asked, answer, connection)
+            response = _respond(asked, reader, connection)
             if asked.ignored:
                 response.headers["X-Ignored-Params"] = asked.ignored
             response.headers["X-Request-Id"] = asked.id
         except BaseException:
-            answer.close()
+            reader.close()
             raise
         return response
 
@@ -39,7 +39,7 @@ def blueprint(services: Services) -> Blueprint:
 
 
 class _Asked(NamedTuple):
-    """What the answer's form depends on. Nothing else of a body is kept: thousands of callers wait at once."""
+    """What a response needs of its request. No more is kept, because thousands of streams are open at once."""
 
     id: str
     model: str
@@ -64,30 +64,30 @@ def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventRea
     return asked, services.dispatcher.begin(job, "chat", connection)
 
 
-def _respond(asked: _Asked, answer: EventReader, connection: Connection) -> Response:
-    chat = ChatAnswer(answer, asked.n)
+def _respond(asked: _Asked, reader: EventReader, connection: Connection) -> Response:
+    events = ChatEventReader(reader, asked.n)
     if asked.stream:
         encoder = ChunkEncoder(asked.id, asked.model, n=asked.n, include_usage=asked.include_usage)
-        return _stream(ChunkStream(chat, encoder), connection, answer)
-    response = json_response(completion(chat, asked.id, asked.model, n=asked.n))
-    answer.close()
+        return _stream(ChunkStream(events, encoder), connection, reader)
+    response = json_response(completion(events, asked.id, asked.model, n=asked.n))
+    reader.close()
     return response
 
 
-def _stream(chunks: ChunkStream, connection: Connection, answer: EventReader) -> Response:
-    """The event stream; whoever sends it closes the answer."""
+def _stream(chunks: ChunkStream, connection: Connection, reader: EventReader) -> Response:
+    """Make the response that streams the chunks. The WSGI server closes it, and with it the reader."""
 
     def close() -> None:
-        answer.close()
+        reader.close()
         connection.end_sending()
 
     connection.begin_sending()
-    # gunicorn keeps the environ as long as the stream lasts, and werkzeug its request in there
+    # gunicorn keeps the environ until the stream ends, and would keep the request and its body with it
     request.environ.pop("werkzeug.request", None)
     return Response(
-        EventStream(chunks.take, close),
+        EventStream(chunks.next_frames, close),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        # the stream goes to the server as it is, not wrapped in iterators of werkzeug's that stay as long as it does
+        # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream
         direct_passthrough=True,
     )

@@ -1,7 +1,7 @@
-"""A chat completion on the wire: OpenAI's request fields, plus those that vLLM made customary, and how they become a job.
+"""The body of POST /v1/chat/completions, with OpenAI's fields and those that vLLM adds, and its job.
 
-Unknown fields are ignored and reported. What is known but not served is refused, never silently dropped.
-Bounds are OpenAI's where OpenAI has them, vLLM's otherwise.
+Unknown fields are ignored and reported. Known fields that are not supported are refused, never silently
+dropped. Bounds are OpenAI's where OpenAI has them, otherwise vLLM's.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,23 +25,23 @@ from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, SamplingParams
 
 MAX_MESSAGES = 4096
-MAX_STOPS = 16
+MAX_STOP_SEQUENCES = 16
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
 MAX_PARTS = 4096
 MAX_TOKEN_ID = 2**31
 
 
-def _few_biases(value: object) -> object:
-    # before its items are judged: pydantic notes each wrong one, and a body has room for 400,000
+def _check_bias_count(value: object) -> object:
+    # runs before the items are validated: pydantic records each invalid one, and a body has room for 400,000
     if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
         bounds = {"field_type": "Dictionary", "max_length": MAX_LOGIT_BIAS, "actual_length": len(value)}
         raise PydanticKnownError("too_long", bounds)
     return value
 
 
-def _only_assistants_say_nothing(schema: dict[str, Any]) -> None:
-    """The model's validator in JSON Schema's words."""
+def _require_content(schema: dict[str, Any]) -> None:
+    """State in JSON Schema what `_check_content` checks: only an assistant's message may have no content."""
     *given, _ = schema["properties"]["content"]["anyOf"]
     schema["anyOf"] = [
         {"properties": {"role": {"const": "assistant"}}},
@@ -49,9 +49,22 @@ def _only_assistants_say_nothing(schema: dict[str, Any]) -> None:
     ]
 
 
-def _unserved(*harmless: Any) -> Any:
-    """A field that is refused by `to_job` unless its value asks for nothing."""
-    return WithJsonSchema({"enum": [None, *harmless]})
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "web_search_options": (),
+}
+"""Fields that are not supported, and their values that request nothing; any other is refused by `to_job`."""
+
+
+def _unsupported(name: str) -> Any:
+    return WithJsonSchema({"enum": [None, *_UNSUPPORTED[name]]})
 
 
 Number = StrictFloat | StrictInt
@@ -65,7 +78,7 @@ class StreamOptions(BaseModel):
 
 
 class TextPart(BaseModel):
-    """One part of a message's content; only text is served, and other types are refused by `to_job`, by name."""
+    """One part of a message's content. Only text is supported; `to_job` refuses other types by name."""
 
     model_config = ConfigDict(extra="ignore", json_schema_extra={"required": ["type", "text"]})
 
@@ -74,24 +87,24 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """One turn. `content` may be null for an assistant's turn alone."""
+    """One message. Only an assistant's `content` may be null."""
 
-    model_config = ConfigDict(extra="ignore", json_schema_extra=_only_assistants_say_nothing)
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_require_content)
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    # fail_fast, here and below: a million wrong items must not become a million findings
+    # fail_fast, here and below: a million invalid items must not become a million errors
     content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
     name: StrictStr | None = None
 
     @model_validator(mode="after")
-    def _has_content(self) -> "ChatMessage":
+    def _check_content(self) -> "ChatMessage":
         if self.content is None and self.role != "assistant":
             raise ValueError("content must be a string or a list of parts")
         return self
 
 
 class ChatCompletionRequest(BaseModel):
-    """POST /v1/chat/completions. None: not given, so the catalogue's defaults and the model's own decide."""
+    """The body. None means not given: the catalogue's default applies, then the model's generation config."""
 
     model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
@@ -108,7 +121,7 @@ class ChatCompletionRequest(BaseModel):
     max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=2**31)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_SEQUENCES)] | None = None
     stop_token_ids: (
         Annotated[
             list[Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]], Field(fail_fast=True, max_length=1024)
@@ -125,7 +138,7 @@ class ChatCompletionRequest(BaseModel):
             Field(
                 max_length=MAX_LOGIT_BIAS, json_schema_extra={"propertyNames": {"pattern": "^[0-9]{1,9}$"}}
             ),
-            BeforeValidator(_few_biases),
+            BeforeValidator(_check_bias_count),
         ]
         | None
     ) = None
@@ -134,31 +147,32 @@ class ChatCompletionRequest(BaseModel):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: StrictBool | None = None
 
-    # known, and not served: refused by `to_job` unless the value asks for nothing
-    tools: Annotated[Any, _unserved([])] = None
-    tool_choice: Annotated[Any, _unserved("none", "auto")] = None
-    functions: Annotated[Any, _unserved([])] = None
-    function_call: Annotated[Any, _unserved("none", "auto")] = None
-    response_format: Annotated[Any, _unserved({"type": "text"})] = None
-    audio: Annotated[Any, _unserved()] = None
-    modalities: Annotated[Any, _unserved(["text"])] = None
-    prediction: Annotated[Any, _unserved()] = None
-    web_search_options: Annotated[Any, _unserved()] = None
+    # refused by `to_job` unless the value requests nothing
+    tools: Annotated[Any, _unsupported("tools")] = None
+    tool_choice: Annotated[Any, _unsupported("tool_choice")] = None
+    functions: Annotated[Any, _unsupported("functions")] = None
+    function_call: Annotated[Any, _unsupported("function_call")] = None
+    response_format: Annotated[Any, _unsupported("response_format")] = None
+    audio: Annotated[Any, _unsupported("audio")] = None
+    modalities: Annotated[Any, _unsupported("modalities")] = None
+    prediction: Annotated[Any, _unsupported("prediction")] = None
+    web_search_options: Annotated[Any, _unsupported("web_search_options")] = None
 
     def to_job(self, request_id: str, entry: ModelEntry) -> ChatJob:
-        """The job for a worker: request > catalogue defaults > (None) the model's generation config.
+        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
+        it is None and the model's generation config decides.
 
         Raises InvalidRequest and UnsupportedParameter.
         """
         assert isinstance(entry.defaults, ChatDefaults)
-        self._refuse_unserved(entry.name)
+        self._refuse_unsupported(entry.name)
         return ChatJob(
             id=request_id,
             model=entry.name,
-            messages=[_plain(place, message) for place, message in enumerate(self.messages)],
+            messages=[_template_message(index, message) for index, message in enumerate(self.messages)],
             sampling=self._sampling(entry.defaults),
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
-            continue_final_message=self._continues(),
+            continue_final_message=self._continues_final_message(),
         )
 
     def _sampling(self, defaults: ChatDefaults) -> SamplingParams:
@@ -166,11 +180,11 @@ class ChatCompletionRequest(BaseModel):
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:
             raise InvalidRequest(
-                f"min_tokens is {min_tokens}; it must not be above max_tokens ({max_tokens})",
+                f"min_tokens must be at most max_tokens ({max_tokens}); it is {min_tokens}",
                 param="min_tokens",
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
+            raise InvalidRequest("top_logprobs requires logprobs to be true", param="top_logprobs")
         top_k = _first(self.top_k, defaults.top_k)
         return SamplingParams(
             max_tokens=max_tokens,
@@ -187,70 +201,57 @@ class ChatCompletionRequest(BaseModel):
             presence_penalty=_first(self.presence_penalty, defaults.presence_penalty) or 0.0,
             frequency_penalty=_first(self.frequency_penalty, defaults.frequency_penalty) or 0.0,
             repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty),
-            logit_bias=_token_ids(self.logit_bias or {}),
+            logit_bias=_logit_bias(self.logit_bias or {}),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
 
-    def _continues(self) -> bool:
+    def _continues_final_message(self) -> bool:
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise InvalidRequest(
-                "continue_final_message needs a last message whose role is assistant",
+                "continue_final_message requires the last message to have the role assistant",
                 param="continue_final_message",
             )
         return bool(self.continue_final_message)
 
-    def _refuse_unserved(self, model: str) -> None:
-        harmless: dict[str, tuple[Any, ...]] = {
-            "tool_choice": ("none", "auto"),
-            "function_call": ("none", "auto"),
-            "response_format": ({"type": "text"},),
-            "modalities": (["text"],),
-        }
-        for name in [
-            "tools",
-            "functions",
-            "tool_choice",
-            "function_call",
-            "response_format",
-            "audio",
-            "modalities",
-            "prediction",
-            "web_search_options",
-        ]:
+    def _refuse_unsupported(self, model: str) -> None:
+        for name, neutral in _UNSUPPORTED.items():
             value = getattr(self, name)
-            if value is None or value == [] or value in harmless.get(name, ()):
-                continue
-            raise UnsupportedParameter(f"{name} is not served by model {model!r}; leave it out", param=name)
+            if value is not None and value not in neutral:
+                raise UnsupportedParameter(
+                    f"{name} is not supported by model {model!r}; leave it out", param=name
+                )
 
 
 def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _plain(place: int, message: ChatMessage) -> dict[str, Any]:
-    """A turn as chat templates take it: text parts joined, "developer" under its older name."""
+def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
+    """Return a message as chat templates expect it: text parts joined, the role "developer" as "system"."""
     content = message.content
     if isinstance(content, list):
         for number, part in enumerate(content):
             if part.type != "text" or part.text is None:
                 raise UnsupportedParameter(
-                    f"a part of type {part.type!r} is not served by this model; only text parts are",
-                    param=f"messages.{place}.content.{number}",
+                    f"content parts of type {part.type!r} are not supported by this model; send text parts",
+                    param=f"messages.{index}.content.{number}",
                 )
         content = "".join(part.text or "" for part in content)
-    plain: dict[str, Any] = {
+    converted: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,
         "content": content or "",
     }
     if message.name is not None:
-        plain["name"] = message.name
-    return plain
+        converted["name"] = message.name
+    return converted
 
 
-def _token_ids(bias: dict[str, float]) -> dict[int, float]:
+def _logit_bias(bias: dict[str, float]) -> dict[int, float]:
+    """Convert the keys to token ids. Raises InvalidRequest."""
     for token in bias:
         if not token.isascii() or not token.isdigit() or len(token) > 9:
             raise InvalidRequest(
-                f"logit_bias: {token[:20]!r} is no token id; keys are whole numbers", param="logit_bias"
+                f"logit_bias: {token[:20]!r} is not a token id; keys must be whole numbers",
+                param="logit_bias",
             )
     return {int(token): value for token, value in bias.items()}

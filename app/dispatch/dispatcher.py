@@ -1,4 +1,4 @@
-"""The way of one request through this process: admit → queue → events. Knows nothing of HTTP bodies or of Flask."""
+"""Dispatch of a request: admit its job, queue it, read its events. Knows no HTTP bodies and no Flask."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -27,87 +27,99 @@ from protocol.queue import JobQueue
 
 CHECK_S = 1.0
 DEADLINE_GRACE_S = 2.0
-"""The worker ends a request at its deadline, properly; only a worker that can't is overruled from here."""
+"""Time for the worker to end a request at its deadline with a proper last event, before this side ends it."""
 DRAIN_STREAMS_S = 18.0
 
 
-class Caller(Protocol):
-    """Whoever waits for the answer."""
+class Client(Protocol):
+    """The client that waits for a response (app.http.connection.Connection)."""
 
-    def gone(self) -> bool:
-        """He has left; the work is for nothing."""
+    def disconnected(self) -> bool:
+        """Whether the client has closed its connection, so that nobody will read the response."""
 
 
 class EventReader:
-    """What comes of one request, until it is `over`. One reader, who closes it whatever happens.
+    """The event stream of one request. It has one reader, which must call `close`.
 
-    Read by plain calls, not through generators: thousands of streams wait in `take` at once, and each generator in
-    between would keep a frame and half a kilobyte of C stack for every one of them.
+    It is read by plain calls instead of generators: thousands of streams wait in `next_events` at once, and
+    each generator in between would keep a frame and half a kilobyte of C stack for every one of them
+    (docs/adr/0007-open-streams.md).
     """
 
-    __slots__ = ("_caller", "_check_at", "_draining_for_s", "_end", "_ends_at", "_failure", "_inbox", "over")
+    __slots__ = (
+        "_check_at",
+        "_client",
+        "_draining_for_s",
+        "_ends_at",
+        "_failure",
+        "_inbox",
+        "_on_close",
+        "finished",
+    )
 
     def __init__(
         self,
         inbox: Inbox,
-        caller: Caller,
+        client: Client,
         *,
         ends_at: float,
         draining_for_s: Callable[[], float],
-        end: Callable[[Inbox, bool], None],
+        on_close: Callable[[Inbox, bool], None],
     ) -> None:
+        """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and whether it finished."""
         self._inbox = inbox
-        self._caller = caller
+        self._client = client
         self._ends_at = ends_at
         self._draining_for_s = draining_for_s
-        self._end = end
+        self._on_close = on_close
         self._check_at = time.monotonic() + CHECK_S
         self._failure: Failed | None = None
-        self.over = False
-        """Complete: the last batch ended with Finished."""
+        self.finished = False
+        """True after the batch that ended with a Finished event."""
 
-    def take(self) -> list[Event]:
-        """What came since the last time, in order; an empty list after a second of silence.
+    def next_events(self) -> list[Event]:
+        """Return the events since the last call, in order; an empty list after a second of silence.
 
-        Raises a ServiceError once everything before it was taken: failed, too late, caller gone.
+        Raises a ServiceError once every event before it was returned: the request failed (the error that its
+        Failed event names), DeadlineExceeded, ShuttingDown, or Cancelled when the client has disconnected.
         """
         now = time.monotonic()
-        # an end that has come counts, however late it is read
+        # a terminal event that has already arrived wins over an expired deadline
         if now >= self._check_at and not self._inbox.ended:
             self._check_at = now + CHECK_S
             self._check(now)
-        gained = self._inbox.take(CHECK_S) if self._failure is None else []
-        last = gained[-1] if gained else None
+        batch = self._inbox.take(CHECK_S) if self._failure is None else []
+        last = batch[-1] if batch else None
         if isinstance(last, Failed):
             self._failure = last
-            gained.pop()
-        if self._failure is not None and not gained:
+            batch.pop()
+        if self._failure is not None and not batch:
             raise from_code(self._failure.code, self._failure.message, self._failure.param)
-        self.over = isinstance(last, Finished)
-        return gained
+        self.finished = isinstance(last, Finished)
+        return batch
 
     def close(self) -> None:
-        """Listen no more; cancels what is not over. Again is harmless."""
-        self._end(self._inbox, self.over)
+        """Stop listening, and cancel the request unless it is finished. May be called more than once."""
+        self._on_close(self._inbox, self.finished)
 
     def __iter__(self) -> Iterator[list[Event]]:
-        """All that comes, batch by batch."""
-        while not self.over:
-            yield self.take()
+        """Iterate over all batches until the request is finished."""
+        while not self.finished:
+            yield self.next_events()
 
     def _check(self, now: float) -> None:
-        if self._caller.gone():
-            raise Cancelled("the caller has left")
+        if self._client.disconnected():
+            raise Cancelled("the client disconnected")
         if now >= self._ends_at + DEADLINE_GRACE_S:
             raise DeadlineExceeded(
-                "the answer was not ready before the deadline; ask for less or try again later"
+                "the response was not complete before the deadline; request less or try again later"
             )
         if self._draining_for_s() > DRAIN_STREAMS_S:
             raise ShuttingDown("this server is stopping; send the request again")
 
 
 class Dispatcher:
-    """Sends jobs to workers and follows their events. One for each web process."""
+    """Sends jobs to workers and reads their events. One for each web process."""
 
     def __init__(
         self,
@@ -129,29 +141,32 @@ class Dispatcher:
         self._draining_for_s = draining_for_s
 
     def entry(self, name: str, task: Task) -> ModelEntry:
-        """The catalogue entry for a request. Raises ModelNotFound, or InvalidRequest for a model of another task."""
+        """Return a model's entry. Raises ModelNotFound, and InvalidRequest if it does not support `task`."""
         entry = self._catalogue.get(name)
         if entry is None:
             known = ", ".join(model.name for model in self._catalogue.models if task in model.tasks) or "none"
-            raise ModelNotFound(f"model {name!r} does not exist; for this end point: {known}", param="model")
+            raise ModelNotFound(
+                f"model {name!r} does not exist; this endpoint serves: {known}", param="model"
+            )
         if task not in entry.tasks:
             raise InvalidRequest(
-                f"model {name!r} does not do {task!r}; it does: {', '.join(entry.tasks)}", param="model"
+                f"model {name!r} does not support {task!r}; it supports: {', '.join(entry.tasks)}",
+                param="model",
             )
         return entry
 
-    def begin(self, job: Job, task: Task, caller: Caller) -> EventReader:
-        """Admit and queue a job. What becomes of it is read from the EventReader, which must be closed.
+    def begin(self, job: Job, task: Task, client: Client) -> EventReader:
+        """Admit and queue a job. Returns the reader of its events, which must be closed.
 
-        Raises ServiceError where it is refused; a job whose fate in the queue is unknown is cancelled.
+        Raises a ServiceError if the job is refused. A job that may or may not have been queued is cancelled.
         """
         deadline_s = self._settings.deadline_s(task)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
         inbox = self._router.open(job.id, job.model)
         inbox.expires_s = deadline_s + DEADLINE_GRACE_S
-        answer = EventReader(
-            inbox, caller, ends_at=ends_at, draining_for_s=self._draining_for_s, end=self._end
+        reader = EventReader(
+            inbox, client, ends_at=ends_at, draining_for_s=self._draining_for_s, on_close=self._close
         )
         try:
             inbox.admitted = self._queue.admit(
@@ -159,9 +174,9 @@ class Dispatcher:
             )
             self._queue.send(job.id, job.model, expires_s=inbox.expires_s)
         except BaseException:
-            answer.close()
+            reader.close()
             raise
-        return answer
+        return reader
 
     def _refuse_early(self, model: str) -> None:
         if not self._worker_view.reachable or not self._router.subscribed.is_set():
@@ -173,12 +188,12 @@ class Dispatcher:
         if self._draining_for_s() > 0:
             raise ShuttingDown("this server is stopping; try again soon", retry_after_s=5)
 
-    def _end(self, inbox: Inbox, complete: bool) -> None:
-        """Nobody reads this request's events any more; what is not complete is cancelled."""
+    def _close(self, inbox: Inbox, finished: bool) -> None:
+        """Stop listening to a request; cancel it unless it is finished."""
         self._router.close(inbox.request_id)
-        if complete:
+        if finished:
             self._queue.forget(inbox.request_id)
         elif inbox.admitted:
-            # not cancelled: the worker stops all the same, at its own deadline or when this process's lease is gone
+            # without the mark the worker stops at the deadline, or when the lease of this process expires
             with suppress(RedisError):
                 self._queue.cancel(inbox.request_id, inbox.model)

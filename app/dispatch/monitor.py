@@ -1,7 +1,8 @@
-"""Looks after the requests that hear nothing: once a second, all of them in one pipeline.
+"""Checks once a second on the requests for which no events arrive, all of them in one pipeline.
 
-Fills gaps from the replay lists, fails requests whose worker is gone or whose data Redis has lost, sends again what was
-lost between the queue and a worker, deletes what finished ones left, and keeps this process's own lease.
+It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, sends
+ids again that were lost between the queue and a worker, deletes the replay lists of finished requests and
+renews this process's lease.
 """
 
 import logging
@@ -21,14 +22,14 @@ from protocol.queue import JobQueue
 
 log = logging.getLogger(__name__)
 
-TICK_S = 1.0
+INTERVAL_S = 1.0
 SILENCE_S = 2.0
 GAP_LIMIT_S = 10.0
 ORPHAN_S = 5.0
 
 
 class RequestMonitor(threading.Thread):
-    """One thread (a greenlet under gunicorn) of a web process."""
+    """One thread in each web process (a greenlet under gunicorn)."""
 
     def __init__(
         self,
@@ -62,16 +63,16 @@ class RequestMonitor(threading.Thread):
             except RedisError as error:
                 log.warning("Redis can't be reached: %s", error)
             except Exception:
-                # requests would hang unwatched without this thread
-                log.exception("a round failed")
-            self._stopping.wait(TICK_S)
+                # without this thread, a request whose worker died would wait until its deadline
+                log.exception("request monitor failed; it continues")
+            self._stopping.wait(INTERVAL_S)
         try:
             self._leases.release_web(self._web_id)
         except RedisError:
-            log.info("lease not released: Redis can't be reached; it lapses by itself")
+            log.info("Redis can't be reached: the lease of this process was not released and will expire")
 
     def tick(self) -> None:
-        """One round. Raises redis.RedisError."""
+        """Check every silent request once. Raises redis.RedisError."""
         now = time.monotonic()
         if now >= self._renew_at:
             self._leases.renew_web(self._web_id)
@@ -86,45 +87,56 @@ class RequestMonitor(threading.Thread):
             if inbox.ended or not _is_silent(inbox, time.monotonic()):
                 continue
             incarnation_id = inbox.incarnation_id or claim
-            if failure := self._verdict(inbox, incarnation_id, claim, job_exists):
+            if failure := self._find_failure(inbox, incarnation_id, claim, job_exists):
                 inbox.fail(events.Failed(failure.code, failure.message))
             elif incarnation_id is None:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
 
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool]]:
-        """Feed what the replay lists hold; returns for each request who claimed it and whether its job stands."""
+        """Feed the inboxes from the replay lists.
+
+        Returns for each request the incarnation id that claimed it, and whether its job still exists.
+        """
         with self._redis.pipeline(transaction=True) as pipe:
             for inbox in silent:
-                # entry number `seq` stands at index `seq` or later: resends only double entries
+                # event `seq` is at index `seq` or later, because repeated writes only add duplicates
                 pipe.lrange(self._keys.replay(inbox.request_id), inbox.next_seq, -1)
                 pipe.get(self._keys.claim(inbox.request_id))
                 pipe.exists(self._keys.job(inbox.request_id))
-            answers = pipe.execute()
+            replies = pipe.execute()
         found = []
         for inbox, entries, claim, job_exists in zip(
-            silent, answers[::3], answers[1::3], answers[2::3], strict=True
+            silent, replies[::3], replies[1::3], replies[2::3], strict=True
         ):
             for envelope in sorted(map(events.decode, entries), key=lambda envelope: envelope.seq):
                 inbox.feed(envelope)
             found.append((inbox, claim.decode() if claim else None, bool(job_exists)))
         return found
 
-    def _verdict(
+    def _find_failure(
         self, inbox: Inbox, incarnation_id: str | None, claim: str | None, job_exists: bool
     ) -> ServiceError | None:
+        """Return the reason why no more events can come, or None."""
         if incarnation_id is not None and claim is None:
-            return QueueUnavailable("the queue lost its data while this request ran; send it again")
+            return QueueUnavailable(
+                "the queue lost its data while this request was running; send the request again"
+            )
         if incarnation_id is not None and self._worker_view.is_lost(incarnation_id):
-            return WorkerLost("the worker that generated this answer died; send the request again")
+            return WorkerLost("the worker that was generating this response died; send the request again")
         if incarnation_id is None and not job_exists:
-            return QueueUnavailable("the queue lost its data while this request waited; send it again")
+            return QueueUnavailable(
+                "the queue lost its data while this request was waiting; send the request again"
+            )
         if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
-            return QueueUnavailable("a part of the answer was lost on its way; send the request again")
+            return QueueUnavailable("a part of the response was lost; send the request again")
         return None
 
     def _send_again(self, unclaimed: list[Inbox]) -> None:
-        """Send the id again, once, of what nobody claimed though its turn has passed (a stopped worker swallows one)."""
+        """Queue the ids of requests again, once each, that no worker claimed although their turn has passed.
+
+        A worker that stops may have taken an id from the queue without claiming it.
+        """
         models = sorted({inbox.model for inbox in unclaimed})
         if not models:
             return
@@ -132,11 +144,11 @@ class RequestMonitor(threading.Thread):
             for model in models:
                 pipe.llen(self._keys.queue_list(model))
                 pipe.get(self._keys.youngest_claimed(model))
-            answers = pipe.execute()
-        lines = dict(zip(models, zip(answers[::2], answers[1::2], strict=True), strict=True))
+            replies = pipe.execute()
+        queues = dict(zip(models, zip(replies[::2], replies[1::2], strict=True), strict=True))
         now = time.monotonic()
         for inbox in unclaimed:
-            queued, youngest = lines[inbox.model]
+            queued, youngest = queues[inbox.model]
             passed_over = queued == 0 or (youngest is not None and float(youngest) > inbox.admitted)
             if not passed_over:
                 inbox.orphan_since = None
@@ -144,7 +156,9 @@ class RequestMonitor(threading.Thread):
                 inbox.orphan_since = now
             elif now - inbox.orphan_since >= ORPHAN_S and not inbox.resent:
                 inbox.resent = True
-                log.warning("request %s was lost between queue and worker: sent again", inbox.request_id)
+                log.warning(
+                    "request %s was lost between the queue and a worker: queued again", inbox.request_id
+                )
                 try:
                     self._queue.send(inbox.request_id, inbox.model, expires_s=inbox.expires_s)
                 except QueueUnavailable as error:
@@ -152,7 +166,7 @@ class RequestMonitor(threading.Thread):
 
 
 def _is_silent(inbox: Inbox, now: float) -> bool:
-    """Admitted, not ended, and nothing came for a while, or something is missing in between."""
+    """Whether a request is admitted and not ended, and has a gap in its events or none for `SILENCE_S`."""
     if not inbox.admitted or inbox.ended:
         return False
     return inbox.gap_since is not None or now - inbox.last_event_at >= SILENCE_S

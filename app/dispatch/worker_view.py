@@ -1,4 +1,4 @@
-"""What this web process knows of the workers: a snapshot of their leases, taken once a second by the monitor."""
+"""A web process's view of the workers: a snapshot of their leases, taken every second by the monitor."""
 
 import math
 import time
@@ -10,7 +10,10 @@ LOOK_AGAIN_S = 0.1
 
 
 class WorkerView:
-    """Answers without a round trip. Until the first `refresh` nobody is known and Redis counts as unreached."""
+    """Answers from the snapshot, without a round trip.
+
+    Before the first `refresh` it has no workers, and Redis counts as unreachable.
+    """
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
@@ -19,7 +22,7 @@ class WorkerView:
         self._reached_since: float | None = None
 
     def refresh(self) -> None:
-        """Take a new snapshot. Raises redis.RedisError; then the old one stays and Redis counts as unreached."""
+        """Take a new snapshot. Raises redis.RedisError; then the old one is kept and Redis is unreachable."""
         self._refreshed_at = time.monotonic()
         try:
             self._records = self._leases.workers()
@@ -31,16 +34,18 @@ class WorkerView:
 
     @property
     def reachable(self) -> bool:
-        """Redis answered the last time it was asked."""
+        """Whether the last `refresh` succeeded."""
         return self._reached_since is not None
 
     def records(self) -> list[WorkerRecord]:
         return self._records
 
     def has_ready(self, model: str, *, look_again: bool = False) -> bool:
-        """Some worker serves `model` now. `look_again`: before a no, unless that was just done; raises redis.RedisError.
+        """Whether a worker is ready to serve `model`.
 
-        The snapshot may be a second old: who has seen /readyz turn 200 through a sibling process is not to be refused.
+        With `look_again` a snapshot older than `LOOK_AGAIN_S` is refreshed before the answer is False, so
+        that a client which saw /readyz turn 200 at another web process is not refused here. Raises
+        redis.RedisError.
         """
         found = any(record.model == model and record.state == "ready" for record in self._records)
         if found or not look_again or time.monotonic() - self._refreshed_at < LOOK_AGAIN_S:
@@ -49,14 +54,14 @@ class WorkerView:
         return self.has_ready(model)
 
     def missing(self, models: tuple[ModelEntry, ...]) -> list[str]:
-        """Names of the models that no worker serves."""
+        """Return the names of the models for which no worker is ready."""
         return [entry.name for entry in models if not self.has_ready(entry.name)]
 
     def is_lost(self, incarnation_id: str) -> bool:
-        """That incarnation is gone for good: a newer one stands in its place, or its lease has lapsed.
+        """Whether that incarnation is gone: a newer one has its cid, or its lease has expired.
 
-        A missing lease counts only after this reader itself has reached Redis without failure for a whole lease:
-        otherwise a Redis that stalled or came back empty would bury everyone.
+        A missing lease counts only after this process has reached Redis without failure for the time of a
+        whole lease: otherwise a Redis that stalled, or came back empty, would make every worker look lost.
         """
         cid = incarnation_id.rpartition(":")[0]
         record = next((record for record in self._records if record.cid == cid), None)

@@ -1,4 +1,7 @@
-"""Who may call what: bearer keys, and the node's own listener, which needs none but offers the standard's POST routes alone."""
+"""Access control: API keys, rate limits and the node's own listener.
+
+That listener needs no key and serves only the POST endpoints of the models.
+"""
 
 import hashlib
 import hmac
@@ -16,14 +19,14 @@ NODE_PATHS = frozenset({"/v1/chat/completions", "/v1/images/generations", "/v1/i
 
 
 class Limiter(Protocol):
-    """What counts how often a key asks (app.http.rate_limit)."""
+    """A rate limiter for each API key (app.http.rate_limit)."""
 
-    def check(self, caller: str) -> None:
-        """Count a request of `caller`. Raises RateLimited."""
+    def check(self, key_name: str) -> None:
+        """Count a request that carries this key. Raises RateLimited."""
 
 
 class Gate:
-    """Judges each request by the listener it came through, the key it carries and how often that key was used."""
+    """Allows or refuses each request by its listener, its API key and how often that key was used."""
 
     def __init__(self, settings: Settings, limiter: Limiter | None = None) -> None:
         self._known = [(form, _name(key)) for key in settings.api_keys for form in _forms(key)]
@@ -31,54 +34,59 @@ class Gate:
         self._node_listener = _listener(settings) if settings.api_keys else None
 
     def init_app(self, app: Flask) -> None:
-        """Stand before every route of `app`."""
+        """Check every request to `app` before its route."""
         app.before_request(self.check)
 
     def check(self) -> None:
-        """Raises Unauthorized for a missing or wrong key, NotFound for what the node's listener doesn't offer, RateLimited."""
+        """Check the current request.
+
+        Raises Unauthorized for a missing or wrong key, NotFound for an endpoint that the node's listener does
+        not serve, and RateLimited.
+        """
         if self.through_node_listener():
             if request.method != "POST" or request.path not in NODE_PATHS:
                 raise NotFound(
-                    "this listener is the network node's: it takes POSTs of the standard's routes alone"
+                    "this address is for the network node and serves only POST requests to the model endpoints"
                 )
             return
         if request.path in OPEN_PATHS or request.path.startswith(OPEN_PREFIXES):
             return
         if not self._known:
             return
-        caller = self._caller()
-        if caller is None:
-            raise Unauthorized("a valid API key is needed: send the header 'Authorization: Bearer <key>'")
-        # what occupies a GPU is counted; looking at models or figures is not
+        key_name = self._key_name()
+        if key_name is None:
+            raise Unauthorized("a valid API key is required: send the header 'Authorization: Bearer <key>'")
+        # only requests that need a worker count against the limit
         if self._limiter is not None and request.method == "POST" and request.path in NODE_PATHS:
-            self._limiter.check(caller)
+            self._limiter.check(key_name)
 
     def has_key(self) -> bool:
-        """The request carries a valid key, or none is needed."""
-        return not self._known or self._caller() is not None
+        """Whether the current request carries a valid key, or none is required."""
+        return not self._known or self._key_name() is not None
 
-    def _caller(self) -> str | None:
-        """Name of the key that the request carries, None without a valid one. Every key is compared, in constant time."""
+    def _key_name(self) -> str | None:
+        """Return the name of the request's key, or None. Compares every key, in constant time."""
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-        # WSGI hands header bytes over as Latin-1
+        # WSGI decodes header bytes as Latin-1
         digest = _digest(given.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b"")
         matches = [name for known, name in self._known if hmac.compare_digest(digest, known)]
         return matches[0] if matches else None
 
     def through_node_listener(self) -> bool:
+        """Whether the current request came through the listener of the network node (NODE_BIND)."""
         connection = request.environ.get("gunicorn.socket")
         if self._node_listener is None or connection is None:
             return False
         host, port = self._node_listener
         name = connection.getsockname()
-        # a Unix socket's name is a string: that is never the node's
+        # the name of a Unix socket is a string; the node's listener is never one
         return isinstance(name, tuple) and name[1] == port and host in (None, name[0])
 
 
 def _listener(settings: Settings) -> tuple[str | None, int] | None:
-    """Address and port by which the node's listener is known; the port alone where no other listener has it.
+    """Return the address and port of the node's listener; address None if no other listener has that port.
 
-    A name ("localhost") or wildcard never equals the address that a connection tells.
+    The port is then enough, and a host name or wildcard would never equal the address from `getsockname`.
     """
     host, _, port = settings.node_bind.rpartition(":")
     if not port.isdigit():
@@ -88,7 +96,7 @@ def _listener(settings: Settings) -> tuple[str | None, int] | None:
 
 
 def _forms(key: str) -> set[bytes]:
-    """Digests of a key as clients send it: UTF-8, and Latin-1 from those that take HTTP by its letter."""
+    """Return the digests of a key in the encodings that clients use: UTF-8, and Latin-1 where possible."""
     forms = {_digest(key.encode("utf-8", "surrogateescape"))}
     with suppress(UnicodeEncodeError):
         forms.add(_digest(key.encode("latin-1")))
@@ -96,7 +104,7 @@ def _forms(key: str) -> set[bytes]:
 
 
 def _name(key: str) -> str:
-    """What a key is called in Redis: nobody can tell the key from it."""
+    """Return the name of a key in Redis, from which the key can't be recovered."""
     return _digest(key.encode("utf-8", "surrogateescape")).hex()[:32]
 
 

@@ -1,6 +1,7 @@
-"""Every error as the one body of the design, framework pages included.
+"""JSON responses and the body that every error has, Flask's own error pages included.
 
-`Content-Type` is exactly `application/json` and `code` a non-zero integer: the node ignores the status and reads those.
+`Content-Type` is exactly `application/json` and `code` is a non-zero integer, because the node reads these
+and ignores the HTTP status.
 """
 
 import logging
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
-    """The one error body (design, Errors)."""
+    """Return the body of an error: the standard's `code` (the HTTP status) and `message`, OpenAI's `error`."""
     return {
         "code": error.status,
         "message": error.message,
@@ -35,11 +36,12 @@ def error_body(error: ServiceError) -> dict[str, Any]:
 
 
 def json_response(body: Any, status: int = 200) -> Response:
-    """A JSON answer whose type the node recognises: no charset parameter."""
+    """Make a JSON response. Its Content-Type has no charset parameter, which the node would not recognise."""
     return Response(msgspec.json.encode(body), status=status, content_type="application/json")
 
 
 def error_response(error: ServiceError) -> Response:
+    """Make the response for an error, with its status and the headers that belong to it."""
     response = json_response(error_body(error), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
@@ -49,14 +51,14 @@ def error_response(error: ServiceError) -> Response:
 
 
 def log_unexpected(logger: logging.Logger, what: str, error: BaseException) -> None:
-    """Log where an exception came from, without its text: that may hold what a caller sent."""
+    """Log an exception's type and traceback, without its text, which may contain a prompt."""
     places = "".join(traceback.format_tb(error.__traceback__))
     logger.error("%s: %s\n%s", what, type(error).__name__, places)
 
 
 def register_error_handlers(app: Flask) -> None:
-    """Turn whatever leaves a route into the one body."""
-    # "//v1/models" is unknown, like any other path: a redirect would be a page of the framework's own
+    """Answer every exception that leaves a route with an error body."""
+    # "//v1/models" is a 404 like any unknown path; Flask's redirect would be an HTML page
     app.url_map.merge_slashes = False
 
     def service_error(error: ServiceError) -> Response:
@@ -72,8 +74,8 @@ def register_error_handlers(app: Flask) -> None:
         return error_response(QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5))
 
     def unexpected(error: Exception) -> Response:
-        log_unexpected(log, "unexpected", error)
-        return error_response(InternalError("something went wrong here; it is not your request's fault"))
+        log_unexpected(log, "unexpected error", error)
+        return error_response(InternalError("an unexpected error occurred in this server; try again later"))
 
     app.register_error_handler(ServiceError, service_error)
     app.register_error_handler(HTTPException, http_exception)
@@ -84,11 +86,11 @@ def register_error_handlers(app: Flask) -> None:
 def _translate(error: HTTPException) -> ServiceError:
     status = error.code or 500
     known: dict[int, ServiceError] = {
-        404: NotFound("no such end point; GET /openapi.json lists them"),
+        404: NotFound("no such endpoint; GET /openapi.json lists them"),
         405: MethodNotAllowed(
-            "this end point does not take that method; GET /openapi.json lists which it takes"
+            "this endpoint does not support that method; GET /openapi.json lists those it supports"
         ),
-        413: PayloadTooLarge("the body is larger than this end point takes"),
+        413: PayloadTooLarge("the body is larger than this endpoint accepts"),
     }
     if status in known:
         return known[status]

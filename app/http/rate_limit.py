@@ -1,4 +1,4 @@
-"""How often one key may ask for work, counted in Redis: all web processes of a deployment agree, by Redis' own clock."""
+"""A rate limit for each API key, counted in Redis, so that all web processes of a deployment share it."""
 
 import logging
 import time
@@ -17,30 +17,31 @@ log = logging.getLogger(__name__)
 
 
 class RateLimiter:
-    """Counts with `limits`: a sliding window, judged and counted in one script; its keys lapse after two windows.
-
-    `limit` is RATE_LIMIT ("60/minute"). `reachable` says whether Redis answered lately: while it doesn't, nothing is
-    counted, since a request that can't be queued has its own 503 and shall not wait for a second time-out before it.
-    """
+    """Counts requests in a sliding window, by the `limits` library. The counters expire after two windows."""
 
     def __init__(self, limit: str, client: RedisClient, keys: Keys, *, reachable: Callable[[], bool]) -> None:
+        """`limit` is RATE_LIMIT ("60/minute").
+
+        `reachable` tells whether Redis answered recently. While it does not, nothing is counted: such a
+        request gets a 503 from the queue, and counting it would first wait for another timeout.
+        """
         self._text = limit
         self._limit = parse(limit)
-        # the web process's own pool: its password, TLS and time-outs hold here, too; the URL is never read
+        # the pool of the web process brings its password, TLS and timeouts; the URL is never read
         storage = RedisStorage(
             "redis://", connection_pool=client.connection_pool, key_prefix=f"{keys.prefix}rate"
         )
         self._limiter = SlidingWindowCounterRateLimiter(storage)
         self._reachable = reachable
 
-    def check(self, caller: str) -> None:
-        """Count a request of `caller`. Raises RateLimited; a refused request is not counted."""
+    def check(self, key_name: str) -> None:
+        """Count a request that carries this key. Raises RateLimited; a refused request is not counted."""
         if not self._reachable():
             return
         try:
-            if self._limiter.hit(self._limit, caller):
+            if self._limiter.hit(self._limit, key_name):
                 return
-            free_at = self._limiter.get_window_stats(self._limit, caller).reset_time
+            free_at = self._limiter.get_window_stats(self._limit, key_name).reset_time
         except RedisError as error:
             log.warning("requests are not counted against RATE_LIMIT: %s", type(error).__name__)
             return

@@ -1,4 +1,4 @@
-"""Server-Sent Events: frames, the comment that keeps a silent stream alive, and how a stream ends. No Flask in here."""
+"""Server-Sent Events: frames, comments that keep a silent stream alive, how a stream ends. Knows no Flask."""
 
 import logging
 import time
@@ -18,28 +18,28 @@ DONE = b"data: [DONE]\n\n"
 
 
 def frame(data: bytes) -> bytes:
-    """One event. `data` is JSON on one line."""
+    """Frame one event. `data` is JSON on one line."""
     return b"data: " + data + b"\n\n"
 
 
 class EventStream:
-    """What goes over the wire, for a WSGI server: `take` gives frames as they come, b"" after a second of silence, None
-    after a complete answer. `close` is called at its end, whatever that is.
+    """A response's body for a WSGI server, which calls `close` at its end.
 
-    Ends with [DONE] only after a complete answer: the node and its users have no other sign of it. A failure after the
-    first byte becomes an error event, and the stream ends without [DONE].
+    It ends with [DONE] only after a complete response, which is the only sign of completeness that the node
+    and its users have. A failure becomes an error event, and the stream ends without [DONE].
     """
 
-    # an iterator and no generator: app.dispatch.dispatcher.EventReader says why
-    __slots__ = ("_clock", "_ended", "_last_sent", "_take", "close")
+    # an iterator instead of a generator: see docs/adr/0007-open-streams.md
+    __slots__ = ("_clock", "_ended", "_last_sent", "_next_frames", "close")
 
     def __init__(
         self,
-        take: Callable[[], bytes | None],
+        next_frames: Callable[[], bytes | None],
         close: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._take = take
+        """`next_frames` returns frames, b"" after a second of silence, and None after a complete response."""
+        self._next_frames = next_frames
         self.close = close
         self._clock = clock
         self._last_sent = clock()
@@ -52,8 +52,9 @@ class EventStream:
         if self._ended:
             raise StopIteration
         try:
-            while (part := self._take()) == b"" and self._clock() - self._last_sent < COMMENT_AFTER_S:
-                pass
+            frames = self._next_frames()
+            while frames == b"" and self._clock() - self._last_sent < COMMENT_AFTER_S:
+                frames = self._next_frames()
         except Cancelled:
             raise StopIteration from None
         except ServiceError as error:
@@ -61,11 +62,11 @@ class EventStream:
             return frame(msgspec.json.encode(error_body(error)))
         except Exception as error:
             self._ended = True
-            log_unexpected(log, "stream broken", error)
-            failure = InternalError("something went wrong here in mid-answer")
+            log_unexpected(log, "unexpected error in a stream", error)
+            failure = InternalError("an unexpected error occurred in this server; try again later")
             return frame(msgspec.json.encode(error_body(failure)))
         self._last_sent = self._clock()
-        if part is None:
+        if frames is None:
             self._ended = True
             return DONE
-        return part or COMMENT
+        return frames or COMMENT

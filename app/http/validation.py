@@ -1,4 +1,4 @@
-"""Pydantic's findings in plain words: the first complaint about a body as one InvalidRequest that names the field."""
+"""Validation of bodies with pydantic: the first error becomes an InvalidRequest that names the field."""
 
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -10,7 +10,7 @@ from protocol.errors import InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# By pydantic's error type, https://docs.pydantic.dev/latest/errors/validation_errors; {} are filled from its context
+# by pydantic's error types: https://docs.pydantic.dev/latest/errors/validation_errors
 _TYPES = {
     "string_type": "a string",
     "int_type": "a whole number",
@@ -42,29 +42,29 @@ _RULES = {
 def parse(model_class: type[Model], data: Mapping[str, Any], *, strict: bool | None = None) -> Model:
     """Validate a body. `strict=False` also reads numbers from strings, as HTML forms send them.
 
-    Raises InvalidRequest with the field at fault in `param` ("messages.0.role"). The message never quotes text that the
-    caller sent, since that may be a prompt.
+    Raises InvalidRequest with the path of the invalid field in `param` ("messages.0.role"). The message never
+    quotes text of the body, which may be a prompt.
     """
     try:
         return model_class.model_validate(dict(data), strict=strict)
     except ValidationError as error:
-        raise _first_complaint(error, data) from None
+        raise _first_error(error, data) from None
 
 
-def _first_complaint(error: ValidationError, data: Mapping[str, Any]) -> InvalidRequest:
-    complaints = [(_place(detail, data), detail) for detail in error.errors(include_url=False)]
-    # alternatives of a union each complain about the same place; the one that came deepest is what was meant
-    top = complaints[0][0]
-    related = [(place, detail) for place, detail in complaints if place[: len(top)] == top]
-    place = max((place for place, _ in related), key=len)
-    details = [detail for other, detail in related if other == place]
-    param = ".".join(map(str, place))
-    return InvalidRequest(f"{param or 'the body'}{_words(details)}", param=param or None)
+def _first_error(error: ValidationError, data: Mapping[str, Any]) -> InvalidRequest:
+    errors = [(_path(detail, data), detail) for detail in error.errors(include_url=False)]
+    # every member of a union reports an error; the one with the longest path is the member that was meant
+    top = errors[0][0]
+    related = [(path, detail) for path, detail in errors if path[: len(top)] == top]
+    path = max((path for path, _ in related), key=len)
+    details = [detail for other, detail in related if other == path]
+    param = ".".join(map(str, path))
+    return InvalidRequest(f"{param or 'the body'}{_message(details)}", param=param or None)
 
 
-def _place(detail: ErrorDetails, data: Any) -> tuple[int | str, ...]:
-    """Where in the caller's own data: pydantic's path without the names of union members that it adds."""
-    place: list[int | str] = []
+def _path(detail: ErrorDetails, data: Any) -> tuple[int | str, ...]:
+    """Return the path in the body: pydantic's path without the names of union members that it adds."""
+    path: list[int | str] = []
     for part in detail["loc"]:
         known = (
             part in data if isinstance(data, Mapping) else isinstance(part, int) and isinstance(data, list)
@@ -72,18 +72,19 @@ def _place(detail: ErrorDetails, data: Any) -> tuple[int | str, ...]:
         if known:
             data = data[part]
         if known or (detail["type"] == "missing" and part == detail["loc"][-1]):
-            place.append(part)
-    return tuple(place)
+            path.append(part)
+    return tuple(path)
 
 
-def _words(details: list[ErrorDetails]) -> str:
-    # a member of a union that took the value's type has the better complaint
+def _message(details: list[ErrorDetails]) -> str:
+    """Return what is wrong with one field, as the end of a sentence that begins with its name."""
+    # prefer the error of a union member that accepts the type of the value
     detail = next((detail for detail in details if detail["type"] not in _TYPES), details[0])
     types = list(dict.fromkeys(_TYPES[d["type"]] for d in details if d["type"] in _TYPES))
     if "a number" in types:
         types = [name for name in types if name != "a whole number"]
     if types and detail["type"] in _TYPES:
-        return f" must be {' or '.join(types)}, not {_kind(detail['input'])}"
+        return f" must be {' or '.join(types)}, not {_type_name(detail['input'])}"
     context = detail.get("ctx", {})
     if detail["type"] in _RULES:
         value = detail["input"]
@@ -92,7 +93,7 @@ def _words(details: list[ErrorDetails]) -> str:
     return f": {context.get('error') or detail['msg']}"
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):

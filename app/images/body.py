@@ -16,8 +16,7 @@ from gevent import get_hub, monkey
 from werkzeug.datastructures import MultiDict
 from werkzeug.formparser import FormDataParser
 
-from app.http.connection import read_body
-from app.http.request_body import read_json
+from app.http.request_body import read_body, read_json
 from app.images.schema import ABSENT_AS_ZERO
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
 from protocol.image_files import MAX_BYTES, open_image
@@ -86,7 +85,7 @@ def _from_form(request: Request, edit: bool) -> ImageRequest:
 
 def _parse_form(request: Request) -> tuple[MultiDict[str, str], MultiDict[str, Any]]:
     # read whole, with the bounds that every body has; werkzeug by itself would spool pictures to files on disk
-    body = read_body(request.stream, request.content_length, MAX_FORM_BYTES)
+    body = read_body(request, MAX_FORM_BYTES)
     parser = FormDataParser(
         stream_factory=lambda *_, **__: BytesIO(),
         max_form_memory_size=_TEXT_BYTES,

@@ -68,8 +68,8 @@ def _create(services: Services, *, edit: bool) -> Response:
 
 
 def _answer(services: Services, job: ImageJob, *, as_base64: bool) -> dict[str, object]:
-    with closing(services.dispatcher.begin(job, job.task, Connection(request.environ))) as answer:
-        pictures = ready_images(answer)
+    with closing(services.dispatcher.begin(job, job.task, Connection(request.environ))) as reader:
+        pictures = ready_images(reader)
     created = int(time.time())
     if as_base64:
         return images_response_base64(created, job, pictures, load=services.pictures.get)

@@ -1,4 +1,4 @@
-"""A streamed chat from events to frames: what is sent, and how it ends. No socket, no Redis."""
+"""app.chat.response and app.http.sse: the frames of a streamed chat, and how it ends. No socket, no Redis."""
 
 import json
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.chat.response import ChatAnswer, ChunkEncoder, ChunkStream, completion
+from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream, completion
 from app.http.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
 from protocol.events import Delta, Event, Finished, Started, Usage
@@ -15,24 +15,24 @@ END: list[Event] = [Delta("", tokens=0, finish_reason="stop"), Finished(Usage(3,
 
 
 class Batches:
-    """What app.dispatch.dispatcher.EventReader gives, from a list; an exception in it is raised."""
+    """A reader of events from a list; raises the exceptions in it."""
 
     def __init__(self, batches: Iterable[list[Event] | Exception]) -> None:
         self._batches = list(batches)
-        self.over = False
+        self.finished = False
 
-    def take(self) -> list[Event]:
+    def next_events(self) -> list[Event]:
         batch = self._batches.pop(0)
         if isinstance(batch, Exception):
             raise batch
-        self.over = bool(batch) and isinstance(batch[-1], Finished)
+        self.finished = bool(batch) and isinstance(batch[-1], Finished)
         return batch
 
 
 def stream(*batches: list[Event] | Exception, n: int = 1, clock: Any = lambda: 0.0) -> list[bytes]:
     encoder = ChunkEncoder("cmpl-1", "m", n=n, include_usage=False)
-    chunks = ChunkStream(ChatAnswer(Batches(batches), n), encoder)
-    return list(EventStream(chunks.take, lambda: None, clock))
+    chunks = ChunkStream(ChatEventReader(Batches(batches), n), encoder)
+    return list(EventStream(chunks.next_frames, lambda: None, clock))
 
 
 def events(parts: list[bytes]) -> list[dict[str, Any]]:
@@ -40,7 +40,7 @@ def events(parts: list[bytes]) -> list[dict[str, Any]]:
     return [json.loads(f.removeprefix(b"data: ")) for f in frames if f.startswith(b"data: {")]
 
 
-def test_a_complete_answer_ends_with_done() -> None:
+def test_a_complete_response_ends_with_done() -> None:
     parts = stream([Started("w")], [Delta("one ")], [], [Delta("two"), *END])
     assert parts[-1] == DONE
     found = events(parts)
@@ -53,14 +53,14 @@ def test_a_complete_answer_ends_with_done() -> None:
     assert found[-1]["usage"]["completion_tokens"] == 2
 
 
-def test_all_in_one_batch_is_a_complete_answer_too() -> None:
+def test_events_in_one_batch_are_a_complete_response_too() -> None:
     parts = stream([Started("w"), Delta("one"), *END])
     assert parts[-1] == DONE
     assert len(events(parts)) == 3
 
 
 @pytest.mark.parametrize("error", [WorkerLost("the worker died"), ValueError("a prompt")])
-def test_a_failure_in_mid_answer_is_an_event_and_no_done(error: Exception) -> None:
+def test_a_failure_after_the_first_token_is_an_event_without_done(error: Exception) -> None:
     parts = stream([Delta("one")], error)
     assert DONE not in parts
     last = events(parts)[-1]
@@ -68,8 +68,8 @@ def test_a_failure_in_mid_answer_is_an_event_and_no_done(error: Exception) -> No
     assert last["error"]["code"] and b"a prompt" not in parts[-1]
 
 
-def test_a_caller_who_left_gets_nothing_more() -> None:
-    parts = stream([Delta("one")], Cancelled("the caller has left"))
+def test_nothing_is_sent_after_a_disconnect() -> None:
+    parts = stream([Delta("one")], Cancelled("the client disconnected"))
     assert len(parts) == 1 and b"one" in parts[0]
 
 
@@ -83,12 +83,12 @@ def test_silence_is_filled_with_comments() -> None:
     silent: list[list[Event]] = [[] for _ in range(20)]
     parts = stream([Delta("one")], *silent, [Delta("two"), *END], clock=lambda: float(next(seconds)))
     comments = parts.count(COMMENT)
-    # the clock is read once for each second of silence, and once more for each part
+    # the clock is read once for each empty batch, and once more for each part that is sent
     assert 20 / (COMMENT_AFTER_S + 1) - 1 <= comments <= 20 / COMMENT_AFTER_S
     assert parts[-1] == DONE
 
 
-def test_a_worker_that_misses_the_deadline_still_ends_the_answer_properly() -> None:
+def test_a_response_ends_at_the_deadline_even_if_the_worker_does_not_end_it() -> None:
     late = DeadlineExceeded("too late")
     ended = Delta("", 0, 0, "stop")
     parts = stream([Delta("one", 0), Delta("two", 1), ended], late, n=2)
@@ -96,7 +96,7 @@ def test_a_worker_that_misses_the_deadline_still_ends_the_answer_properly() -> N
     reasons = {c["index"]: c["finish_reason"] for e in events(parts) for c in e["choices"]}
     assert reasons == {0: "stop", 1: "length"}
     assert events(parts)[-1]["usage"]["completion_tokens"] == 2
-    plain = completion(ChatAnswer(Batches([[Delta("one", 0)], late]), 1), "cmpl-1", "m", n=1)
+    plain = completion(ChatEventReader(Batches([[Delta("one", 0)], late]), 1), "cmpl-1", "m", n=1)
     assert plain["choices"][0]["finish_reason"] == "length" and plain["usage"]["completion_tokens"] == 1
 
 

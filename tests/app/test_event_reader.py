@@ -1,4 +1,4 @@
-"""app.dispatch.dispatcher.EventReader: what a reader gets that comes late, or whose caller leaves."""
+"""app.dispatch.dispatcher.EventReader: reads after the deadline, during a shutdown, after a disconnect."""
 
 import time
 from typing import Any
@@ -11,50 +11,50 @@ from protocol.event_router import Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 
 
-class Caller:
+class Client:
     left = False
 
-    def gone(self) -> bool:
+    def disconnected(self) -> bool:
         return self.left
 
 
-def answer(
+def reader_of(
     *events: Event, late: bool = False, draining_for_s: float = 0.0
-) -> tuple[EventReader, Caller, list[Any]]:
-    """An answer whose inbox holds `events`, at a moment when its caller, deadline and server are looked at."""
+) -> tuple[EventReader, Client, list[Any]]:
+    """A reader whose inbox holds `events`; its next call checks client, deadline and server."""
     inbox = Inbox("r", "m")
     for seq, event in enumerate(events):
         inbox.feed(Envelope("r", seq, event))
-    ends: list[Any] = []
-    caller = Caller()
-    made = EventReader(
+    closed: list[Any] = []
+    client = Client()
+    reader = EventReader(
         inbox,
-        caller,
+        client,
         ends_at=time.monotonic() - (DEADLINE_GRACE_S + 1 if late else -100),
         draining_for_s=lambda: draining_for_s,
-        end=lambda inbox, complete: ends.append((inbox.request_id, complete)),
+        on_close=lambda inbox, finished: closed.append((inbox.request_id, finished)),
     )
-    made._check_at = 0.0
-    return made, caller, ends
+    reader._check_at = 0.0
+    return reader, client, closed
 
 
-def test_an_end_that_has_come_counts_however_late_it_is_read() -> None:
+def test_a_terminal_event_that_has_arrived_wins_over_an_expired_deadline() -> None:
     events: list[Event] = [Delta("one", finish_reason="stop"), Finished(Usage(1, 1))]
-    made, _, ends = answer(*events, late=True, draining_for_s=100)
-    assert made.take() == events
-    assert made.over
-    made.close()
-    assert ends == [("r", True)]
+    reader, _, closed = reader_of(*events, late=True, draining_for_s=100)
+    assert reader.next_events() == events
+    assert reader.finished
+    reader.close()
+    assert closed == [("r", True)]
 
 
-def test_a_failure_is_raised_after_what_came_before_it_and_not_as_a_deadline() -> None:
-    made, _, ends = answer(Started("w"), Delta("one"), Failed("worker_lost", "it died"), late=True)
-    assert made.take() == [Started("w"), Delta("one")]
+def test_a_failure_is_raised_after_the_events_before_it_and_wins_over_the_deadline() -> None:
+    reader, _, closed = reader_of(Started("w"), Delta("one"), Failed("worker_lost", "it died"), late=True)
+    assert reader.next_events() == [Started("w"), Delta("one")]
     for _ in range(2):
         with pytest.raises(WorkerLost):
-            made.take()
-    made.close()
-    assert ends == [("r", False)]
+            reader.next_events()
+    reader.close()
+    assert closed == [("r", False)]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +65,10 @@ def test_a_failure_is_raised_after_what_came_before_it_and_not_as_a_deadline() -
         (Cancelled, False, 0.0, True),
     ],
 )
-def test_a_stream_that_never_falls_silent_is_looked_after_too(
+def test_a_stream_that_is_never_silent_is_checked_too(
     kind: type[Exception], late: bool, draining_for_s: float, left: bool
 ) -> None:
-    made, caller, _ = answer(Started("w"), Delta("one"), late=late, draining_for_s=draining_for_s)
-    caller.left = left
+    reader, client, _ = reader_of(Started("w"), Delta("one"), late=late, draining_for_s=draining_for_s)
+    client.left = left
     with pytest.raises(kind):
-        made.take()
+        reader.next_events()

@@ -1,4 +1,4 @@
-"""What a web process knows of the workers between two looks."""
+"""app.dispatch.worker_view.WorkerView: when it answers from its snapshot, and when it refreshes it."""
 
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ from protocol.leases import WorkerRecord
 
 
 class Records:
-    """Leases that a test writes; counts how often they are read."""
+    """Leases with the records that a test gives them; counts the reads."""
 
     def __init__(self) -> None:
         self.found: list[Any] = []
@@ -29,14 +29,14 @@ class Ready(msgspec.Struct):
     state: str = "ready"
 
 
-def test_it_looks_again_before_it_says_no_and_not_for_each_caller(monkeypatch: Any) -> None:
+def test_it_refreshes_before_it_says_no_but_not_for_each_request(monkeypatch: Any) -> None:
     now = 100.0
     monkeypatch.setattr("app.dispatch.worker_view.time.monotonic", lambda: now)
     records = Records()
     worker_view = WorkerView(cast(Any, records))
     worker_view.refresh()
     records.found = [cast(WorkerRecord, Ready("echo"))]
-    assert not worker_view.has_ready("echo", look_again=True), "it has just looked"
+    assert not worker_view.has_ready("echo", look_again=True), "the snapshot is new"
     now += 0.2
     assert not worker_view.has_ready("echo")
     assert worker_view.has_ready("echo", look_again=True)
