@@ -1,14 +1,20 @@
 """Connections to Redis: redis-py for our keys, Celery for the queue. Made by composition roots, never at import."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import redis
 from celery import Celery
 from kombu import Queue
+from kombu.exceptions import KombuError
 from kombu.transport import TRANSPORT_ALIASES
 from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from catalogue import Catalogue
 from config import Settings
+from protocol.errors import QueueUnavailable
 from protocol.names import Keys
 
 RedisClient = redis.Redis
@@ -18,6 +24,18 @@ SOCKET_TIMEOUT_S = 4.0
 """A stalled Redis must be an error before a caller's patience ends: 503 within 8 s (issue: Redis down)."""
 
 MAX_CONNECTIONS = 64
+
+QUEUE_ERRORS = (RedisError, KombuError)
+"""What redis-py, and Celery over it, raise when Redis can't be reached or refuses a command."""
+
+
+@contextmanager
+def queue_errors() -> Iterator[None]:
+    """Raise QueueUnavailable for the errors of Redis and of Celery's connection to it, where a client waits."""
+    try:
+        yield
+    except (*QUEUE_ERRORS, OSError) as error:  # kombu lets some errors of its socket through
+        raise QueueUnavailable from error
 
 
 def connect_redis(settings: Settings) -> RedisClient:

@@ -1,119 +1,183 @@
-"""Everything that can go wrong for a caller, as one tree. Each class is one HTTP status and one stable word.
+"""Everything that can go wrong for a client, as one tree. Each class is one HTTP status and one stable code.
 
 ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
-├─ Unauthorized 401 · ModelNotFound 404 · NotFound 404 · MethodNotAllowed 405 · RequestTimeout 408 · PayloadTooLarge 413
-├─ RateLimited 429 · InternalError 500 (EngineError, OutOfMemory)
+├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408 · PayloadTooLarge 413
+├─ RateLimited 429 · Cancelled 499 · InternalError 500 (EngineError, OutOfMemory)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, ShuttingDown)
 └─ DeadlineExceeded 504
-Cancelled: nobody waits for the answer any more.
 
-A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt.
+A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt. Workers send
+these errors as `protocol.events.Failed`, the web process makes them of it again.
 """
+
+from typing import ClassVar
 
 
 class ServiceError(Exception):
-    """Base. `retry_after_s` becomes the Retry-After header when set."""
+    """Base. Raised itself only for HTTP errors of the framework that have no class here.
+
+    `message` may be left out where the class has a default one. `param` names the field of the request at fault;
+    `retry_after_s` becomes the Retry-After header.
+    """
 
     status = 500
     code = "internal_error"
     type = "server_error"
+    default_message: ClassVar[str] = ""
+    default_retry_after_s: ClassVar[float | None] = None
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
-        super().__init__(message)
-        self.message = message
+    def __init__(
+        self, message: str = "", *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        self.message = message or self.default_message
+        if not self.message:
+            raise TypeError(f"{type(self).__name__} has no default message: say what was wrong")
+        super().__init__(self.message)
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.retry_after_s = self.default_retry_after_s if retry_after_s is None else retry_after_s
 
 
 class InvalidRequest(ServiceError):
+    """Raised by the web process, and by an engine that knows better, for a body or field that can't be served."""
+
     status, code, type = 400, "invalid_request", "invalid_request_error"
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """Raised by the chat engine when prompt and answer don't fit the model's context or the KV cache."""
+
     code = "context_length_exceeded"
 
 
 class InvalidImage(InvalidRequest):
+    """Raised by both sides for an image that can't be fetched, read or decoded, or that is too large."""
+
     code = "invalid_image"
 
 
 class UnsupportedParameter(InvalidRequest):
+    """Raised by both sides for a field that is understood and not supported by this model or service."""
+
     code = "unsupported_parameter"
 
 
 class Unauthorized(ServiceError):
+    """Raised by the web process when API_KEYS is set and the request carries none of them."""
+
     status, code, type = 401, "invalid_api_key", "authentication_error"
 
 
 class NotFound(ServiceError):
+    """Raised by the web process for an unknown path, and for an image that isn't in the store any more."""
+
     status, code, type = 404, "not_found", "invalid_request_error"
 
 
 class ModelNotFound(NotFound):
+    """Raised by the web process for a model that isn't in the catalogue."""
+
     code = "model_not_found"
 
 
 class MethodNotAllowed(ServiceError):
+    """Raised by the web process for a known path with another method."""
+
     status, code, type = 405, "method_not_allowed", "invalid_request_error"
 
 
 class RequestTimeout(ServiceError):
+    """Raised by the web process when a request's body arrives too slowly."""
+
     status, code, type = 408, "request_timeout", "invalid_request_error"
 
 
 class PayloadTooLarge(ServiceError):
+    """Raised by the web process for a body or an image file with too many bytes."""
+
     status, code, type = 413, "payload_too_large", "invalid_request_error"
 
 
 class RateLimited(ServiceError):
+    """Raised by the web process when a key has sent more requests than RATE_LIMIT allows."""
+
     status, code, type = 429, "rate_limit_exceeded", "rate_limit_error"
 
 
+class Cancelled(ServiceError):
+    """Raised when the client has disconnected; only logs and counters see it. 499 is nginx's status for it."""
+
+    status, code, type = 499, "cancelled", "invalid_request_error"
+    default_message = "the client disconnected"
+
+
 class InternalError(ServiceError):
-    pass
+    """Made by the web process of any exception that it didn't expect, and of a failure with an unknown code."""
+
+    default_message = "an unexpected error occurred in this server; try again later"
 
 
 class EngineError(InternalError):
+    """Made by a worker when its engine fails on one request."""
+
     code = "engine_error"
+    default_message = "the model failed on this request"
 
 
 class OutOfMemory(InternalError):
+    """Made by a worker when the device has too little memory for one request."""
+
     code = "out_of_memory"
+    default_message = "the model ran out of memory on this request; send a smaller one"
 
 
 class Unavailable(ServiceError):
+    """Raised by the web process when something else than the cases below is missing for a moment."""
+
     status, code = 503, "unavailable"
 
 
 class NoWorker(Unavailable):
+    """Raised by the web process when no ready worker serves the model."""
+
     code = "no_worker"
+    default_retry_after_s = 10
 
 
 class Overloaded(Unavailable):
+    """Raised by the web process when too many requests wait for the model, or too many images are being fetched."""
+
     code = "overloaded"
 
 
 class QueueUnavailable(Unavailable):
+    """Raised by the web process when Redis can't be reached, or has lost a request's data."""
+
     code = "queue_unavailable"
+    default_message = "the queue can't be reached; try again soon"
+    default_retry_after_s = 5
 
 
 class WorkerLost(Unavailable):
+    """Made when a worker ends in the middle of a request: by that worker if it still can, else by the web process."""
+
     code = "worker_lost"
+    default_message = "the worker that was generating this response was lost; send the request again"
 
 
 class ShuttingDown(Unavailable):
+    """Raised by the web process, and made by a worker, for a request that can't be finished before it stops."""
+
     code = "shutting_down"
+    default_message = "this server is shutting down; send the request again"
+    default_retry_after_s = 5
 
 
 class DeadlineExceeded(ServiceError):
+    """Made by a worker at a request's deadline, and raised by the web process for a worker that doesn't."""
+
     status, code, type = 504, "deadline_exceeded", "timeout_error"
-
-
-class Cancelled(ServiceError):
-    """The caller left. Never seen by anybody but logs and counters; 499 is nginx's word for it."""
-
-    status, code, type = 499, "cancelled", "invalid_request_error"
+    default_message = "the response was not complete before the deadline; request less or try again later"
 
 
 def _tree(cls: type[ServiceError]) -> list[type[ServiceError]]:
@@ -124,5 +188,5 @@ _by_code = {cls.code: cls for cls in _tree(ServiceError)}
 
 
 def from_code(code: str, message: str, param: str | None = None) -> ServiceError:
-    """The error that a worker's `Failed` event stands for. An unknown word (a newer worker) is an InternalError."""
+    """The error that a worker's `Failed` event stands for. An unknown code (of a newer worker) is an InternalError."""
     return _by_code.get(code, InternalError)(message, param=param)

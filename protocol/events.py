@@ -5,6 +5,8 @@ A request's events are numbered from 0 without gaps; the last is `Finished` or `
 
 import msgspec
 
+from protocol.errors import ServiceError
+
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Tokens counted by the engine. `cached_tokens`: the part of the prompt whose KV was not computed again."""
@@ -76,11 +78,16 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
-    """The request failed. `code` is one of protocol.errors' stable words; `message` is fit for the caller's eyes."""
+    """The request failed: an error of protocol.errors on its way. `message` is fit for the client's eyes."""
 
     code: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: ServiceError) -> "Failed":
+        """The event that stands for `error`; `protocol.errors.from_code` is the reverse."""
+        return cls(error.code, error.message, error.param)
 
 
 Event = Started | Delta | Progress | ImageReady | Finished | Failed

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import msgspec
 from celery import Celery
-from kombu.exceptions import KombuError
-from redis.exceptions import RedisError
 
 from protocol import jobs
-from protocol.connections import RedisClient
-from protocol.errors import Overloaded, QueueUnavailable
+from protocol.connections import RedisClient, queue_errors
+from protocol.errors import Overloaded
 from protocol.jobs import Job
 from protocol.names import GENERATE_TASK, Keys
 
@@ -105,10 +103,8 @@ class JobQueue:
             fields += [name, data]
         keys = [self._keys.waiting(job.model), self._keys.job(job.id)]
         args = [job.id, deadline_s, max_waiting, JOB_GRACE_S, self._keys.completions(job.model), *fields]
-        try:
+        with queue_errors():
             admitted, *rest = self._admit(keys=keys, args=args)
-        except RedisError as error:
-            raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5) from error
         if not admitted:
             waiting, wait_s = rest
             raise Overloaded(
@@ -122,7 +118,7 @@ class JobQueue:
 
         A failed publish is ambiguous (the message may have been queued): the caller cancels the id.
         """
-        try:
+        with queue_errors():
             self._celery.send_task(
                 GENERATE_TASK,
                 args=[request_id],
@@ -133,8 +129,6 @@ class JobQueue:
                 # nobody replies; left out, Celery computes an address for each thread and keeps it
                 reply_to="none",
             )
-        except (RedisError, KombuError, OSError) as error:
-            raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5) from error
 
     def cancel(self, request_id: str, model: str) -> None:
         """Nobody waits any more: a worker drops the job at its claim or within a second while it runs."""

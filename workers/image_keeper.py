@@ -2,6 +2,7 @@
 
 import logging
 
+from protocol.errors import EngineError
 from protocol.events import Event, Failed, ImageReady
 from protocol.image_store import ImageStore, ImageTooLarge
 
@@ -17,7 +18,5 @@ def keep_image(store: ImageStore, event: Event) -> Event:
         store.put(name, event.png)
     except ImageTooLarge as error:
         log.error("%s", error)
-        return Failed(
-            "engine_error", "the picture is larger than this server can keep; ask for a smaller one"
-        )
+        return Failed.of(EngineError("the image is larger than this server can keep; ask for a smaller one"))
     return ImageReady(event.index, event.seed, event.width, event.height, name=name)

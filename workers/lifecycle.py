@@ -24,6 +24,7 @@ from config import Settings
 from node.client import default_cid
 from node.registrar import build_registrar
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
+from protocol.errors import WorkerLost
 from protocol.event_sender import EventSender
 from protocol.events import Failed
 from protocol.image_store import ImageStore
@@ -222,9 +223,7 @@ class WorkerProcess:
         self._state = "draining"
         self._registrar.drain()
         if self._runner is not None:
-            self._runner.fail_all(
-                Failed("worker_lost", "the worker that generated this answer failed; send it again")
-            )
+            self._runner.fail_all(Failed.of(WorkerLost()))
             self._sender.stop(2.0)
         if status != EXIT_CONFIGURATION:
             self._release()

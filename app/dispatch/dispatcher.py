@@ -109,13 +109,11 @@ class EventReader:
 
     def _check(self, now: float) -> None:
         if self._client.disconnected():
-            raise Cancelled("the client disconnected")
+            raise Cancelled
         if now >= self._ends_at + DEADLINE_GRACE_S:
-            raise DeadlineExceeded(
-                "the response was not complete before the deadline; request less or try again later"
-            )
+            raise DeadlineExceeded
         if self._draining_for_s() > DRAIN_STREAMS_S:
-            raise ShuttingDown("this server is stopping; send the request again")
+            raise ShuttingDown
 
 
 class Dispatcher:
@@ -180,13 +178,11 @@ class Dispatcher:
 
     def _refuse_early(self, model: str) -> None:
         if not self._worker_view.reachable or not self._router.subscribed.is_set():
-            raise QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5)
+            raise QueueUnavailable
         if not self._worker_view.has_ready(model, look_again=True):
-            raise NoWorker(
-                f"no worker serves model {model!r} at the moment; try again soon", retry_after_s=10
-            )
+            raise NoWorker(f"no worker serves model {model!r} at the moment; try again soon")
         if self._draining_for_s() > 0:
-            raise ShuttingDown("this server is stopping; try again soon", retry_after_s=5)
+            raise ShuttingDown
 
     def _close(self, inbox: Inbox, finished: bool) -> None:
         """Stop listening to a request; cancel it unless it is finished."""

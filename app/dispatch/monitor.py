@@ -88,7 +88,7 @@ class RequestMonitor(threading.Thread):
                 continue
             incarnation_id = inbox.incarnation_id or claim
             if failure := self._find_failure(inbox, incarnation_id, claim, job_exists):
-                inbox.fail(events.Failed(failure.code, failure.message))
+                inbox.fail(events.Failed.of(failure))
             elif incarnation_id is None:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
@@ -123,7 +123,7 @@ class RequestMonitor(threading.Thread):
                 "the queue lost its data while this request was running; send the request again"
             )
         if incarnation_id is not None and self._worker_view.is_lost(incarnation_id):
-            return WorkerLost("the worker that was generating this response died; send the request again")
+            return WorkerLost()
         if incarnation_id is None and not job_exists:
             return QueueUnavailable(
                 "the queue lost its data while this request was waiting; send the request again"
@@ -162,7 +162,7 @@ class RequestMonitor(threading.Thread):
                 try:
                     self._queue.send(inbox.request_id, inbox.model, expires_s=inbox.expires_s)
                 except QueueUnavailable as error:
-                    inbox.fail(events.Failed(error.code, error.message))
+                    inbox.fail(events.Failed.of(error))
 
 
 def _is_silent(inbox: Inbox, now: float) -> bool:

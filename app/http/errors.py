@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 from flask import Flask, Response
-from redis.exceptions import RedisError
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WrongMethod
 
+from protocol.connections import QUEUE_ERRORS
 from protocol.errors import (
     InternalError,
     MethodNotAllowed,
@@ -70,16 +70,17 @@ def register_error_handlers(app: Flask) -> None:
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
         return response
 
-    def redis_error(error: RedisError) -> Response:
-        return error_response(QueueUnavailable("the queue can't be reached; try again soon", retry_after_s=5))
+    def queue_error(error: Exception) -> Response:
+        return error_response(QueueUnavailable())
 
     def unexpected(error: Exception) -> Response:
         log_unexpected(log, "unexpected error", error)
-        return error_response(InternalError("an unexpected error occurred in this server; try again later"))
+        return error_response(InternalError())
 
     app.register_error_handler(ServiceError, service_error)
     app.register_error_handler(HTTPException, http_exception)
-    app.register_error_handler(RedisError, redis_error)
+    for kind in QUEUE_ERRORS:
+        app.register_error_handler(kind, queue_error)
     app.register_error_handler(Exception, unexpected)
 
 

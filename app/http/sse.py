@@ -63,7 +63,7 @@ class EventStream:
         except Exception as error:
             self._ended = True
             log_unexpected(log, "unexpected error in a stream", error)
-            failure = InternalError("an unexpected error occurred in this server; try again later")
+            failure = InternalError()
             return frame(msgspec.json.encode(error_body(failure)))
         self._last_sent = self._clock()
         if frames is None:

@@ -34,18 +34,18 @@ class Engine(Protocol):
     def submit(self, job: Job) -> None:
         """Take a job and return at once. Its events reach `emit`, ended by exactly one Finished or Failed, always.
 
-        Never raises for what the job asks: that is a Failed event with a code of protocol.errors.
+        Never raises for what the job asks: that is a Failed event made from a class of protocol.errors.
         """
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         """Stop a job within two steps, from any thread; unknown ids are ignored.
 
-        "cancelled" ends it with Failed("cancelled"). "deadline" ends a chat that has a token properly, with
-        finish_reason "length", and anything else with Failed("deadline_exceeded").
+        "cancelled" fails it with Cancelled. "deadline" ends a chat that has a token properly, with finish_reason
+        "length", and fails anything else with DeadlineExceeded.
         """
 
     def status(self) -> EngineStatus:
         """A snapshot that never blocks, also while the device hangs."""
 
     def close(self) -> None:
-        """Stop the threads and free the device. What still runs fails with "shutting_down"."""
+        """Stop the threads and free the device. What still runs fails with ShuttingDown."""

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 from PIL import Image
 
 from catalogue import ModelEntry
+from protocol.errors import Cancelled, DeadlineExceeded, EngineError, OutOfMemory, ShuttingDown
 from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
 from protocol.jobs import ChatJob, ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
@@ -73,7 +74,7 @@ class EchoEngine:
                     self._lock.wait()
                 running = list(self._jobs.items())
             if self._closing:
-                self._emit([(name, Failed("shutting_down", "the worker is stopping")) for name, _ in running])
+                self._emit([(name, Failed.of(ShuttingDown())) for name, _ in running])
                 return
             time.sleep(self._step_s)
             gained = [(name, event) for name, job in running for event in self._step(job)]
@@ -86,7 +87,7 @@ class EchoEngine:
 
     def _step(self, running: _Running) -> list[Event]:
         if running.cancelled == "cancelled":
-            return [Failed("cancelled", "nobody waits for this any more")]
+            return [Failed.of(Cancelled())]
         if isinstance(running.job, ImageJob):
             return self._picture_step(running, running.job)
         fault = str(running.job.messages[-1]["content"])
@@ -103,7 +104,7 @@ class EchoEngine:
 
     def _picture_step(self, running: _Running, job: ImageJob) -> list[Event]:
         if running.cancelled == "deadline":
-            return [Failed("deadline_exceeded", "the picture was not ready before the deadline")]
+            return [Failed.of(DeadlineExceeded())]
         running.done += 1
         progress = Progress(running.done, running.total)
         if running.done < running.total:
@@ -116,9 +117,9 @@ class EchoEngine:
 
     def _misbehave(self, fault: str) -> list[Event]:
         if fault == "raise":
-            return [Failed("engine_error", "the engine failed on this request")]
+            return [Failed.of(EngineError())]
         if fault == "out of memory":
-            return [Failed("out_of_memory", "the GPU has too little memory for this request; ask for less")]
+            return [Failed.of(OutOfMemory())]
         if fault == "die":
             raise SystemExit
         threading.Event().wait()

@@ -18,17 +18,17 @@ def failure_of(error: Exception) -> Failed:
     of torch, whose texts hold shapes, devices and sizes.
     """
     if isinstance(error, ServiceError):
-        return Failed(error.code, error.message, error.param)
+        return Failed.of(error)
     trace = "".join(traceback.format_tb(error.__traceback__))
-    if is_out_of_memory(error):
+    if _is_out_of_memory(error):
         log.error("out of memory: %s\n%s", error, trace)
-        return Failed(OutOfMemory.code, "the model ran out of memory on this request; send a smaller one")
+        return Failed.of(OutOfMemory())
     text = f": {error}" if isinstance(error, RuntimeError) else ""
     log.error("%s%s\n%s", type(error).__name__, text, trace)
-    return Failed(EngineError.code, "the model failed on this request")
+    return Failed.of(EngineError())
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether memory ran out on the GPU, or on the CPU, where torch raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 

@@ -12,7 +12,7 @@ from collections import deque
 import torch
 
 from catalogue import ChatEngineOptions, ModelEntry
-from protocol.errors import ServiceError, ShuttingDown
+from protocol.errors import EngineError, ServiceError, ShuttingDown, WorkerLost
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
@@ -23,6 +23,7 @@ from workers.engines.chat.outputs import OpenRequests
 from workers.engines.chat.sampling.sampler import Sampled
 from workers.engines.chat.scheduler import Work
 from workers.engines.chat.sequence import Request, Sequence
+from workers.engines.failures import failure_of
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +73,19 @@ class ChatEngine:
             closed = self._closed
         try:
             if closed:
-                raise ShuttingDown("the worker is stopping; try again")
+                raise ShuttingDown
             request = self._parts.prompts.build(job)
             with self._lock:
                 if not self._closed:
                     self._inbox.append(request)
                     self._wake.set()
                     return
-            raise ShuttingDown("the worker is stopping; try again")
+            raise ShuttingDown
         except ServiceError as error:
-            failed = Failed(error.code, error.message, error.param)
+            failed = Failed.of(error)
         except Exception:
             log.exception("request %s could not be prepared", job.id)
-            failed = Failed("engine_error", "the request could not be prepared")
+            failed = Failed.of(EngineError("the request could not be prepared"))
         with self._lock:
             self._open.discard(job.id)
             self._cancels.pop(job.id, None)
@@ -114,17 +115,17 @@ class ChatEngine:
     def _run(self) -> None:
         # torch counts its threads by calling thread
         torch.set_num_threads(self._parts.torch_threads)
-        code, message = "worker_lost", "the model's engine broke; try again"
+        failure = Failed.of(WorkerLost())
         try:
             while not self._closing:
                 if not self.step():
                     self._wake.wait()
                     self._wake.clear()
-            code, message = "shutting_down", "the worker is stopping; try again"
+            failure = Failed.of(ShuttingDown())
         except BaseException:
             log.exception("the chat engine of %s is dead", self.entry.name)
         finally:
-            self._end_all(code, message)
+            self._end_all(failure)
 
     def step(self) -> bool:
         """One turn: take in, pick, compute, choose tokens, send. False: there was nothing to do."""
@@ -169,14 +170,9 @@ class ChatEngine:
         try:
             self._forward(part)
         except Exception as error:
-            log.exception("a part of a step failed")
             (sequence,) = part.sequences()
             self.metrics.failures += 1
-            if _is_out_of_memory(error):
-                code, message = "out_of_memory", "the device ran out of memory for this request"
-            else:
-                code, message = "engine_error", "the model failed on this request"
-            self._requests.fail(sequence.request, code, message)
+            self._requests.fail(sequence.request, failure_of(error))
 
     def _forward(self, work: Work) -> None:
         chunks = [_chunk(sequence, 1) for sequence in work.decode]
@@ -195,7 +191,7 @@ class ChatEngine:
             except Exception:
                 log.exception("request %s: a token could not be taken in", sequence.request.id)
                 self.metrics.failures += 1
-                self._requests.fail(sequence.request, "engine_error", "the engine failed on this request")
+                self._requests.fail(sequence.request, Failed.of(EngineError()))
 
     def _choose(self, work: Work, chunks: list[Chunk]) -> tuple[list[Sequence], list[Sampled]]:
         """Run the model; the sequences that are computed to their end, and a token for each."""
@@ -252,14 +248,14 @@ class ChatEngine:
             # whoever takes the events has lost them; the engine serves the others
             log.exception("emit failed for %d events", len(events))
 
-    def _end_all(self, code: str, message: str) -> None:
+    def _end_all(self, failure: Failed) -> None:
         """The thread ends: nobody may wait for ever."""
         with self._lock:
             self._closed = True
         while self._inbox:
             self._requests.add(self._inbox.popleft())
         for request in list(self._requests.by_id.values()):
-            self._requests.fail(request, code, message)
+            self._requests.fail(request, failure)
         self._send()
 
     def _forget(self, request_id: str) -> None:
@@ -274,8 +270,3 @@ def _chunk(sequence: Sequence, count: int) -> Chunk:
     return Chunk(
         sequence.slot, sequence.computed, sequence.tokens(sequence.computed, end), end == sequence.length
     )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch has an exception of its own for devices only
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

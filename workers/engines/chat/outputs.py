@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from protocol.errors import Cancelled, DeadlineExceeded
 from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
 from workers.engines.chat.detokenizer import Vocabulary
@@ -83,12 +84,12 @@ class OpenRequests:
         if request.finished == len(request.sequences):
             self._close(request, Finished(request.usage))
 
-    def fail(self, request: Request, code: str, message: str) -> None:
+    def fail(self, request: Request, failure: Failed) -> None:
         """End a request with an error."""
         for sequence in request.sequences:
             sequence.finished = True
         self._scheduler.remove(request.sequences)
-        self._close(request, Failed(code, message))
+        self._close(request, failure)
 
     def _close(self, request: Request, event: Event) -> None:
         if self.by_id.pop(request.id, None) is None:
@@ -109,9 +110,9 @@ class OpenRequests:
     def cancel(self, request: Request, reason: CancelReason) -> None:
         """As Engine.cancel says."""
         if reason == "cancelled":
-            self.fail(request, "cancelled", "the caller left")
+            self.fail(request, Failed.of(Cancelled()))
         elif not request.has_token:
-            self.fail(request, "deadline_exceeded", "no answer could be begun before the deadline")
+            self.fail(request, Failed.of(DeadlineExceeded()))
         else:
             for sequence in request.sequences:
                 if not sequence.finished:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from catalogue import ImageEngineOptions, ModelEntry
+from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
@@ -26,10 +27,10 @@ from workers.engines.images.request import Request, warm_up_requests
 _GATHER_S = 0.01
 """How long a call that isn't full waits for the rest of a burst; a request alone pays this once."""
 
-_SHUTTING_DOWN = Failed("shutting_down", "the worker is shutting down; try again")
+_SHUTTING_DOWN = Failed.of(ShuttingDown())
 _ENDS: dict[CancelReason, Failed] = {
-    "cancelled": Failed("cancelled", "the request was cancelled"),
-    "deadline": Failed("deadline_exceeded", "the pictures were not ready in time"),
+    "cancelled": Failed.of(Cancelled()),
+    "deadline": Failed.of(DeadlineExceeded()),
 }
 
 log = logging.getLogger(__name__)
