@@ -57,7 +57,7 @@ class Services:
     leases: Leases
     worker_view: WorkerView
     dispatcher: Dispatcher
-    pictures: ImageStore
+    image_store: ImageStore
     fetcher: ImageFetcher
     metrics: Metrics
     router: EventRouter
@@ -106,7 +106,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     )
     router = EventRouter(client, keys, web_id)
     drain_clock = DrainClock()
-    pictures = ImageStore(
+    image_store = ImageStore(
         client, keys.prefix, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
     return Services(
@@ -125,9 +125,11 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             worker_view=worker_view,
             draining_for_s=drain_clock,
         ),
-        pictures=pictures,
+        image_store=image_store,
         fetcher=ImageFetcher(
-            allowed_hosts=settings.allowed_image_hosts, public_url=settings.public_url, read_own=pictures.get
+            allowed_hosts=settings.allowed_image_hosts,
+            public_url=settings.public_url,
+            read_own=image_store.get,
         ),
         metrics=Metrics(worker_view, router),
         router=router,

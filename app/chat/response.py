@@ -107,7 +107,7 @@ class ChunkEncoder:
             if event.text or event.logprobs:
                 yield self._text(event)
             if event.finish_reason:
-                # the last finish chunk has usage, which comes with Finished: each is held until the next event
+                # the last finish chunk has usage, which comes with Finished: each is held until the next
                 yield from (frame(chunk + b"]}") for chunk in self._held)
                 self._held = [self._finish(event)]
         elif isinstance(event, Finished):

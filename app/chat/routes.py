@@ -39,7 +39,7 @@ def blueprint(services: Services) -> Blueprint:
 
 
 class _Asked(NamedTuple):
-    """What a response needs of its request. No more is kept, because thousands of streams are open at once."""
+    """What a response needs of its request. No more is kept: thousands of streams are open at once."""
 
     id: str
     model: str

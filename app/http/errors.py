@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def error_body(error: ServiceError) -> dict[str, Any]:
-    """Return the body of an error: the standard's `code` (the HTTP status) and `message`, OpenAI's `error`."""
+    """Return the body of an error: the standard's `code` (HTTP status) and `message`, OpenAI's `error`."""
     return {
         "code": error.status,
         "message": error.message,

@@ -1,9 +1,11 @@
-"""Downloading the picture that a caller's URL names, without becoming his way into our network (SSRF).
+"""Downloads of the images that requests name by URL, without giving clients access to the internal network
+(SSRF).
 
-A URL is taken apart once; every address its host resolves to is judged; the connection goes to a judged address, never
-to a name; each redirect starts over. Bytes, time, redirects and parallel downloads are bounded. Whatever is refused or
-fails gives one and the same text, so that nobody can map a network by our answers. Works with and without gevent: time is
-kept by a timer that shuts the socket, which wakes any read or handshake that still waits.
+A URL is parsed once. Every address that its host resolves to is checked, and the connection goes to a checked
+address, never to a name; each redirect starts over. Bytes, time, redirects and parallel downloads are
+bounded. Every refusal and every failure has the same message, so that responses do not reveal the network. It
+works with and without gevent: the time limit is a timer that shuts the socket down, which wakes any read or
+handshake that still waits.
 """
 
 import logging
@@ -19,7 +21,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-from app.images.public_address import is_own, is_public
+from app.images.public_address import is_public, is_this_machine
 from protocol.errors import InvalidImage, Overloaded
 from protocol.image_files import MAX_BYTES
 
@@ -40,20 +42,20 @@ _HEADERS = {
 log = logging.getLogger(__name__)
 
 Resolve = Callable[[str, int], Sequence[str]]
-"""All addresses of a host name or literal, as text. Raises OSError."""
+"""Returns all addresses of a host name or literal, as text. Raises OSError."""
 
 
 def resolve(host: str, port: int) -> list[str]:
-    """The system's resolver."""
+    """Resolve with the system's resolver."""
     return [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class _Refused(Exception):
-    """Why, for the log; the caller isn't told."""
+    """The reason for the log; the client is not told."""
 
 
 class _Target(NamedTuple):
-    """A URL, taken apart for good. `host` is ASCII, lower case, IPv6 without brackets."""
+    """A parsed URL. `host` is ASCII in lower case, an IPv6 address without brackets."""
 
     scheme: str
     host: str
@@ -67,7 +69,7 @@ class _Target(NamedTuple):
 
 
 class ImageFetcher:
-    """Downloads for one web process. Thread safe."""
+    """Downloads for one web process. Thread-safe."""
 
     def __init__(
         self,
@@ -78,8 +80,10 @@ class ImageFetcher:
         resolve: Resolve = resolve,
         tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`allowed_hosts`: "host" or "host:port" that the operator permits whatever its addresses and port are.
-        `read_own` gives a stored picture by name: links below `public_url` are read there and never fetched."""
+        """`allowed_hosts`: each "host" or "host:port"; the operator allows it with any address, and with any
+        port or that one. `read_own` returns an image of the store by name: links to it, below `public_url`,
+        are never fetched.
+        """
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._own_link = (
             re.compile(re.escape(public_url) + r"/v1/images/files/([A-Za-z0-9_-]+)") if public_url else None
@@ -91,23 +95,26 @@ class ImageFetcher:
         self._resolvers = ThreadPoolExecutor(PARALLEL, thread_name_prefix="resolve")
 
     def fetch(self, url: str, param: str = "image") -> bytes:
-        """The bytes behind a URL, at most MAX_BYTES. Raises InvalidImage, and Overloaded when all slots stay busy."""
+        """Download a URL, at most MAX_BYTES. `param` is the field that has it.
+
+        Raises InvalidImage, and Overloaded when too many downloads are running for too long.
+        """
         if self._own_link and (own := self._own_link.fullmatch(url)):
             if (png := self._read_own(own[1])) is None:
                 raise InvalidImage(
-                    f"{param}: this picture link has expired; send the picture itself", param=param
+                    f"{param}: this image link has expired; send the image itself", param=param
                 )
             return png
         if not self._slots.acquire(timeout=TOTAL_S):
-            raise Overloaded("too many pictures are being fetched; try again soon", retry_after_s=5)
+            raise Overloaded("too many images are being downloaded; try again soon", retry_after_s=5)
         try:
             return self._follow(url, time.monotonic() + TOTAL_S)
         except (_Refused, OSError, HTTPException, ValueError) as error:
             reason = str(error) if isinstance(error, _Refused) else type(error).__name__
-            log.info("a picture URL was not fetched: %s", reason)
+            log.info("an image URL was not downloaded: %s", reason)
             raise InvalidImage(
-                f"{param} could not be fetched; it must be a public http(s) URL on port 80 or 443 that gives a PNG, JPEG"
-                " or WEBP picture of at most 10 MiB within 15 s",
+                f"{param} could not be downloaded; it must be a public http(s) URL on port 80 or 443 that returns a"
+                " PNG, JPEG or WEBP image of at most 10 MiB within 15 s",
                 param=param,
             ) from None
         finally:
@@ -116,7 +123,7 @@ class ImageFetcher:
     def _follow(self, url: str, deadline: float) -> bytes:
         target = _parse(url)
         for _ in range(MAX_REDIRECTS + 1):
-            addresses = self._judge(target, deadline)
+            addresses = self._allowed_addresses(target, deadline)
             with self._get(target, addresses, deadline) as response:
                 if response.status not in _REDIRECTS:
                     return _body(response, deadline)
@@ -127,17 +134,17 @@ class ImageFetcher:
                 raise _Refused("redirect from https to http")
         raise _Refused("too many redirects")
 
-    def _judge(self, target: _Target, deadline: float) -> list[str]:
-        """The target's addresses, if it may be visited: one bad address condemns all."""
+    def _allowed_addresses(self, target: _Target, deadline: float) -> list[str]:
+        """Resolve a target. Raises _Refused if its port or any one of its addresses is not allowed."""
         host = f"[{target.host}]" if ":" in target.host else target.host
         allowed = host in self._allowed or f"{host}:{target.port}" in self._allowed
         if not allowed and target.port not in (80, 443):
             raise _Refused("port")
-        # in a thread, because a resolver takes no timeout; under gevent this is a greenlet
-        answer = self._resolvers.submit(self._resolve, target.host, target.port)
-        addresses = list(dict.fromkeys(answer.result(timeout=_left(deadline))))
+        # in a thread, because resolvers have no timeout; under gevent it is a greenlet
+        resolved = self._resolvers.submit(self._resolve, target.host, target.port)
+        addresses = list(dict.fromkeys(resolved.result(timeout=_remaining_s(deadline))))
         if not addresses or (
-            not allowed and not all(is_public(one) and not is_own(one) for one in addresses)
+            not allowed and not all(is_public(one) and not is_this_machine(one) for one in addresses)
         ):
             raise _Refused("address")
         return addresses
@@ -146,15 +153,17 @@ class ImageFetcher:
     def _get(self, target: _Target, addresses: Sequence[str], deadline: float) -> Iterator[HTTPResponse]:
         connection = HTTPConnection(target.host, target.port)
         plain = self._connect(addresses, target.port, deadline)
-        handle = plain.dup()  # TLS takes the socket over; this one still reaches the connection
-        alarm = threading.Timer(_left(deadline), _shut, [handle])
-        alarm.daemon = True
-        alarm.start()
+        handle = (
+            plain.dup()
+        )  # wrapping in TLS detaches the first socket object; the duplicate still reaches the connection
+        timer = threading.Timer(_remaining_s(deadline), _shut, [handle])
+        timer.daemon = True
+        timer.start()
         try:
             connection.sock = plain
             if target.scheme == "https":
                 connection.sock = self._tls.wrap_socket(plain, server_hostname=target.host)
-            connection.sock.settimeout(_left(deadline))
+            connection.sock.settimeout(_remaining_s(deadline))
             connection.putrequest("GET", target.path, skip_host=True, skip_accept_encoding=True)
             for name, value in {"Host": target.authority, **_HEADERS}.items():
                 connection.putheader(name, value)
@@ -162,22 +171,22 @@ class ImageFetcher:
             with connection.getresponse() as response:
                 yield response
         finally:
-            alarm.cancel()
+            timer.cancel()
             handle.close()
             connection.close()
             plain.close()
 
     def _connect(self, addresses: Sequence[str], port: int, deadline: float) -> socket.socket:
-        """To the first judged address that answers."""
+        """Connect to the first address that answers."""
         until = min(deadline, time.monotonic() + CONNECT_S)
         for address in addresses:
             with suppress(OSError):
-                return socket.create_connection((address, port), timeout=_left(until))
+                return socket.create_connection((address, port), timeout=_remaining_s(until))
         raise _Refused("no connection")
 
 
 def _parse(url: str) -> _Target:
-    """Take a URL apart. Raises _Refused and ValueError for all that parsers read differently."""
+    """Parse a URL. Raises _Refused and ValueError for everything that parsers disagree about."""
     if not _is_plain(url):
         raise _Refused("form")
     parts = urlsplit(url)
@@ -194,13 +203,13 @@ def _parse(url: str) -> _Target:
 
 
 def _is_plain(url: str) -> bool:
-    """Free of what makes parsers disagree: white space, control characters, backslashes, fragments."""
+    """Whether a URL has none of what parsers disagree about: white space, control characters, "\\", "#"."""
     return 0 < len(url) <= MAX_URL and not any(c <= " " or c in "\\#\x7f" or c.isspace() for c in url)
 
 
 def _body(response: HTTPResponse, deadline: float) -> bytes:
     if response.status != 200 or response.headers.get("Content-Encoding", "identity").lower() != "identity":
-        raise _Refused(f"answer {response.status}")
+        raise _Refused(f"status {response.status}")
     if (response.length or 0) > MAX_BYTES:
         raise _Refused("size")
     body = bytearray()
@@ -208,14 +217,15 @@ def _body(response: HTTPResponse, deadline: float) -> bytes:
         body += part
         if len(body) > MAX_BYTES:
             raise _Refused("size")
-        _left(deadline)
-    _left(deadline)  # the alarm's shut socket looks like an end
+        _remaining_s(deadline)
+    _remaining_s(deadline)  # a socket that the timer has shut down looks like an end of file
     if response.length:
         raise _Refused("cut short")
     return bytes(body)
 
 
-def _left(deadline: float) -> float:
+def _remaining_s(deadline: float) -> float:
+    """Return the seconds until a deadline. Raises _Refused after it."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise _Refused("time")

@@ -1,7 +1,7 @@
-"""Whether an IP address belongs to the public internet: the judgement behind every download on a caller's behalf.
+"""Whether an IP address belongs to the public internet, so that a download may connect to it.
 
-Stricter than `ipaddress.is_global`, which differs between Python releases and calls global what isn't for everybody:
-6to4 or NAT64 of a private address, a cloud's metadata address, multicast (docs/operations.md, "Pictures").
+Stricter than `ipaddress.is_global`, which differs between Python releases and is true for some addresses that
+lead to internal hosts: 6to4 or NAT64 of a private address, a cloud's metadata service, multicast.
 """
 
 import ipaddress
@@ -13,10 +13,10 @@ _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _FORBIDDEN = [
     ipaddress.ip_network(network)
     for network in (
-        "192.0.0.0/24",  # protocol assignments
+        "192.0.0.0/24",  # IETF protocol assignments
         "192.88.99.0/24",  # 6to4 relays
         "168.63.129.16/32",  # Azure's host agent
-        "2001::/23",  # protocol assignments; Teredo is among them
+        "2001::/23",  # IETF protocol assignments, with Teredo
         "3fff::/20",  # documentation
     )
 ]
@@ -25,7 +25,7 @@ _COMPATIBLE = ipaddress.ip_network("::/96")
 
 
 def is_public(text: str) -> bool:
-    """Whether an address, as a resolver gives it, may be connected to. False for what is no address."""
+    """Whether an address, as a resolver returns it, is public. False for text that is not an address."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -34,17 +34,19 @@ def is_public(text: str) -> bool:
         if address.scope_id is not None:
             return False
         inner = list(_inner(address))
-        # mapped and NAT64 addresses are nothing but their IPv4; the tunnels must be public outside, too
+        # mapped and NAT64 addresses mean only their IPv4 address; of tunnels the outer address must be public
+        # too
         if address.ipv4_mapped or address in _NAT64:
             return all(map(_is_public, inner))
         return all(map(_is_public, inner)) and _is_public(address)
     return _is_public(address)
 
 
-def is_own(text: str) -> bool:
-    """Whether this machine has the address: its own services are nobody's public pictures.
+def is_this_machine(text: str) -> bool:
+    """Whether the address belongs to this machine, whose services must not be reached through a download.
 
-    Connecting a datagram socket sends nothing; the kernel only chooses the route, and to itself it goes from itself.
+    Connecting a datagram socket sends nothing. The kernel chooses a route, and the source address of the
+    route to an address of this machine is that address.
     """
     family = socket.AF_INET6 if ":" in text else socket.AF_INET
     try:
@@ -63,7 +65,7 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _inner(address: IPv6Address) -> Iterator[IPv4Address]:
-    """IPv4 addresses that packets to this one may end up at."""
+    """Yield the IPv4 addresses that packets to this address may be sent on to."""
     if address.ipv4_mapped:
         yield address.ipv4_mapped
     if address.sixtofour:

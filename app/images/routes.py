@@ -10,15 +10,9 @@ from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import ignored_params
 from app.http.validation import parse
-from app.images.body import read_image_request
-from app.images.schema import (
-    ImageEditRequest,
-    ImageGenerationRequest,
-    images_response,
-    images_response_base64,
-    only_model,
-    ready_images,
-)
+from app.images.body import read_image_body
+from app.images.response import collect_images, images_response, images_response_base64
+from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
 from app.services import Services
 from protocol.errors import NotFound
 from protocol.jobs import ImageJob
@@ -39,10 +33,10 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get(f"{FILES}<name>")
     def get_image_file(name: str) -> Response:
-        png = services.pictures.get(name)
+        png = services.image_store.get(name)
         if png is None:
             ttl_s = services.settings.image_ttl_s
-            raise NotFound(f"no such picture; links work for {ttl_s} s at most, and the oldest go first")
+            raise NotFound(f"no such image; links expire after {ttl_s} s, or earlier when the store is full")
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600, immutable"}
         return Response(png, content_type="image/png", headers=headers)
 
@@ -50,15 +44,15 @@ def blueprint(services: Services) -> Blueprint:
 
 
 def _create(services: Services, *, edit: bool) -> Response:
-    """Both end points: a form with a picture is an edit at either, since the node knows one URL of a model alone."""
-    received = read_image_request(request, edit=edit)
+    """Answer either endpoint. A form with an image is an edit at both, as the node knows one URL a model."""
+    received = read_image_body(request, edit=edit)
     fields = received.fields
     schema = ImageEditRequest if received.task == "edit" else ImageGenerationRequest
     if received.is_form and "model" not in fields:
         fields = {**fields, "model": only_model(services.catalogue, received.task)}
-    body = parse(schema, fields, strict=received.strict)
+    body = parse(schema, fields, strict=False if received.is_form else None)
     entry = services.dispatcher.entry(body.model, received.task)
-    # every bound is checked before anything is downloaded for this request
+    # everything is validated before an image is downloaded for this request
     job = received.attach(body.to_job(f"img-{uuid.uuid4().hex}", entry), services.fetcher.fetch)
     response = json_response(_answer(services, job, as_base64=body.response_format == "b64_json"))
     response.headers["X-Request-Id"] = job.id
@@ -69,9 +63,9 @@ def _create(services: Services, *, edit: bool) -> Response:
 
 def _answer(services: Services, job: ImageJob, *, as_base64: bool) -> dict[str, object]:
     with closing(services.dispatcher.begin(job, job.task, Connection(request.environ))) as reader:
-        pictures = ready_images(reader)
+        images = collect_images(reader)
     created = int(time.time())
     if as_base64:
-        return images_response_base64(created, job, pictures, load=services.pictures.get)
+        return images_response_base64(created, job, images, load=services.image_store.get)
     link = services.settings.public_url + FILES
-    return images_response(created, job, pictures, link=lambda name: link + name)
+    return images_response(created, job, images, link=lambda name: link + name)

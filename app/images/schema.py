@@ -1,21 +1,19 @@
-"""Picture requests and answers on the wire: the standard's fields, OpenAI's, and how they become a job.
+"""The fields of image requests, the standard's and OpenAI's, and their conversion to a job.
 
-The node sends `n`, `width`, `height`, `step` as 0 and `size`, `response_format` as "" when its user left them out, so these
-count as absent here (and nowhere else). Unknown fields are ignored and reported.
+The node sends `n`, `width`, `height` and `step` as 0, and `size` and `response_format` as "", when its user
+left them out. So these values count as absent here, and nowhere else. Unknown fields are ignored and
+reported.
 """
 
 import re
 import secrets
-from base64 import b64encode
-from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from catalogue import Catalogue, ImageDefaults, ImageEngineOptions, ModelEntry, Task
-from protocol.errors import InvalidRequest, Unavailable
-from protocol.events import Event, ImageReady
+from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -25,7 +23,7 @@ _ABSENT_AS_EMPTY = ("size", "response_format")
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 
 
-def _readable(text: str) -> str:
+def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
     return _clean(text)
@@ -33,22 +31,22 @@ def _readable(text: str) -> str:
 
 def _clean(text: str) -> str:
     if "\0" in text:
-        raise ValueError("must not hold the character NUL")
+        raise ValueError("must not contain the character NUL")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("must be valid Unicode, without lone surrogates") from None
+        raise ValueError("must be valid Unicode without lone surrogates") from None
     return text
 
 
 def _no_boolean(value: object) -> object:
-    # where forms are read, pydantic would take "true" for a number's 1
+    # when it reads a form, pydantic would accept true as the number 1
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     return value
 
 
-def _size_form(size: str) -> str:
+def _check_size(size: str) -> str:
     if size != "auto" and not _SIZE.fullmatch(size):
         raise ValueError('must be "WIDTHxHEIGHT" in pixels, like "1024x1024"')
     return size
@@ -60,15 +58,15 @@ Factor = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=Fals
 
 
 class _ImageRequest(BaseModel):
-    """What both picture end points take. None: not given, so the catalogue's defaults and the pipeline's own decide."""
+    """The fields of both endpoints. None means not given: the defaults of the catalogue or pipeline apply."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    prompt: Annotated[Text, AfterValidator(_readable)]
+    prompt: Annotated[Text, AfterValidator(_not_blank)]
     negative_prompt: Annotated[Text, AfterValidator(_clean)] | None = None
     n: Count | None = None
-    size: Annotated[str, AfterValidator(_size_form)] | None = None
+    size: Annotated[str, AfterValidator(_check_size)] | None = None
     width: Count | None = None
     height: Count | None = None
     step: Count | None = None
@@ -84,9 +82,10 @@ class _ImageRequest(BaseModel):
         return {name: value for name, value in given.items() if not _is_absent(name, value)}
 
     def to_job(self, request_id: str, entry: ModelEntry) -> ImageJob:
-        """The job for a worker: request > catalogue defaults > (None) the pipeline's own.
+        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
+        it is None and the pipeline's own default applies.
 
-        Raises InvalidRequest for what lies beyond the entry's limits.
+        Raises InvalidRequest for values beyond the limits of the model's entry.
         """
         defaults, limits = entry.defaults, entry.engine
         assert isinstance(defaults, ImageDefaults) and isinstance(limits, ImageEngineOptions)
@@ -106,12 +105,12 @@ class _ImageRequest(BaseModel):
             height=height,
             num_inference_steps=_first(steps, defaults.num_inference_steps),
             guidance_scale=_first(self.guidance_scale, defaults.guidance_scale),
-            # always set, so that it can be reported; 32 bits survive JSON readers that know doubles only
+            # always set, so that it can be reported; 32 bits, because some JSON readers have doubles only
             seed=_first(self.seed, secrets.randbelow(2**32)),
         )
 
     def _sides(self, limits: ImageEngineOptions) -> tuple[int | None, int | None]:
-        """Width and height asked for, judged; `width` and `height` win over `size`."""
+        """Return the requested width and height in pixels, checked. `width` and `height` win over `size`."""
         pair = _SIZE.fullmatch(self.size or "")
         width = self.width or (int(pair[1]) if pair else None)
         height = self.height or (int(pair[2]) if pair else None)
@@ -128,18 +127,18 @@ class _ImageRequest(BaseModel):
 
 
 class ImageGenerationRequest(_ImageRequest):
-    """POST /v1/images/generations."""
+    """The fields of POST /v1/images/generations."""
 
 
 class ImageEditRequest(_ImageRequest):
-    """POST /v1/images/edits without its pictures: app.images.body takes those out of the body."""
+    """The fields of POST /v1/images/edits, without the image files, which app.images.body reads."""
 
     strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
 
     def to_job(
         self, request_id: str, entry: ModelEntry, image: bytes | None = None, mask: bytes | None = None
     ) -> ImageJob:
-        """As for a generation. The picture files may be given here or put into the job afterwards."""
+        """Make the job as for a generation. The image files are given here or put into the job later."""
         assert isinstance(entry.defaults, ImageDefaults)
         job = super().to_job(request_id, entry)
         strength = _first(self.strength, entry.defaults.strength)
@@ -147,44 +146,13 @@ class ImageEditRequest(_ImageRequest):
 
 
 def only_model(catalogue: Catalogue, task: Task) -> str:
-    """The model of a form that names none: the only one with this task. Raises InvalidRequest naming the choices."""
+    """Return the only model with this task, for a form that names none. Raises InvalidRequest."""
     names = [model.name for model in catalogue.models if task in model.tasks]
     if len(names) != 1:
         raise InvalidRequest(
-            f"model is required; for this end point: {', '.join(names) or 'none'}", param="model"
+            f"model is required; this endpoint serves: {', '.join(names) or 'none'}", param="model"
         )
     return names[0]
-
-
-def ready_images(batches: Iterable[list[Event]]) -> list[ImageReady]:
-    """The pictures of a finished request, in order of their index."""
-    ready = [event for batch in batches for event in batch if isinstance(event, ImageReady)]
-    return sorted(ready, key=lambda event: event.index)
-
-
-def images_response(
-    created: int, job: ImageJob, pictures: Sequence[ImageReady], *, link: Callable[[str], str]
-) -> dict[str, Any]:
-    """The standard's answer with links; `link` makes a URL of a picture's name."""
-    return _answer(created, job, [(picture, link(picture.name), "") for picture in pictures])
-
-
-def images_response_base64(
-    created: int, job: ImageJob, pictures: Sequence[ImageReady], *, load: Callable[[str], bytes | None]
-) -> dict[str, Any]:
-    """The standard's answer with the PNG files in it. Raises Unavailable when the store has lost one meanwhile."""
-    files = [(picture, load(picture.name)) for picture in pictures]
-    if any(png is None for _, png in files):
-        raise Unavailable("the pictures made room for newer ones before they could be sent; try again")
-    return _answer(created, job, [(picture, "", b64encode(png or b"").decode()) for picture, png in files])
-
-
-def _answer(created: int, job: ImageJob, rows: Iterable[tuple[ImageReady, str, str]]) -> dict[str, Any]:
-    data = [
-        {"b64_json": b64_json, "url": url, "revised_prompt": job.prompt, "seed": picture.seed}
-        for picture, url, b64_json in rows
-    ]
-    return {"code": 0, "message": "success", "created": created, "data": data}
 
 
 def _is_absent(name: str, value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Downloads on a caller's behalf: what is refused before a connection, what is bounded after it.
+"""app.images.fetch: what is refused before a connection, and what is bounded after it.
 
-The listener is a real one on loopback that counts connections. `Rerouted` sends every connection that the judgement lets
-through to it, whatever its address and port: a hole in the judgement shows as a connection.
+The listener is a real one on loopback that counts connections. `Rerouted` connects to it in place of every
+allowed target, so that a URL which is allowed by mistake shows as a connection.
 """
 
 import socket
@@ -16,19 +16,19 @@ from pathlib import Path
 import pytest
 
 from app.images.fetch import PARALLEL, ImageFetcher
-from app.images.public_address import is_own, is_public
+from app.images.public_address import is_public, is_this_machine
 from protocol.errors import InvalidImage, Overloaded
 from protocol.image_files import MAX_BYTES
 
 PUBLIC = "93.184.216.34"
-TLS = ssl.create_default_context()  # reads all of the system's certificates: once is enough
+TLS = ssl.create_default_context()  # made once, because it reads all certificates of the system
 
 
 class Listener:
-    """A TCP server that answers each connection with the next of `answers` (the last one for ever)."""
+    """A TCP server that answers each connection with the next of `answers` (the last one repeatedly)."""
 
     def __init__(self) -> None:
-        self.answers: list[Callable[[socket.socket], None]] = [reply(body=b"picture")]
+        self.answers: list[Callable[[socket.socket], None]] = [reply(body=b"image")]
         self.requests: list[str] = []
         self.connections = 0
         self.tls: ssl.SSLContext | None = None
@@ -78,7 +78,7 @@ def reply(status: str = "200 OK", body: bytes = b"", **headers: str) -> Callable
 
 
 def raw(*parts: bytes, pause_s: float = 0.0, forever: bool = False) -> Callable[[socket.socket], None]:
-    """The parts as they are, the last again and again if `forever`, until the other side hangs up."""
+    """Send the parts as they are, the last repeatedly if `forever`, until the other side closes."""
 
     def answer(stream: socket.socket) -> None:
         hung_up = threading.Event()
@@ -92,7 +92,7 @@ def raw(*parts: bytes, pause_s: float = 0.0, forever: bool = False) -> Callable[
 
 
 def silent_after(part: bytes) -> Callable[[socket.socket], None]:
-    """One part, then nothing until the other side hangs up."""
+    """Send one part, then nothing until the other side closes."""
 
     def answer(stream: socket.socket) -> None:
         stream.sendall(part)
@@ -102,7 +102,7 @@ def silent_after(part: bytes) -> Callable[[socket.socket], None]:
 
 
 class Rerouted(ImageFetcher):
-    """Connects to the listener instead; notes where it would have gone."""
+    """Connects to the listener in place of every target, and records the target."""
 
     def __init__(
         self, listener: Listener, names: dict[str, Sequence[str]] | None = None, **options: object
@@ -139,8 +139,8 @@ def refusal(fetcher: ImageFetcher, url: str) -> str:
 
 
 ONE_TEXT = (
-    "image could not be fetched; it must be a public http(s) URL on port 80 or 443 that gives a PNG, JPEG or WEBP picture"
-    " of at most 10 MiB within 15 s"
+    "image could not be downloaded; it must be a public http(s) URL on port 80 or 443 that returns a PNG, JPEG or"
+    " WEBP image of at most 10 MiB within 15 s"
 )
 
 FORBIDDEN_URLS = [
@@ -268,7 +268,7 @@ MALFORMED_URLS = [
     "http://public.test/" + "x" * 9000,
 ]
 HOSTILE_URLS = [*FORBIDDEN_URLS, *MALFORMED_URLS]
-# A redirect can't hold some of them, and others it makes relative to the host that sent it
+# without those that a redirect can't contain, or that become relative to the host that sent it
 HOSTILE_LOCATIONS = [
     url
     for url in HOSTILE_URLS
@@ -292,8 +292,7 @@ def test_nothing_connects_to_a_hostile_url(listener, url):
 
 
 @pytest.mark.parametrize("url", MALFORMED_URLS, ids=lambda url: repr(url[:40]))
-def test_malformed_urls_are_refused_by_their_form(listener, url):
-    """Whatever a resolver may make of their host: it isn't asked."""
+def test_malformed_urls_are_refused_before_they_are_resolved(listener, url):
     fetcher = Rerouted(listener, NAMES)
     asked: list[str] = []
 
@@ -325,9 +324,9 @@ def test_no_redirect_leads_to_a_hostile_url(listener, url):
     ],
 )
 def test_a_public_url_is_fetched(listener, url):
-    """The control for the two tests above: without a reason to refuse, the listener is reached."""
+    """The control for the tests above: an allowed URL reaches the listener."""
     fetcher = Rerouted(listener, NAMES)
-    assert fetcher.fetch(url) == b"picture"
+    assert fetcher.fetch(url) == b"image"
     assert fetcher.went[0][0] == PUBLIC and listener.connections == 1
 
 
@@ -349,23 +348,23 @@ def test_public_addresses(address):
 
 
 @pytest.mark.parametrize("text", ["", "x", "8.8.8", "08.8.8.8", "2606:4700::1111%eth0", "8.8.8.8/32"])
-def test_what_is_no_address_is_not_public(text):
+def test_text_that_is_not_an_address_is_not_public(text):
     assert not is_public(text)
 
 
-def test_an_address_of_this_machine_is_its_own():
-    assert is_own("127.0.0.1")
-    assert not is_own(PUBLIC)
+def test_an_address_of_this_machine_is_recognised():
+    assert is_this_machine("127.0.0.1")
+    assert not is_this_machine(PUBLIC)
 
 
-def test_an_own_public_address_is_refused(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.is_own", lambda address: address == PUBLIC)
+def test_a_public_address_of_this_machine_is_refused(listener, monkeypatch):
+    monkeypatch.setattr("app.images.fetch.is_this_machine", lambda address: address == PUBLIC)
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
     assert listener.connections == 0
 
 
-def test_the_name_is_resolved_once_and_the_judged_address_is_used(listener):
-    """DNS rebinding: a second answer is never asked for."""
+def test_the_name_is_resolved_once_and_the_checked_address_is_used(listener):
+    """DNS rebinding: the name is never resolved a second time."""
     answers = iter([[PUBLIC], ["127.0.0.1"]])
     fetcher = Rerouted(listener, {})
     fetcher._lookup = None  # type: ignore[assignment]
@@ -376,9 +375,9 @@ def test_the_name_is_resolved_once_and_the_judged_address_is_used(listener):
         return next(answers)
 
     fetcher._resolve = once
-    assert fetcher.fetch("http://rebind.test/") == b"picture"
+    assert fetcher.fetch("http://rebind.test/") == b"image"
     assert asked == ["rebind.test"] and fetcher.went == [(PUBLIC, 80)]
-    # and a redirect to the same name is judged anew
+    # a redirect to the same name is resolved and checked again
     answers = iter([[PUBLIC], ["127.0.0.1"]])
     listener.answers = [reply("302 Found", Location="http://rebind.test/again")]
     fetcher.went.clear()
@@ -386,7 +385,7 @@ def test_the_name_is_resolved_once_and_the_judged_address_is_used(listener):
     assert fetcher.went == [(PUBLIC, 80)]
 
 
-def test_the_request_says_host_and_no_more_than_it_must(listener):
+def test_the_request_has_host_and_only_the_headers_it_needs(listener):
     Rerouted(listener, NAMES).fetch("http://public.test/a%20b/\u00fc?x=\u00e9")
     head = listener.requests[0].split("\r\n")
     assert head[0] == "GET /a%20b/%C3%BC?x=%C3%A9 HTTP/1.1"
@@ -396,7 +395,7 @@ def test_the_request_says_host_and_no_more_than_it_must(listener):
     assert "Host: public.test" in head and "Accept-Encoding: identity" in head
 
 
-def test_redirects_are_followed_three_times_and_no_more(listener):
+def test_redirects_are_followed_three_times(listener):
     hop = reply("302 Found", Location="/next")
     listener.answers = [hop, hop, hop, reply(body=b"at last")]
     assert Rerouted(listener, NAMES).fetch("http://public.test/") == b"at last"
@@ -408,7 +407,7 @@ def test_redirects_are_followed_three_times_and_no_more(listener):
 def test_proxies_of_the_environment_are_not_used(listener, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    assert Rerouted(listener, NAMES).fetch("http://public.test/") == b"picture"
+    assert Rerouted(listener, NAMES).fetch("http://public.test/") == b"image"
 
 
 @pytest.mark.parametrize(
@@ -432,12 +431,12 @@ def test_proxies_of_the_environment_are_not_used(listener, monkeypatch):
         raw(b""),
     ],
 )  # fmt: skip
-def test_answers_that_are_no_picture_file_get_the_one_text(listener, answer):
+def test_every_response_that_is_not_an_image_has_the_same_message(listener, answer):
     listener.answers = [answer]
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
 
 
-def test_a_body_of_exactly_the_limit_is_taken(listener):
+def test_a_body_of_exactly_the_limit_is_accepted(listener):
     listener.answers = [reply(body=b"x" * MAX_BYTES)]
     assert len(Rerouted(listener, NAMES).fetch("http://public.test/")) == MAX_BYTES
     listener.answers = [
@@ -456,7 +455,7 @@ def test_a_body_of_exactly_the_limit_is_taken(listener):
         silent_after(b"H"),
     ],
 )
-def test_what_drips_is_cut_off_in_time(listener, answer, monkeypatch):
+def test_a_slow_response_is_ended_in_time(listener, answer, monkeypatch):
     monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
     listener.answers = [answer]
     begun = time.monotonic()
@@ -464,7 +463,7 @@ def test_what_drips_is_cut_off_in_time(listener, answer, monkeypatch):
     assert 0.4 < time.monotonic() - begun < 30
 
 
-def test_a_resolver_that_hangs_is_not_waited_for(listener, monkeypatch):
+def test_a_resolver_that_hangs_is_abandoned(listener, monkeypatch):
     monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.3)
     release = threading.Event()
     fetcher = ImageFetcher(resolve=lambda host, port: [PUBLIC] if release.wait(30) else [])
@@ -477,7 +476,7 @@ def test_only_four_downloads_run_at_a_time(listener):
 
     def wait(stream: socket.socket) -> None:
         go.wait(30)
-        reply(body=b"picture")(stream)
+        reply(body=b"image")(stream)
 
     listener.answers = [wait]
     fetcher = Rerouted(listener, NAMES)
@@ -494,7 +493,7 @@ def test_only_four_downloads_run_at_a_time(listener):
     assert listener.connections == 6
 
 
-def test_who_waits_too_long_for_a_free_slot_is_told_to_come_back(listener, monkeypatch):
+def test_a_download_that_waits_too_long_for_a_slot_is_refused(listener, monkeypatch):
     monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.2)
     fetcher = Rerouted(listener, NAMES)
     for _ in range(PARALLEL):
@@ -504,14 +503,14 @@ def test_who_waits_too_long_for_a_free_slot_is_told_to_come_back(listener, monke
     assert caught.value.retry_after_s
     monkeypatch.undo()
     fetcher._slots.release()
-    assert fetcher.fetch("http://public.test/") == b"picture"
-    assert fetcher.fetch("http://public.test/") == b"picture"
+    assert fetcher.fetch("http://public.test/") == b"image"
+    assert fetcher.fetch("http://public.test/") == b"image"
 
 
 def test_allowed_hosts_may_be_private_and_on_any_port(listener):
     here = f"127.0.0.1:{listener.port}"
-    assert ImageFetcher(allowed_hosts=[here]).fetch(f"http://{here}/") == b"picture"
-    assert ImageFetcher(allowed_hosts=["127.0.0.1"]).fetch(f"http://{here}/") == b"picture"
+    assert ImageFetcher(allowed_hosts=[here]).fetch(f"http://{here}/") == b"image"
+    assert ImageFetcher(allowed_hosts=["127.0.0.1"]).fetch(f"http://{here}/") == b"image"
     assert listener.connections == 2
     for other in ([], ["127.0.0.1:1"], ["127.0.0.2"], ["localhost"]):
         assert refusal(ImageFetcher(allowed_hosts=other, tls=TLS), f"http://{here}/") == ONE_TEXT
@@ -520,7 +519,7 @@ def test_allowed_hosts_may_be_private_and_on_any_port(listener):
     assert listener.connections == 3
 
 
-def test_own_links_come_from_the_store(listener):
+def test_links_to_the_store_are_read_from_it(listener):
     stored = {"a" * 43: b"png"}
     fetcher = Rerouted(listener, public_url="http://127.0.0.1:1088", read_own=stored.get)
     assert fetcher.fetch("http://127.0.0.1:1088/v1/images/files/" + "a" * 43) == b"png"
@@ -561,12 +560,12 @@ def secure(listener: Listener, certificate: Path) -> tuple[Listener, ssl.SSLCont
 def test_tls_keeps_the_name_while_connecting_to_the_address(secure):
     listener, trusting, names = secure
     fetcher = Rerouted(listener, NAMES, tls=trusting)
-    assert fetcher.fetch("https://public.test/") == b"picture"
+    assert fetcher.fetch("https://public.test/") == b"image"
     assert names == ["public.test"] and fetcher.went == [(PUBLIC, 443)]
     assert "Host: public.test\r\n" in listener.requests[0]
 
 
-def test_a_certificate_of_another_name_or_maker_is_refused(secure):
+def test_a_certificate_with_another_name_or_issuer_is_refused(secure):
     listener, trusting, _ = secure
     fetcher = Rerouted(listener, {"other.test": [PUBLIC], **NAMES}, tls=trusting)
     assert refusal(fetcher, "https://other.test/") == ONE_TEXT
@@ -574,14 +573,14 @@ def test_a_certificate_of_another_name_or_maker_is_refused(secure):
     assert listener.requests == []
 
 
-def test_https_is_not_left_for_http(secure):
+def test_a_redirect_from_https_to_http_is_refused(secure):
     listener, trusting, _ = secure
     listener.answers = [reply("302 Found", Location="http://public.test/")]
     assert refusal(Rerouted(listener, NAMES, tls=trusting), "https://public.test/") == ONE_TEXT
     assert listener.connections == 1
 
 
-def test_a_handshake_that_never_ends_is_cut_off(listener, monkeypatch):
+def test_a_handshake_that_never_ends_is_ended(listener, monkeypatch):
     monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
     listener.answers = [raw(b"\x16\x03\x03\x40\x00", b"\x02", pause_s=0.02, forever=True)]
     begun = time.monotonic()
@@ -613,20 +612,20 @@ def refused(url):
     except InvalidImage:
         return time.monotonic() - begun
 ticker = gevent.spawn(tick)
-assert fetcher.fetch(good.replace("127.0.0.1", "localhost")) == b"picture"
+assert fetcher.fetch(good.replace("127.0.0.1", "localhost")) == b"image"
 slow = [gevent.spawn(refused, url) for url in (drip, tls_drip)]
-assert fetcher.fetch(good) == b"picture"
+assert fetcher.fetch(good) == b"image"
 times = [one.get() for one in slow]
 assert all(2.9 < one < 30 for one in times), times
 done = True
 ticker.join()
-# a loop that a download blocks would have made a few turns
+# if the download had blocked the loop, it would have made only a few turns
 assert len(gaps) > 60, len(gaps)
 print("fine")
 """
 
 
-def test_under_gevent_others_run_on_and_time_is_kept(listener):
+def test_under_gevent_other_greenlets_run_and_the_time_limit_holds(listener):
     drip, tls_drip = Listener(), Listener()
     drip.answers = [raw(b"HTTP/1.1 200 OK\r\n\r\n", b"x", pause_s=0.02, forever=True)]
     tls_drip.answers = [raw(b"\x16\x03\x03\x40\x00", b"\x02", pause_s=0.02, forever=True)]

@@ -1,19 +1,11 @@
-"""Picture requests and answers on the wire."""
+"""app.images.schema: the fields of image requests, and their jobs."""
 
 import pytest
 
 from app.http.validation import parse
-from app.images.schema import (
-    ImageEditRequest,
-    ImageGenerationRequest,
-    images_response,
-    images_response_base64,
-    only_model,
-    ready_images,
-)
+from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
 from catalogue import Catalogue, ModelEntry
-from protocol.errors import InvalidRequest, Unavailable
-from protocol.events import Finished, ImageReady, Progress
+from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
 
@@ -40,7 +32,7 @@ def refusal(**body: object) -> InvalidRequest:
     return caught.value
 
 
-def test_what_the_node_sends_for_fields_left_out_counts_as_absent():
+def test_values_that_the_node_sends_for_missing_fields_count_as_absent():
     made = job(n=0, size="", width=0, height=0, step=0, response_format="")
     assert (made.n, made.width, made.height, made.num_inference_steps) == (1, None, None, 20)
     assert (made.guidance_scale, made.strength, made.task) == (5.0, None, "generation")
@@ -67,7 +59,7 @@ def test_width_and_height_win_over_size(body, sides):
 
 
 @pytest.mark.parametrize("name", ["step", "steps", "num_inference_steps"])
-def test_every_name_of_the_step_count_is_known(name):
+def test_every_name_of_the_step_count_is_accepted(name):
     assert job(**{name: 7}).num_inference_steps == 7
     assert refusal(**{name: 51}).param == name
 
@@ -130,7 +122,7 @@ def test_a_seed_is_chosen_when_none_is_given():
         ({"response_format": "png"}, "response_format"),
     ],
 )
-def test_what_is_wrong_is_named(body, param):
+def test_an_error_names_the_invalid_field(body, param):
     error = refusal(**body)
     assert error.param == param and error.status == 400
     assert param in error.message and len(error.message) < 200
@@ -144,7 +136,7 @@ def test_required_fields(missing):
         parse(ImageGenerationRequest, body)
 
 
-def test_messages_say_what_would_be_right():
+def test_messages_say_what_is_valid():
     assert refusal(n="2").message == "n must be a whole number, not a string"
     assert refusal(n=-1).message == "n must be at least 1 (it is -1)"
     assert refusal(n=9).message == "n must be at most 4 for this model (it is 9)"
@@ -153,7 +145,7 @@ def test_messages_say_what_would_be_right():
     assert refusal(prompt="").message == "prompt: must not be empty"
 
 
-def test_a_form_brings_numbers_as_strings():
+def test_a_form_has_numbers_as_strings():
     fields = {
         "model": "painter",
         "prompt": "p",
@@ -170,7 +162,7 @@ def test_a_form_brings_numbers_as_strings():
         parse(ImageEditRequest, fields | {"n": "two"}, strict=False)
 
 
-def test_an_edit_without_strength_takes_the_catalogues():
+def test_an_edit_without_strength_uses_the_default_of_the_catalogue():
     made = parse(ImageEditRequest, {"model": "painter", "prompt": "p"}).to_job("id", entry(), b"i", None)
     assert made.strength == 0.6
     with pytest.raises(InvalidRequest) as caught:
@@ -178,31 +170,7 @@ def test_an_edit_without_strength_takes_the_catalogues():
     assert caught.value.param == "strength"
 
 
-def test_answers_have_the_standards_shape():
-    pictures = ready_images(
-        [
-            [Progress(1, 1), ImageReady(1, 6, 8, 8, name="second")],
-            [ImageReady(0, 5, 8, 8, name="first"), Finished()],
-        ]
-    )
-    made = job(prompt="a cat")
-    assert images_response(12, made, pictures, link=lambda name: f"http://h/{name}") == {
-        "code": 0,
-        "message": "success",
-        "created": 12,
-        "data": [
-            {"b64_json": "", "url": "http://h/first", "revised_prompt": "a cat", "seed": 5},
-            {"b64_json": "", "url": "http://h/second", "revised_prompt": "a cat", "seed": 6},
-        ],
-    }
-    stored = {"first": b"\x00\x01", "second": b"\x02"}
-    answer = images_response_base64(12, made, pictures, load=stored.get)
-    assert [(row["b64_json"], row["url"]) for row in answer["data"]] == [("AAE=", ""), ("Ag==", "")]
-    with pytest.raises(Unavailable):
-        images_response_base64(12, made, pictures, load=lambda name: None)
-
-
-def test_a_form_without_model_goes_to_the_only_one_that_edits():
+def test_a_form_without_model_uses_the_only_model_for_edits():
     def catalogue(*names: str) -> Catalogue:
         models = [{"name": name, "tasks": ["edit"], "weights": "w"} for name in names]
         chat = {"name": "chat", "tasks": ["chat"], "weights": "w"}
