@@ -1,4 +1,4 @@
-"""Figures for Prometheus: what this web process answered, and what it knows of the workers."""
+"""Metrics for Prometheus: the responses of this web process, and its view of the workers."""
 
 import time
 from collections.abc import Iterable
@@ -13,30 +13,32 @@ from protocol.event_router import EventRouter
 
 
 class Metrics:
-    """One registry for each web process; `render` is its text form."""
+    """The registry of one web process."""
 
     def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "http_requests_total",
-            "Answers by route and status.",
+            "Responses by route and status.",
             ["route", "status"],
             registry=self._registry,
         )
         self._seconds = Histogram(
             "http_request_duration_seconds",
-            "Seconds until the answer's head was ready, by route.",
+            "Seconds until a response's headers were ready, by route.",
             ["route"],
             buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 30, 60, 120, 180, 300),
             registry=self._registry,
         )
-        self._registry.register(_Fleet(worker_view, router))
+        self._registry.register(_WorkerCollector(worker_view, router))
 
     def init_app(self, app: Flask) -> None:
+        """Count the responses of `app`. Call this first, so that responses of other before_request hooks count too."""
         app.before_request(_start_clock)
         app.after_request(self._count)
 
     def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def _count(self, response: Response) -> Response:
@@ -50,8 +52,8 @@ def _start_clock() -> None:
     g.started = time.monotonic()
 
 
-class _Fleet(Collector):
-    """Gauges read at scrape time."""
+class _WorkerCollector(Collector):
+    """Gauges whose values are read when Prometheus asks for them."""
 
     def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
         self._worker_view = worker_view
@@ -59,7 +61,9 @@ class _Fleet(Collector):
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily("workers", "Workers by model and state.", labels=["model", "state"])
-        running = GaugeMetricFamily("requests_running", "Requests in workers' hands.", labels=["model"])
+        running = GaugeMetricFamily(
+            "requests_running", "Requests that workers are processing.", labels=["model"]
+        )
         states: dict[tuple[str, str], int] = {}
         load: dict[str, int] = {}
         for record in self._worker_view.records():
@@ -73,8 +77,8 @@ class _Fleet(Collector):
         yield workers
         yield running
         yield GaugeMetricFamily(
-            "requests_open", "Requests this web process waits for.", value=len(self._router.inboxes())
+            "requests_open", "Requests that this web process waits for.", value=len(self._router.inboxes())
         )
         yield GaugeMetricFamily(
-            "redis_up", "Redis answered the last time.", value=float(self._worker_view.reachable)
+            "redis_up", "Whether Redis answered the last time.", value=float(self._worker_view.reachable)
         )

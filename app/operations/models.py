@@ -1,4 +1,4 @@
-"""GET /v1/models: the standard's rows and OpenAI's in one, one row for each model and end point."""
+"""GET /v1/models: one row for each model and endpoint, with the fields of the standard and of OpenAI."""
 
 import time
 from typing import Any
@@ -46,7 +46,7 @@ def blueprint(services: Services) -> Blueprint:
         found = next((row for row in rows if row["id"] == name), None)
         if found is None:
             raise ModelNotFound(
-                f"model {name!r} does not exist; GET /v1/models lists those that do", param="model"
+                f"model {name!r} does not exist; GET /v1/models lists the models", param="model"
             )
         return json_response({"code": 0, "message": "success", **found})
 

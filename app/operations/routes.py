@@ -1,4 +1,4 @@
-"""What operators and monitors ask: health, readiness, workers, metrics, the API's description."""
+"""Endpoints for operators and monitoring: health, readiness, workers, metrics, the API's description."""
 
 from typing import Any
 

@@ -1,0 +1,183 @@
+"""The JSON schemas in GET /openapi.json. Those of requests come from the classes that validate them."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from app.chat.schema import ChatCompletionRequest
+from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+
+REF = "#/components/schemas/{model}"
+INTEGER = {"type": "integer"}
+STRING = {"type": "string"}
+BINARY = {"type": "string", "format": "binary"}
+_BOOLEAN = {"type": "boolean"}
+_NULLABLE_STRING = {"type": ["string", "null"]}
+_BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+"""Pydantic's names, which it leaves in the schema for bounds of a union, and which JSON Schema ignores."""
+_NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
+"""A character that str.strip() keeps. It also removes control characters that \\s has not in JSON Schema."""
+_SIZE = r"^(auto|[0-9]{1,6}x[0-9]{1,6})?$"
+
+
+def component_schemas() -> dict[str, Any]:
+    """Return all schemas by name, for `#/components/schemas`."""
+    schemas = {
+        "Error": _error(),
+        "ChatCompletion": _chat_completion(),
+        "ImagesResponse": _images_response(),
+        **_operators_schemas(),
+    }
+    for model in (ChatCompletionRequest, ImageGenerationRequest, ImageEditRequest):
+        schemas |= _request_schemas(model)
+    for model in (ImageGenerationRequest, ImageEditRequest):
+        _allow_absent(schemas[model.__name__]["properties"])
+    _add_image_files(schemas["ImageEditRequest"])
+    return {name: _json_schema(schema) for name, schema in schemas.items()}
+
+
+def edit_form() -> dict[str, Any]:
+    """Return the schema of the multipart form that the node and OpenAI's clients send."""
+    return _object(
+        {
+            "image": {**BINARY, "minLength": 1},
+            "mask": BINARY,
+            "prompt": {**STRING, "pattern": _NOT_BLANK},
+            "model": STRING,
+            "n": {**INTEGER, "minimum": 0},
+            "size": {**STRING, "pattern": _SIZE},
+            "response_format": {"enum": ["", "url", "b64_json"]},
+        },
+        required=["image", "prompt"],
+    )
+
+
+def ref(name: str) -> dict[str, str]:
+    """Return a reference to a component schema."""
+    return {"$ref": REF.format(model=name)}
+
+
+def _request_schemas(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the schema of a request class, and those of the classes that it refers to."""
+    schema = model.model_json_schema(ref_template=REF)
+    return {**schema.pop("$defs", {}), model.__name__: schema}
+
+
+def _allow_absent(properties: dict[str, Any]) -> None:
+    """Add what pydantic can't derive: custom validators, and values that count as absent."""
+    for name in ABSENT_AS_ZERO:
+        properties[name] = {"type": ["integer", "null"], "minimum": 0}
+    properties["size"] = {"type": ["string", "null"], "pattern": _SIZE}
+    properties["response_format"] = {"enum": [None, "", "url", "b64_json"]}
+    properties["prompt"]["pattern"] = _NOT_BLANK
+
+
+def _add_image_files(schema: dict[str, Any]) -> None:
+    """Add the image files of an edit in JSON, which app.images.body reads before the body is validated."""
+    one = {**STRING, "minLength": 1, "description": "an http(s) URL, a data: URL or base64"}
+    file = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": 1}]}
+    schema["properties"]["image"] = file
+    schema["properties"]["mask"] = {"anyOf": [file, {"type": "null"}]}
+    schema["required"] = [*schema["required"], "image"]
+
+
+def _json_schema(schema: Any) -> Any:
+    """Return a schema of pydantic with JSON Schema's names for bounds."""
+    if isinstance(schema, list):
+        return [_json_schema(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {_BOUNDS.get(name, name): _json_schema(part) for name, part in schema.items()}
+
+
+def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties) if required is None else required,
+    }
+
+
+def _array(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _error() -> dict[str, Any]:
+    detail = _object({"message": STRING, "type": STRING, "param": _NULLABLE_STRING, "code": STRING})
+    return _object(
+        {
+            "code": {**INTEGER, "minimum": 400, "description": "the HTTP status; never 0"},
+            "message": STRING,
+            "error": detail,
+        }
+    )
+
+
+def _operators_schemas() -> dict[str, Any]:
+    status = {"code": {"const": 0}, "message": STRING}
+    model = {
+        **dict.fromkeys(("model", "url", "id", "owned_by"), STRING),
+        "object": {"const": "model"},
+        "created": INTEGER,
+        "task": {"enum": ["chat", "generation", "edit"]},
+    }
+    worker = {
+        **dict.fromkeys(("cid", "model", "host", "last_error"), STRING),
+        **dict.fromkeys(("pid", "running", "steps"), INTEGER),
+        "tasks": _array(STRING),
+        "gpus": _array(STRING),
+        "state": {"enum": ["loading", "ready", "draining", "lost"]},
+        "registered": _BOOLEAN,
+    }
+    details = {
+        "redis": {"enum": ["ok", "unreachable"]},
+        "models_without_worker": _array(STRING),
+        "warnings": _array(STRING),
+    }
+    return {
+        "Health": _object(status),
+        "Readiness": _object(
+            {"code": {"enum": [0, 503]}, "message": STRING, **details}, required=["code", "message"]
+        ),
+        "Model": _object(status | model),
+        "Models": _object(
+            {**status, "project": STRING, "object": {"const": "list"}, "data": _array(_object(model))}
+        ),
+        "Workers": _object({**status, "data": _array(_object(worker))}),
+    }
+
+
+def _chat_completion() -> dict[str, Any]:
+    message = _object({"role": STRING, "content": STRING})
+    choice = _object(
+        {"index": INTEGER, "message": message, "finish_reason": {"enum": ["stop", "length"]}},
+        required=["index", "message", "finish_reason"],
+    )
+    counts = ["prompt_tokens", "completion_tokens", "total_tokens"]
+    return _object(
+        {
+            "code": {"const": 0},
+            "message": {"const": "success"},
+            "id": STRING,
+            "created": INTEGER,
+            "model": STRING,
+            "choices": {"type": "array", "minItems": 1, "items": choice},
+            "usage": _object(dict.fromkeys(counts, INTEGER), required=counts),
+        },
+        required=["code", "message", "created", "model", "choices", "usage"],
+    )
+
+
+def _images_response() -> dict[str, Any]:
+    image = _object(
+        {"b64_json": STRING, "url": STRING, "revised_prompt": STRING}, required=["b64_json", "url"]
+    )
+    return _object(
+        {
+            "code": {"const": 0},
+            "message": {"const": "success"},
+            "created": INTEGER,
+            "data": {"type": "array", "minItems": 1, "items": image},
+        },
+        required=["code", "message", "created", "data"],
+    )
