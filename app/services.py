@@ -107,7 +107,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     router = EventRouter(client, keys, web_id)
     drain_clock = DrainClock()
     image_store = ImageStore(
-        client, keys.prefix, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
+        client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
     return Services(
         settings=settings,

@@ -36,6 +36,20 @@ class Keys(NamedTuple):
         """Pub/sub channel of one web process: all its requests' envelopes."""
         return f"{self.prefix}out:{web_id}"
 
+    def image(self, name: str) -> str:
+        """String with a TTL: the PNG bytes of a generated image. Names have no `#`."""
+        return f"{self.prefix}image:{name}"
+
+    @property
+    def image_expiry(self) -> str:
+        """Sorted set: names of images, scored by expiry (Redis time, microseconds)."""
+        return self.image("#expiry")
+
+    @property
+    def image_sizes(self) -> str:
+        """Hash: bytes of each image by name, and their sum as `total`."""
+        return self.image("#sizes")
+
     def web_lease(self, web_id: str) -> str:
         """String with a TTL: that web process lives."""
         return f"{self.prefix}web:{web_id}"

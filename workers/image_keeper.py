@@ -1,4 +1,4 @@
-"""Where a finished picture's bytes go: into the store. Its event travels on with a name."""
+"""Moves the bytes of a generated image into the store. The event goes on with the image's name instead."""
 
 import logging
 
@@ -10,7 +10,10 @@ log = logging.getLogger(__name__)
 
 
 def keep_image(store: ImageStore, event: Event) -> Event:
-    """The event as it travels: a picture's has a name instead of bytes, any other is as it was. Raises RedisError."""
+    """Return the event to send: an ImageReady with a name instead of bytes, any other event unchanged.
+
+    An image that is too large for the store becomes a Failed event. Raises RedisError.
+    """
     if not isinstance(event, ImageReady) or not event.png:
         return event
     name = store.new_name()
@@ -18,5 +21,6 @@ def keep_image(store: ImageStore, event: Event) -> Event:
         store.put(name, event.png)
     except ImageTooLarge as error:
         log.error("%s", error)
-        return Failed.of(EngineError("the image is larger than this server can keep; ask for a smaller one"))
+        message = "the image is larger than this server can store; ask for a smaller one"
+        return Failed.of(EngineError(message))
     return ImageReady(event.index, event.seed, event.width, event.height, name=name)

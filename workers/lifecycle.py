@@ -112,7 +112,7 @@ class WorkerProcess:
         )
         pictures = ImageStore(
             redis,
-            self._keys.prefix,
+            self._keys,
             ttl_s=settings.image_ttl_s,
             capacity_bytes=settings.image_store_mb * 2**20,
         )
