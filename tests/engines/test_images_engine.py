@@ -1,6 +1,7 @@
-"""The picture engine with a real (tiny, untrained) Stable Diffusion: batches, cancelling, failures, masks."""
+"""The image engine with a tiny untrained Stable Diffusion: batches, cancellation, failures, masks."""
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from protocol.events import Failed, Finished, ImageReady, Progress
 from tests.engines.tiny_images import (
     SIDE,
-    Ear,
+    Collector,
     entry,
     job,
     png,
@@ -24,7 +25,7 @@ from tests.engines.tiny_images import (
 )
 from workers.engines.base import EngineLoadError
 from workers.engines.images import ImageEngine
-from workers.engines.images.pipeline import ImagePipeline, Piece, Recipe
+from workers.engines.images.pipeline import CallParams, ImageParams, ImagePipeline
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +34,21 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(weights: Path) -> Iterator[tuple[ImageEngine, Ear]]:
-    ear = Ear()
+def loaded(weights: Path) -> Iterator[tuple[ImageEngine, Collector]]:
+    collector = Collector()
     engine = ImageEngine(entry(weights, max_batch_size=3, default_size=SIDE))
-    engine.load(ear)
-    yield engine, ear
+    engine.load(collector)
+    yield engine, collector
     engine.close()
 
 
 @pytest.fixture
-def fresh(weights: Path) -> Iterator[tuple[ImageEngine, Ear]]:
-    """An engine of its own for tests that break or close it."""
-    ear = Ear()
+def fresh(weights: Path) -> Iterator[tuple[ImageEngine, Collector]]:
+    """An engine for one test, which may break or close it."""
+    collector = Collector()
     engine = ImageEngine(entry(weights, max_batch_size=3, default_size=SIDE))
-    engine.load(ear)
-    yield engine, ear
+    engine.load(collector)
+    yield engine, collector
     engine.close()
 
 
@@ -55,86 +56,87 @@ def as_array(image: Image.Image) -> np.ndarray:
     return np.asarray(image).astype(int)
 
 
-def test_a_generation_reports_each_step_and_one_picture(loaded):
-    engine, ear = loaded
+def test_a_generation_reports_each_step_and_one_image(loaded):
+    engine, collector = loaded
     engine.submit(job("one", num_inference_steps=3))
-    events = ear.ended("one")
+    events = collector.until_ended("one")
     assert [e for e in events if isinstance(e, Progress)] == [Progress(1, 3), Progress(2, 3), Progress(3, 3)]
     ready = [e for e in events if isinstance(e, ImageReady)]
     assert [(e.index, e.seed, e.width, e.height) for e in ready] == [(0, 7, SIDE, SIDE)]
     assert events[-1] == Finished()
-    assert ear.pictures("one")[0].size == (SIDE, SIDE)
+    assert collector.images("one")[0].size == (SIDE, SIDE)
 
 
-def test_a_seed_gives_the_same_picture_alone_or_in_a_batch(loaded):
-    engine, ear = loaded
+def test_a_seed_gives_the_same_image_alone_or_in_a_batch(loaded):
+    engine, collector = loaded
     engine.submit(job("batch", seed=7, n=3))
     engine.submit(job("alone", seed=9))
-    third, alone = ear.pictures("batch")[2], ear.pictures("alone")[0]
+    third, alone = collector.images("batch")[2], collector.images("alone")[0]
     assert np.abs(as_array(third) - as_array(alone)).max() <= 1
-    first = ear.pictures("batch")[0]
+    first = collector.images("batch")[0]
     assert np.abs(as_array(first) - as_array(alone)).max() > 10
 
 
 @contextmanager
-def held(engine: ImageEngine, ear: Ear) -> Iterator[None]:
-    """While the engine is busy with a call of another kind, so that what is submitted meanwhile waits together."""
-    name = f"holder-{len(ear.events)}"
+def held(engine: ImageEngine, collector: Collector) -> Iterator[None]:
+    """Keep the engine busy with an incompatible call, so that requests submitted meanwhile wait together."""
+    name = f"holder-{len(collector.events)}"
     engine.submit(job(name, num_inference_steps=900, width=16, height=16))
-    ear.heard(name, Progress)
+    collector.first(name, Progress)
     yield
     engine.cancel(name, "cancelled")
 
 
-def until_waiting(engine: ImageEngine, count: int) -> None:
+def wait_until_waiting(engine: ImageEngine, count: int) -> None:
+    """Wait until `count` requests are prepared and wait for a call."""
     with engine._work:
         assert engine._work.wait_for(lambda: len(engine._waiting) == count, timeout=30)
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Kind and number of pictures of each call."""
+    """The kind and the number of images of each call that is made."""
     made: list[tuple[str, int]] = []
     real = ImagePipeline.__call__
 
-    def call(self, recipe, pieces, on_step):
-        made.append((recipe.kind, len(pieces)))
-        return real(self, recipe, pieces, on_step)
+    def call(self, shared, images, on_step):
+        made.append((shared.kind, len(images)))
+        return real(self, shared, images, on_step)
 
     monkeypatch.setattr(ImagePipeline, "__call__", call)
     return made
 
 
 def test_n_above_the_batch_size_is_split_over_calls(loaded, calls):
-    engine, ear = loaded
+    engine, collector = loaded
     engine.submit(job("many", n=7))
-    assert len(ear.pictures("many")) == 7
-    assert [e.seed for e in ear.ended("many") if isinstance(e, ImageReady)] == list(range(7, 14))
-    progress = [e for e in ear.ended("many") if isinstance(e, Progress)]
+    assert len(collector.images("many")) == 7
+    assert [e.seed for e in collector.until_ended("many") if isinstance(e, ImageReady)] == list(range(7, 14))
+    progress = [e for e in collector.until_ended("many") if isinstance(e, Progress)]
     assert progress == [Progress(done, 14) for done in (3, 6, 9, 12, 13, 14)]
     assert calls == [("text2image", 3), ("text2image", 3), ("text2image", 1)]
 
 
 def test_compatible_requests_share_calls(loaded, calls):
-    engine, ear = loaded
-    with held(engine, ear):
+    engine, collector = loaded
+    with held(engine, collector):
         calls.clear()
         for number in range(4):
             engine.submit(job(f"share-{number}", prompt=f"prompt {number}"))
         engine.submit(job("share-edit", image=png(noise())))
-        until_waiting(engine, 5)
+        wait_until_waiting(engine, 5)
     for number in range(4):
-        assert len(ear.pictures(f"share-{number}")) == 1
-    assert len(ear.pictures("share-edit")) == 1
+        assert len(collector.images(f"share-{number}")) == 1
+    assert len(collector.images("share-edit")) == 1
     assert calls == [("text2image", 3), ("text2image", 1), ("image2image", 1)]
 
 
-def test_steps_count_what_was_done(loaded):
-    engine, ear = loaded
+def test_preparation_denoising_and_delivery_count_as_steps(loaded):
+    engine, collector = loaded
     before = engine.status().steps
     engine.submit(job("counted", n=2, num_inference_steps=4))
-    ear.ended("counted")
-    assert engine.status().steps - before == 1 + 4 + 2  # prepared, denoised, delivered
+    collector.until_ended("counted")
+    assert engine.status().steps - before == 1 + 4 + 2
 
 
 @pytest.mark.parametrize(
@@ -143,92 +145,110 @@ def test_steps_count_what_was_done(loaded):
     ids=lambda asked: next(iter(asked)),
 )
 def test_requests_that_differ_are_not_mixed(loaded, calls, asked):
-    engine, ear = loaded
+    engine, collector = loaded
     name = f"differs {asked}"
-    with held(engine, ear):
+    with held(engine, collector):
         calls.clear()
         engine.submit(job(f"plain {name}"))
         engine.submit(job(name, **asked))
-    assert ear.pictures(name)[0].size == (asked.get("width", SIDE), SIDE)
-    assert ear.pictures(f"plain {name}")[0].size == (SIDE, SIDE)
+    assert collector.images(name)[0].size == (asked.get("width", SIDE), SIDE)
+    assert collector.images(f"plain {name}")[0].size == (SIDE, SIDE)
     assert calls == [("text2image", 1), ("text2image", 1)]
 
 
 @pytest.mark.parametrize(("reason", "code"), [("cancelled", "cancelled"), ("deadline", "deadline_exceeded")])
 def test_a_running_request_ends_within_two_steps(loaded, reason, code):
-    engine, ear = loaded
+    engine, collector = loaded
     steps_at_cancel = []
 
     def cancel() -> None:
         steps_at_cancel.append(engine.status().steps)
         engine.cancel(reason, reason)
 
-    ear.when(reason, Progress, cancel)
+    collector.on_first(reason, Progress, cancel)
     engine.submit(job(reason, num_inference_steps=500))
-    assert ear.failure(reason).code == code
+    assert collector.failure(reason).code == code
     engine.submit(job(f"after {reason}", num_inference_steps=1))
-    ear.ended(f"after {reason}")
-    # one more of the cancelled call, one of the next; one preparation, one delivery
+    collector.until_ended(f"after {reason}")
+    # one more step of the cancelled call, then preparation, one step and delivery of the next request
     assert engine.status().steps - steps_at_cancel[0] <= 1 + 1 + 2
 
 
-def test_a_cancelled_request_leaves_its_batch_untouched(loaded, calls):
-    engine, ear = loaded
-    ear.when("leaver", Progress, lambda: engine.cancel("leaver", "cancelled"))
-    with held(engine, ear):
+def test_a_cancelled_request_does_not_disturb_the_others_of_its_batch(loaded, calls):
+    engine, collector = loaded
+    collector.on_first("leaver", Progress, lambda: engine.cancel("leaver", "cancelled"))
+    with held(engine, collector):
         calls.clear()
         engine.submit(job("leaver"))
         engine.submit(job("stayer", seed=9))
     engine.cancel("nobody", "cancelled")
-    assert [type(e) for e in ear.ended("leaver")] == [Progress, Failed]
-    assert ear.failure("leaver").code == "cancelled"
+    assert [type(e) for e in collector.until_ended("leaver")] == [Progress, Failed]
+    assert collector.failure("leaver").code == "cancelled"
     engine.submit(job("stayer alone", seed=9))
-    stayer, alone = ear.pictures("stayer")[0], ear.pictures("stayer alone")[0]
+    stayer, alone = collector.images("stayer")[0], collector.images("stayer alone")[0]
     assert np.abs(as_array(stayer) - as_array(alone)).max() <= 1
     assert calls == [("text2image", 2), ("text2image", 1)]
 
 
 def test_a_waiting_request_can_be_cancelled(loaded, calls):
-    engine, ear = loaded
-    with held(engine, ear):
+    engine, collector = loaded
+    with held(engine, collector):
         engine.submit(job("waits"))
         assert engine.status()[:3] == (True, 1, 1)
         engine.cancel("waits", "cancelled")
         assert engine.status()[:3] == (True, 1, 0)
     engine.submit(job("last", width=48))
-    ear.ended("last")
-    assert [type(e) for e in ear.ended("waits")] == [Failed]
+    collector.until_ended("last")
+    assert [type(e) for e in collector.until_ended("waits")] == [Failed]
     assert len(calls) == 2
     assert engine.status()[:3] == (True, 0, 0)
 
 
-def test_a_second_job_with_a_live_id_is_ignored(loaded):
-    engine, ear = loaded
-    with held(engine, ear):
+def test_the_thread_sleeps_after_a_cancel_while_a_call_gathers(fresh, monkeypatch):
+    engine, _ = fresh
+    cancelled, sleeps = threading.Event(), threading.Event()
+    wait = engine._work.wait
+
+    def watched_wait(timeout: float | None = None) -> bool:
+        if timeout is not None and not cancelled.is_set():
+            engine.cancel("early", "cancelled")
+            cancelled.set()
+        elif timeout is None and cancelled.is_set():
+            sleeps.set()
+        return wait(timeout)
+
+    monkeypatch.setattr(engine._work, "wait", watched_wait)
+    engine.submit(job("early"))
+    assert cancelled.wait(30) and sleeps.wait(30)
+
+
+def test_a_second_job_with_the_id_of_an_open_one_is_ignored(loaded):
+    engine, collector = loaded
+    with held(engine, collector):
         engine.submit(job("twice"))
         engine.submit(job("twice", n=5))
-    assert len(ear.pictures("twice")) == 1
+    assert len(collector.images("twice")) == 1
 
 
 def test_an_edit_keeps_the_proportions_of_its_source(loaded):
-    engine, ear = loaded
+    engine, collector = loaded
     engine.submit(job("edit", image=png(Image.new("RGB", (200, 50), "red"))))
-    width, height = ear.pictures("edit")[0].size
+    width, height = collector.images("edit")[0].size
     assert (width, height) == (64, 16)
 
 
-def test_an_edit_takes_the_size_asked_for(loaded):
-    engine, ear = loaded
+def test_an_edit_has_the_requested_size(loaded):
+    engine, collector = loaded
     engine.submit(job("sized", image=png(Image.new("RGB", (50, 50), "red")), width=48, height=40))
-    assert ear.pictures("sized")[0].size == (48, 40)
+    assert collector.images("sized")[0].size == (48, 40)
 
 
-def test_strength_so_low_that_no_step_would_remain_still_runs_one(loaded):
-    engine, ear = loaded
+def test_a_strength_too_low_for_one_step_still_runs_one(loaded):
+    engine, collector = loaded
     engine.submit(
         job("weak", image=png(Image.new("RGB", (SIDE, SIDE))), strength=0.01, num_inference_steps=49)
     )
-    assert len(ear.pictures("weak")) == 1
+    assert len(collector.images("weak")) == 1
 
 
 def left_half_mask(inverted: bool = False) -> bytes:
@@ -249,9 +269,9 @@ def transparent_left(image: Image.Image) -> bytes:
     return png(with_alpha)
 
 
-@pytest.mark.parametrize("how", ["white mask", "transparent mask", "transparent picture"])
+@pytest.mark.parametrize("how", ["white mask", "transparent mask", "transparent image"])
 def test_inpainting_changes_the_marked_part_only(loaded, how):
-    engine, ear = loaded
+    engine, collector = loaded
     source = noise()
     asked = {
         "white mask": {"image": png(source), "mask": left_half_mask()},
@@ -259,27 +279,27 @@ def test_inpainting_changes_the_marked_part_only(loaded, how):
             "image": png(source),
             "mask": transparent_left(Image.new("RGB", (SIDE, SIDE), "white")),
         },
-        "transparent picture": {"image": transparent_left(source)},
+        "transparent image": {"image": transparent_left(source)},
     }[how]
     engine.submit(job(how, strength=1.0, **asked))
-    result, original = as_array(ear.pictures(how)[0]), as_array(source)
+    result, original = as_array(collector.images(how)[0]), as_array(source)
     half = SIDE // 2
     assert (result[:, half:] == original[:, half:]).all()
     assert np.abs(result[:, :half] - original[:, :half]).mean() > 20
 
 
 def test_masked_edits_of_two_requests_share_a_call_and_keep_their_own_masks(loaded, calls):
-    engine, ear = loaded
+    engine, collector = loaded
     source = noise()
-    with held(engine, ear):
+    with held(engine, collector):
         calls.clear()
         engine.submit(job("left", image=png(source), mask=left_half_mask()))
         engine.submit(job("right", image=png(source), mask=left_half_mask(inverted=True)))
-        # decoded in another thread: both must wait before the engine is let go
-        until_waiting(engine, 2)
+        # Sources are decoded in another thread: both requests must wait before the engine goes on.
+        wait_until_waiting(engine, 2)
     left, right, original = (
-        as_array(ear.pictures("left")[0]),
-        as_array(ear.pictures("right")[0]),
+        as_array(collector.images("left")[0]),
+        as_array(collector.images("right")[0]),
         as_array(source),
     )
     half = SIDE // 2
@@ -290,55 +310,55 @@ def test_masked_edits_of_two_requests_share_a_call_and_keep_their_own_masks(load
 @pytest.mark.parametrize(
     ("asked", "param"),
     [
-        ({"image": b"no picture"}, "image"),
+        ({"image": b"not an image"}, "image"),
         ({"image": png(Image.new("RGB", (64, 64)))[:60]}, "image"),
-        ({"image": png(noise()), "mask": b"no picture"}, "mask"),
+        ({"image": png(noise()), "mask": b"not an image"}, "mask"),
         ({"image": png(noise()), "mask": png(Image.new("L", (SIDE, SIDE + 1), 255))}, "mask"),
         ({"image": png(noise()), "mask": png(Image.new("L", (SIDE, SIDE), 0))}, "mask"),
     ],
 )
-def test_bad_pictures_fail_by_name(loaded, asked, param):
-    engine, ear = loaded
+def test_a_bad_file_fails_with_the_name_of_its_field(loaded, asked, param):
+    engine, collector = loaded
     identity = f"bad {param} {sum(map(len, asked.values()))}"
     engine.submit(job(identity, **asked))
-    failure = ear.failure(identity)
+    failure = collector.failure(identity)
     assert (failure.code, failure.param) == ("invalid_image", param)
 
 
-def test_out_of_memory_in_a_batch_is_tried_again_one_by_one(fresh, monkeypatch):
-    engine, ear = fresh
+def test_a_batch_that_runs_out_of_memory_is_generated_one_by_one(fresh, monkeypatch):
+    engine, collector = fresh
     pipe = engine._pipelines.text2image._pipe
     decode, sizes = pipe.unet.forward, []
 
     def forward(sample, *args, **kwargs):
-        sizes.append(len(sample) // 2)  # guidance doubles the batch
+        sizes.append(len(sample) // 2)  # guidance runs each image with and without the prompt
         if len(sample) > 2:
             raise torch.OutOfMemoryError("simulated")
         return decode(sample, *args, **kwargs)
 
     monkeypatch.setattr(pipe.unet, "forward", forward)
     engine.submit(job("oom", n=3))
-    assert len(ear.pictures("oom")) == 3
+    assert len(collector.images("oom")) == 3
     assert sizes == [3, 1, 1, 1, 1, 1, 1]
-    steps = [e.step for e in ear.events["oom"] if isinstance(e, Progress)]
+    steps = [e.step for e in collector.events["oom"] if isinstance(e, Progress)]
     assert steps == sorted(set(steps))
 
 
-def test_out_of_memory_alone_fails_and_the_engine_goes_on(fresh, monkeypatch):
-    engine, ear = fresh
+def test_an_image_that_runs_out_of_memory_alone_fails_and_the_engine_goes_on(fresh, monkeypatch):
+    engine, collector = fresh
     pipe = engine._pipelines.text2image._pipe
     with monkeypatch.context() as patch:
         patch.setattr(
             pipe.unet, "forward", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("simulated"))
         )
         engine.submit(job("oom"))
-        assert ear.failure("oom").code == "out_of_memory"
+        assert collector.failure("oom").code == "out_of_memory"
     engine.submit(job("next"))
-    assert len(ear.pictures("next")) == 1
+    assert len(collector.images("next")) == 1
 
 
-def test_a_broken_pipeline_fails_the_request_without_its_prompt_in_the_log(fresh, monkeypatch, caplog):
-    engine, ear = fresh
+def test_a_broken_pipeline_fails_the_request_and_its_prompt_is_not_logged(fresh, monkeypatch, caplog):
+    engine, collector = fresh
     pipe = engine._pipelines.text2image._pipe
 
     def broken(prompt, *_, **__):
@@ -347,15 +367,15 @@ def test_a_broken_pipeline_fails_the_request_without_its_prompt_in_the_log(fresh
     with monkeypatch.context() as patch:
         patch.setattr(pipe, "encode_prompt", broken)
         engine.submit(job("broken", prompt="MARKER"))
-        failure = ear.failure("broken")
+        failure = collector.failure("broken")
     assert failure.code == "engine_error" and "MARKER" not in failure.message
     assert "ValueError" in caplog.text and "MARKER" not in caplog.text
     engine.submit(job("next"))
-    assert len(ear.pictures("next")) == 1
+    assert len(collector.images("next")) == 1
 
 
-def test_one_request_that_spoils_a_batch_fails_alone(fresh, monkeypatch):
-    engine, ear = fresh
+def test_a_request_that_makes_its_batch_fail_fails_alone(fresh, monkeypatch):
+    engine, collector = fresh
     pipe = engine._pipelines.text2image._pipe
     encode = pipe.encode_prompt
 
@@ -365,97 +385,97 @@ def test_one_request_that_spoils_a_batch_fails_alone(fresh, monkeypatch):
         return encode(prompt, *args, **kwargs)
 
     monkeypatch.setattr(pipe, "encode_prompt", picky)
-    with held(engine, ear):
+    with held(engine, collector):
         engine.submit(job("good"))
         engine.submit(job("bad", prompt="poison"))
-    assert ear.failure("bad").code == "engine_error"
-    assert len(ear.pictures("good")) == 1
+    assert collector.failure("bad").code == "engine_error"
+    assert len(collector.images("good")) == 1
 
 
-def test_a_prompt_longer_than_the_text_encoder_reads_is_not_logged(loaded, caplog):
-    engine, ear = loaded
-    for library in ("diffusers", "transformers"):  # their loggers don't propagate
+def test_a_prompt_that_the_text_encoder_truncates_is_not_logged(loaded, caplog):
+    engine, collector = loaded
+    for library in ("diffusers", "transformers"):  # loggers that do not propagate
         logging.getLogger(library).addHandler(caplog.handler)
     engine.submit(job("long", prompt="MARKER " * 50))
-    assert len(ear.pictures("long")) == 1
+    assert len(collector.images("long")) == 1
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).removeHandler(caplog.handler)
     assert "MARKER" not in caplog.text and "marker" not in caplog.text
 
 
-def test_closing_fails_what_is_left(fresh):
-    engine, ear = fresh
-    with held(engine, ear):
-        holder = next(iter(ear.events))
+def test_close_fails_all_open_requests(fresh):
+    engine, collector = fresh
+    with held(engine, collector):
+        holder = next(iter(collector.events))
         engine.submit(job("waits"))
         engine.close()
-    assert ear.failure(holder).code == ear.failure("waits").code == "shutting_down"
+    assert collector.failure(holder).code == collector.failure("waits").code == "shutting_down"
     engine.submit(job("late"))
-    assert ear.failure("late").code == "shutting_down"
+    assert collector.failure("late").code == "shutting_down"
     assert not engine.status().alive
 
 
-def test_weights_are_shared_between_the_tasks(loaded):
+def test_all_tasks_share_the_weights(loaded):
     engine, _ = loaded
     pipelines = engine._pipelines
     unets = {id(p._pipe.unet) for p in (pipelines.text2image, pipelines.image2image, pipelines.inpaint)}
     assert len(unets) == 1
 
 
-def engine_of(weights: Path, *tasks: str) -> Iterator[tuple[ImageEngine, Ear]]:
-    ear = Ear()
+def engine_of(weights: Path, *tasks: str) -> Iterator[tuple[ImageEngine, Collector]]:
+    collector = Collector()
     engine = ImageEngine(entry(weights, tasks, max_batch_size=3, default_size=SIDE))
-    engine.load(ear)
-    yield engine, ear
+    engine.load(collector)
+    yield engine, collector
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def instructed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ImageEngine, Ear]]:
+def instructed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ImageEngine, Collector]]:
     yield from engine_of(write_instruction_model(tmp_path_factory.mktemp("instructed")), "edit")
 
 
-def test_an_instruction_model_edits_one_picture_a_call(instructed, calls):
-    engine, ear = instructed
+def test_an_instruction_model_edits_one_image_in_a_call(instructed, calls):
+    engine, collector = instructed
     engine.submit(job("instructed", image=png(noise()), n=2))
-    assert len(ear.pictures("instructed")) == 2
+    assert len(collector.images("instructed")) == 2
     assert calls == [("image2image", 1), ("image2image", 1)]
 
 
-def test_a_mask_for_a_model_that_takes_none_is_refused_by_name(instructed):
-    engine, ear = instructed
+def test_a_mask_is_refused_when_the_model_can_not_use_one(instructed):
+    engine, collector = instructed
     engine.submit(job("masked", image=png(noise()), mask=left_half_mask()))
-    failure = ear.failure("masked")
+    failure = collector.failure("masked")
     assert (failure.code, failure.param) == ("unsupported_parameter", "mask")
     engine.submit(job("transparent", image=transparent_left(noise())))
-    assert len(ear.pictures("transparent")) == 1
+    assert len(collector.images("transparent")) == 1
 
 
-def test_a_task_the_model_does_not_do_fails(instructed):
-    engine, ear = instructed
-    engine.submit(job("drawn"))
-    assert ear.failure("drawn").code == "unsupported_parameter"
+def test_a_task_that_the_model_does_not_serve_fails(instructed):
+    engine, collector = instructed
+    engine.submit(job("generated"))
+    assert collector.failure("generated").code == "unsupported_parameter"
 
 
 def test_an_inpainting_model_edits_with_a_mask_and_without(tmp_path, calls):
-    for engine, ear in engine_of(write_inpainting_model(tmp_path / "inpainting"), "edit"):
+    for engine, collector in engine_of(write_inpainting_model(tmp_path / "inpainting"), "edit"):
         calls.clear()
         source = noise()
         engine.submit(job("masked", image=png(source), mask=left_half_mask()))
         half = SIDE // 2
-        assert (as_array(ear.pictures("masked")[0])[:, half:] == as_array(source)[:, half:]).all()
+        assert (as_array(collector.images("masked")[0])[:, half:] == as_array(source)[:, half:]).all()
         engine.submit(job("whole", image=png(source)))
-        assert (as_array(ear.pictures("whole")[0])[:, half:] != as_array(source)[:, half:]).any()
+        assert (as_array(collector.images("whole")[0])[:, half:] != as_array(source)[:, half:]).any()
         assert calls == [("inpaint", 1), ("inpaint", 1)]
 
 
-def test_a_model_that_needs_a_picture_can_not_serve_generations(tmp_path):
+def test_a_model_that_needs_an_image_can_not_serve_generations(tmp_path):
     folder = write_instruction_model(tmp_path / "instructed")
     with pytest.raises(EngineLoadError, match="tiny: "):
-        ImageEngine(entry(folder, ["generation"])).load(Ear())
+        ImageEngine(entry(folder, ["generation"])).load(Collector())
 
 
-def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded):
+def test_steps_of_a_pipeline_without_callback_are_counted_at_its_denoiser(loaded):
     engine, _ = loaded
     pipe = engine._pipelines.text2image._pipe
 
@@ -466,31 +486,31 @@ def test_a_pipeline_without_step_callback_is_watched_through_its_denoiser(loaded
             )
 
     silent = ImagePipeline(Silent(**pipe.components, requires_safety_checker=False), "text2image")
-    recipe = Recipe("text2image", SIDE, SIDE, 3, None, None, False)
+    shared = CallParams("text2image", SIDE, SIDE, 3, None, None, False)
     steps: list[tuple[int, int]] = []
-    silent(recipe, [Piece("p", "", 7)], lambda *step: steps.append(step))
+    silent(shared, [ImageParams("p", "", 7)], lambda *step: steps.append(step))
     assert steps == [(1, 3), (2, 3), (3, 3)]
-    silent(recipe, [Piece("p", "", 7)], lambda *step: None)
+    silent(shared, [ImageParams("p", "", 7)], lambda *step: None)
     assert len(steps) == 3 and not pipe.unet._forward_hooks
 
 
-def test_a_default_size_that_callers_could_not_ask_for_is_a_load_error(weights):
+def test_a_default_size_that_clients_could_not_request_is_a_load_error(weights):
     with pytest.raises(EngineLoadError, match="size_multiple"):
-        ImageEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Ear())
+        ImageEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Collector())
 
 
-def test_the_size_the_model_was_trained_for_is_the_default(weights):
-    ear = Ear()
+def test_the_native_size_of_the_model_is_the_default(weights):
+    collector = Collector()
     engine = ImageEngine(entry(weights, ["generation"]))
-    engine.load(ear)
+    engine.load(collector)
     engine.submit(job("own size"))
-    assert ear.pictures("own size")[0].size == (SIDE, SIDE)
+    assert collector.images("own size")[0].size == (SIDE, SIDE)
     engine.close()
 
 
 def test_missing_weights_are_a_load_error(tmp_path):
     with pytest.raises(EngineLoadError, match="tiny"):
-        ImageEngine(entry(tmp_path / "nothing")).load(Ear())
+        ImageEngine(entry(tmp_path / "nothing")).load(Collector())
 
 
 def test_pickled_weights_are_refused(weights, tmp_path):
@@ -498,4 +518,4 @@ def test_pickled_weights_are_refused(weights, tmp_path):
         tmp_path / "pickled", safe_serialization=False
     )
     with pytest.raises(EngineLoadError):
-        ImageEngine(entry(tmp_path / "pickled")).load(Ear())
+        ImageEngine(entry(tmp_path / "pickled")).load(Collector())

@@ -1,4 +1,4 @@
-"""Pixels in and out: what callers' files become, and that damaged ones are refused and nothing else happens."""
+"""Decoding of uploaded files, refusal of damaged ones, and encoding of results."""
 
 import functools
 import struct
@@ -38,7 +38,7 @@ def marked(source: Source) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_formats(kind):
+def test_every_accepted_format_is_decoded(kind):
     options = (
         {"lossless": True} if kind == "WEBP" else {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
     )
@@ -51,7 +51,7 @@ def test_formats(kind):
     ("orientation", "size", "corner"),
     [(1, (8, 4), "red"), (3, (8, 4), "blue"), (6, (4, 8), "red"), (8, (4, 8), "blue"), (2, (8, 4), "blue")],
 )
-def test_exif_turns_the_picture(orientation, size, corner):
+def test_the_exif_orientation_is_applied(orientation, size, corner):
     exif = Image.Exif()
     exif[0x0112] = orientation
     for kind in ("PNG", "WEBP"):
@@ -63,20 +63,20 @@ def test_exif_turns_the_picture(orientation, size, corner):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
-def test_modes_become_rgb(mode):
+def test_every_mode_is_converted_to_rgb(mode):
     image = Image.new("RGB", (8, 4), "white").convert(mode)
     kind = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
     decoded = decode_source(file(image, kind), None)
     assert decoded.image.mode == "RGB" and np.asarray(decoded.image).min() > 250
 
 
-def test_sixteen_bit_grey_keeps_its_shades():
+def test_sixteen_bit_grey_is_scaled_to_eight_bits():
     grey = Image.fromarray(np.array([[0, 0x8000, 0xFFFF]], dtype=np.uint16))
     decoded = decode_source(file(grey), None)
     assert np.asarray(decoded.image)[0, :, 0].tolist() == [0, 128, 255]
 
 
-def test_transparent_pixels_of_the_picture_are_the_mask():
+def test_transparent_pixels_of_the_image_are_the_mask():
     image = two_halves().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 2, 4))
     decoded = decode_source(file(image), None)
@@ -85,18 +85,18 @@ def test_transparent_pixels_of_the_picture_are_the_mask():
     assert decode_source(file(two_halves().convert("RGBA")), None).mask is None
 
 
-def test_a_palette_with_a_transparent_colour_is_a_mask_too():
+def test_a_transparent_palette_colour_is_a_mask():
     image = two_halves().convert("P", palette=Image.Palette.ADAPTIVE, colors=2)
     decoded = decode_source(file(image, transparency=image.getpixel((0, 0))), None)
     assert marked(decoded) == [[1, 1, 1, 1, 0, 0, 0, 0]] * 4
 
 
-def test_white_of_the_mask_says_where_to_edit():
+def test_white_pixels_of_the_mask_are_edited():
     decoded = decode_source(file(two_halves()), file(two_halves("white", "black").convert("L")))
     assert marked(decoded) == [[1, 1, 1, 1, 0, 0, 0, 0]] * 4 and decoded.mask_requested
 
 
-def test_transparency_of_the_mask_wins_over_its_colours():
+def test_transparent_pixels_of_the_mask_take_precedence_over_white_ones():
     mask = two_halves("white", "black").convert("RGBA")
     mask.paste((0, 0, 0, 0), (6, 0, 8, 4))
     assert marked(decode_source(file(two_halves()), file(mask))) == [[0, 0, 0, 0, 0, 0, 1, 1]] * 4
@@ -104,7 +104,7 @@ def test_transparency_of_the_mask_wins_over_its_colours():
     assert marked(decode_source(file(two_halves()), file(opaque))) == [[1, 1, 1, 1, 0, 0, 0, 0]] * 4
 
 
-def test_pasting_back_keeps_what_is_not_marked_at_any_size():
+def test_paste_back_keeps_unmarked_pixels_at_any_size():
     source = Source(two_halves(), two_halves("white", "black").convert("L"), True)
     for size in ((8, 4), (16, 8), (4, 2)):
         result = paste_back(Image.new("RGB", size, "lime"), source)
@@ -126,11 +126,11 @@ def test_pasting_back_keeps_what_is_not_marked_at_any_size():
         ((3, 3), (64, 64)),
     ],
 )
-def test_same_shape(size, expected):
+def test_same_shape_keeps_proportions_and_area(size, expected):
     assert same_shape(size, 64 * 64, 8) == expected
 
 
-def test_results_carry_no_metadata():
+def test_results_have_no_metadata():
     image = two_halves()
     image.info["comment"] = "SECRET"
     image.info["exif"] = b"SECRET"
@@ -180,7 +180,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 @functools.cache
 def bombs() -> dict[str, bytes]:
-    """Small files that would unpack to much."""
+    """Small files that would take a lot of memory when decompressed."""
     small = file(two_halves())
     head, rest = small[:33], small[33:]
     zeros = zlib.compress(b"\0" * 200_000_000, 9)
@@ -215,7 +215,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
-def test_bombs_neither_stall_nor_fill_the_memory(tmp_path):
+def test_decompression_bombs_are_bounded_in_time_and_memory(tmp_path):
     paths = []
     for name, data in bombs().items():
         paths.append(tmp_path / f"{name}.png")

@@ -1,4 +1,4 @@
-"""An untrained Stable Diffusion of a few thousand weights in diffusers' own format, and an ear for an engine's events."""
+"""A tiny untrained Stable Diffusion in diffusers' own format, and a collector of an engine's events."""
 
 import json
 import threading
@@ -29,13 +29,13 @@ SIDE = 32
 
 
 def write_model(folder: Path) -> Path:
-    """Save the pipeline. Random weights, the same each time; 32 x 32 pixels by default."""
+    """Save the pipeline. Its random weights are always the same, its default size is 32 x 32 pixels."""
     make_model(folder).save_pretrained(folder)
     return folder
 
 
 def write_instruction_model(folder: Path) -> Path:
-    """An InstructPix2Pix: edits with text and picture alone, and diffusers' Auto classes don't know it."""
+    """Save an InstructPix2Pix: it edits by text and image, and diffusers' Auto classes do not know it."""
     parts = make_model(folder).components
     parts["unet"] = _unet(in_channels=8)
     StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
@@ -43,7 +43,7 @@ def write_instruction_model(folder: Path) -> Path:
 
 
 def write_inpainting_model(folder: Path) -> Path:
-    """A model made for masks: its U-Net takes the mask and the masked picture as channels of their own."""
+    """Save a model made for masks: its U-Net takes the mask and the masked image as extra channels."""
     parts = make_model(folder).components
     parts["unet"] = _unet(in_channels=9)
     StableDiffusionInpaintPipeline(**parts, requires_safety_checker=False).save_pretrained(folder)
@@ -51,7 +51,7 @@ def write_inpainting_model(folder: Path) -> Path:
 
 
 def make_model(folder: Path) -> StableDiffusionPipeline:
-    """The pipeline itself; its tokenizer's files lie in the folder."""
+    """Make the pipeline. The files of its tokenizer are written to `folder`."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(folder)
     text = CLIPTextConfig(
@@ -113,14 +113,14 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def entry(weights: Path, tasks: Sequence[str] = ("generation", "edit"), **engine: object) -> ModelEntry:
-    """A catalogue entry for the folder; torch on one thread, as the tests' machines are small."""
+    """Make a catalogue entry for the folder. torch uses one thread, because the tests' machines are small."""
     return ModelEntry.model_validate(
         {"name": "tiny", "tasks": tasks, "weights": str(weights), "engine": {"torch_threads": 1, **engine}}
     )
 
 
 def job(id: str, **asked: object) -> ImageJob:
-    """A job of two steps; an edit if it has an image."""
+    """Make a job of two steps. It is an edit if it has an image."""
     task = "edit" if "image" in asked else "generation"
     fields: dict[str, Any] = {
         "id": id, "model": "tiny", "task": task, "prompt": "p", "seed": 7, "num_inference_steps": 2, **asked
@@ -129,62 +129,62 @@ def job(id: str, **asked: object) -> ImageJob:
 
 
 def png(image: Image.Image, **options: object) -> bytes:
-    """The picture as a PNG file."""
+    """Encode the image as a PNG file."""
     buffer = BytesIO()
     image.save(buffer, "PNG", **options)
     return buffer.getvalue()
 
 
-class Ear:
-    """Records what an engine emits; `ended` and `heard` wait for it."""
+class Collector:
+    """An `emit` that records all events. `first` and `until_ended` wait for them."""
 
     def __init__(self) -> None:
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self.events: dict[str, list[Event]] = defaultdict(list)
         self._reactions: dict[tuple[str, type[Event]], Callable[[], object]] = {}
 
-    def when(self, request_id: str, kind: type[Event], reaction: Callable[[], object]) -> None:
-        """Call `reaction` inside the engine's own thread when the request's first event of this kind comes."""
+    def on_first(self, request_id: str, kind: type[Event], reaction: Callable[[], object]) -> None:
+        """Call `reaction` in the engine's own thread at the request's first event of this kind."""
         self._reactions[request_id, kind] = reaction
 
     def __call__(self, events: Sequence[tuple[str, Event]]) -> None:
-        with self._news:
+        with self._changed:
             for request_id, event in events:
                 self.events[request_id].append(event)
-            self._news.notify_all()
+            self._changed.notify_all()
         for request_id, event in events:
             if reaction := self._reactions.pop((request_id, type(event)), None):
                 reaction()
 
-    def heard(self, request_id: str, kind: type[Event], timeout: float = 60) -> Event:
-        """The request's first event of this kind."""
+    def first(self, request_id: str, kind: type[Event], timeout: float = 60) -> Event:
+        """Wait for the request's first event of this kind."""
 
         def first() -> Event | None:
             return next((event for event in self.events[request_id] if isinstance(event, kind)), None)
 
-        with self._news:
-            assert self._news.wait_for(lambda: first() is not None, timeout), self.events[request_id]
+        with self._changed:
+            assert self._changed.wait_for(lambda: first() is not None, timeout), self.events[request_id]
             found = first()
             assert found is not None
             return found
 
-    def ended(self, request_id: str, timeout: float = 60) -> list[Event]:
-        """All events of the request, once a terminal one has come. There is exactly one and it is the last."""
-        with self._news:
+    def until_ended(self, request_id: str, timeout: float = 60) -> list[Event]:
+        """Wait for the request's terminal event and return all events. The terminal event is the last."""
+        with self._changed:
             events = self.events[request_id]
-            assert self._news.wait_for(lambda: any(map(is_terminal, events)), timeout), events
+            assert self._changed.wait_for(lambda: any(map(is_terminal, events)), timeout), events
             assert [is_terminal(event) for event in events].index(True) == len(events) - 1
             return list(events)
 
     def failure(self, request_id: str) -> Failed:
-        """How the request failed."""
-        last = self.ended(request_id)[-1]
+        """Wait for the end of the request, which must be a failure."""
+        last = self.until_ended(request_id)[-1]
         assert isinstance(last, Failed), last
         return last
 
-    def pictures(self, request_id: str) -> list[Image.Image]:
-        """The request's pictures in the order of their index."""
+    def images(self, request_id: str) -> list[Image.Image]:
+        """Wait for the end of the request and return its images in the order of their index."""
         ready = sorted(
-            (e for e in self.ended(request_id) if isinstance(e, ImageReady)), key=lambda e: e.index
+            (e for e in self.until_ended(request_id) if isinstance(e, ImageReady)), key=lambda e: e.index
         )
         return [Image.open(BytesIO(event.png)).convert("RGB") for event in ready]

@@ -14,8 +14,8 @@ log = logging.getLogger(__name__)
 def failure_of(error: Exception) -> Failed:
     """Return the event for the client, and log the error unless the client caused it (a ServiceError).
 
-    The log gets the type and the traceback of the error. Its text may quote a prompt, so it is logged only for errors
-    of torch, whose texts hold shapes, devices and sizes.
+    The log gets the type and the traceback of the error. Its text may quote a prompt, so it is logged only
+    for errors of torch, whose texts hold shapes, devices and sizes.
     """
     if isinstance(error, ServiceError):
         return Failed.of(error)

@@ -1,4 +1,4 @@
-"""The picture engine: diffusers pipelines that draw and edit, several requests in one call."""
+"""The image engine: diffusers pipelines that generate and edit images, several requests in one call."""
 
 from workers.engines.images.engine import ImageEngine
 

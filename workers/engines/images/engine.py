@@ -1,7 +1,7 @@
-"""The picture engine's two threads: one runs pipelines, call after call; one decodes sources and encodes results.
+"""The image engine. One thread runs pipelines, call after call; another decodes sources and encodes results.
 
-A request is prepared, waits, is drawn in one or more calls together with compatible ones, and ends with exactly one
-terminal event: whoever takes it out of `_requests` sends that event, nobody else can.
+A job is prepared, waits, and is generated in one or more calls, together with compatible requests. It stays
+in `_open` until its terminal event; the thread that removes it sends that event, so there is exactly one.
 """
 
 import logging
@@ -22,13 +22,13 @@ from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStat
 from workers.engines.failures import failure_of, free_memory
 from workers.engines.images.loader import Pipelines, load_pipelines
 from workers.engines.images.pixels import encode_png, paste_back
-from workers.engines.images.request import Request, warm_up_requests
+from workers.engines.images.request import Request, prepare, warm_up_requests
 
 _GATHER_S = 0.01
-"""How long a call that isn't full waits for the rest of a burst; a request alone pays this once."""
+"""How long a call with room left waits for more requests. It delays a request that comes alone."""
 
 _SHUTTING_DOWN = Failed.of(ShuttingDown())
-_ENDS: dict[CancelReason, Failed] = {
+_CANCELLED: dict[CancelReason, Failed] = {
     "cancelled": Failed.of(Cancelled()),
     "deadline": Failed.of(DeadlineExceeded()),
 }
@@ -36,19 +36,19 @@ _ENDS: dict[CancelReason, Failed] = {
 log = logging.getLogger(__name__)
 
 
-class Picture(NamedTuple):
-    """Picture `number` of a request, from 0."""
+class BatchItem(NamedTuple):
+    """One image of a request, as part of a call. `image_index` counts from 0."""
 
     request: Request
-    number: int
+    image_index: int
 
 
-class _NobodyWaits(Exception):
-    """Every request of the running call has ended."""
+class _BatchAbandoned(Exception):
+    """Raised inside a pipeline call to stop it, because all its requests have ended."""
 
 
 class ImageEngine:
-    """Draws and edits pictures with one model (the `Engine` of workers.engines.base)."""
+    """Generates and edits images with one model. Implements workers.engines.base.Engine."""
 
     def __init__(self, entry: ModelEntry) -> None:
         assert isinstance(entry.engine, ImageEngineOptions)
@@ -56,22 +56,27 @@ class ImageEngine:
         self._max_batch_size = entry.engine.max_batch_size
         self._pipelines: Pipelines | None = None
         self._emit: Emit = lambda events: None
-        self._lock = threading.RLock()  # held while emitting, too, so that nothing follows a terminal event
+        self._lock = threading.RLock()
+        """Also held while emitting, so that no event follows a terminal one."""
         self._work = threading.Condition(self._lock)
-        self._requests: dict[str, Request] = {}
+        self._open: dict[str, ImageJob] = {}
+        """Jobs whose terminal event has not been sent, by id."""
+        self._running: set[str] = set()
+        """Ids of open jobs that are or were part of a call."""
         self._waiting: deque[Request] = deque()
+        """Requests with images that are not part of any call yet, oldest first."""
         self._closed = False
         self._steps = 0
-        self._pixels = ThreadPoolExecutor(1, thread_name_prefix="picture-pixels")
-        self._thread = threading.Thread(target=self._serve, name="picture-engine", daemon=True)
+        self._pixels = ThreadPoolExecutor(1, thread_name_prefix="image-pixels")
+        self._thread = threading.Thread(target=self._run, name="image-engine", daemon=True)
 
     def load(self, emit: Emit) -> None:
-        """Load the weights, run one step of all that the model can do, and start. Raises EngineLoadError."""
+        """Load the weights, run one step with each pipeline, and start. Raises EngineLoadError."""
         self._emit = emit
         self._pipelines = load_pipelines(self._entry)
         try:
             for request in warm_up_requests(self._entry.name, self._pipelines):
-                request.pipeline(request.recipe, [request.piece(0)], self._count_step)
+                request.pipeline(request.shared, [request.image_params(0)], self._count_step)
         except Exception as error:
             raise EngineLoadError(
                 f"{self._entry.name}: warm-up failed: {type(error).__name__}: {error}"
@@ -79,181 +84,193 @@ class ImageEngine:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
-        """Take a job and return at once; a second job with the id of a live one is ignored."""
+        """Take a job and return at once. A second job with the id of an open one is ignored."""
         assert isinstance(job, ImageJob)
-        request = Request(job)
         with self._lock:
-            if job.id in self._requests:
+            if job.id in self._open:
                 log.warning("request %s was submitted twice", job.id)
                 return
-            self._requests[job.id] = request
+            self._open[job.id] = job
             if self._closed:
-                self._end(request, _SHUTTING_DOWN)
+                self._end(job, _SHUTTING_DOWN)
             elif job.task == "edit":
-                self._pixels.submit(self._prepare, request)
-            else:  # nothing to decode: needn't stand behind other requests' pixels
-                self._prepare(request)
+                self._pixels.submit(self._prepare, job)
+            else:
+                # There is nothing to decode, so the job need not queue behind the pixels of others.
+                self._prepare(job)
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
-        """End a job now; the running call drops its pictures, or stops at its next step if they were all."""
+        """End a job now. A running call drops its images; it stops at the next step when no request is left."""
         with self._lock:
-            if request := self._requests.get(request_id):
-                self._end(request, _ENDS[reason])
+            if job := self._open.get(request_id):
+                self._end(job, _CANCELLED[reason])
 
     def status(self) -> EngineStatus:
-        """A snapshot without locks: a request counts as running from its first call until its end."""
-        started = [request.started for request in list(self._requests.values())]
-        return EngineStatus(self._thread.is_alive(), sum(started), len(started) - sum(started), self._steps)
+        """Return a snapshot without locking. A job counts as running from its first call to its end."""
+        running = [request_id in self._running for request_id in list(self._open)]
+        return EngineStatus(self._thread.is_alive(), sum(running), len(running) - sum(running), self._steps)
 
     def close(self) -> None:
-        """Fail what is left with "shutting_down", stop both threads and free the device."""
+        """End all jobs with "shutting_down", stop both threads and free the device."""
         with self._work:
             self._closed = True
-            for request in list(self._requests.values()):
-                self._end(request, _SHUTTING_DOWN)
+            for job in list(self._open.values()):
+                self._end(job, _SHUTTING_DOWN)
             self._work.notify_all()
         if self._thread.is_alive():
-            self._thread.join(timeout=10)  # a hung device must not hold up the end of the process
+            # With a limit: a device that hangs must not keep the process from ending.
+            self._thread.join(timeout=10)
         self._pixels.shutdown(wait=False, cancel_futures=True)
         self._pipelines = None
         free_memory()
 
-    # What the engine thread does
+    # The engine thread
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         while batch := self._next_batch():
-            self._draw(batch)
+            self._generate(batch)
 
-    def _next_batch(self) -> list[Picture]:
-        """Pictures for one call, oldest request first; blocks until there are some. Empty when closed."""
+    def _next_batch(self) -> list[BatchItem]:
+        """Wait until a batch is full or has gathered for long enough. Returns an empty list when closed."""
         with self._work:
-            deadline = None
+            deadline: float | None = None
             while not self._closed:
-                self._waiting = deque(request for request in self._waiting if self._lives(request))
-                batch = self._compatible()
-                deadline = deadline or (time.monotonic() + _GATHER_S if batch else None)
-                if batch and (self._is_full(batch) or time.monotonic() >= (deadline or 0)):
-                    self._take(batch)
+                batch = self._compatible_items()
+                if not batch:
+                    deadline = None
+                    self._work.wait()
+                    continue
+                deadline = deadline or time.monotonic() + _GATHER_S
+                remaining = deadline - time.monotonic()
+                if remaining <= 0 or len(batch) == self._batch_limit(batch[0].request):
+                    self._start(batch)
                     return batch
-                self._work.wait(timeout=deadline and max(0.0, deadline - time.monotonic()))
+                self._work.wait(remaining)
             return []
 
-    def _compatible(self) -> list[Picture]:
-        """The oldest request's undrawn pictures and those of others with its recipe, as many as one call takes."""
+    def _compatible_items(self) -> list[BatchItem]:
+        """Return the items of the next call: the oldest request's and those that can share its call."""
+        self._waiting = deque(request for request in self._waiting if self._is_open(request.job))
         if not self._waiting:
             return []
         first = self._waiting[0]
-        room = self._max_batch_size if first.pipeline.takes_batches else 1
-        alike = (request for request in self._waiting if request.recipe == first.recipe)
-        return [Picture(request, number) for request in alike for number in request.undrawn][:room]
+        compatible = (request for request in self._waiting if request.shared == first.shared)
+        items = [BatchItem(request, index) for request in compatible for index in request.pending]
+        return items[: self._batch_limit(first)]
 
-    def _is_full(self, batch: list[Picture]) -> bool:
-        first = batch[0].request
-        return len(batch) >= self._max_batch_size or not first.pipeline.takes_batches
+    def _batch_limit(self, request: Request) -> int:
+        return self._max_batch_size if request.pipeline.supports_batches else 1
 
-    def _take(self, batch: list[Picture]) -> None:
-        for request, number in batch:
-            request.started = True
-            request.undrawn.remove(number)
-            if not request.undrawn:
+    def _start(self, batch: list[BatchItem]) -> None:
+        for request, index in batch:
+            self._running.add(request.job.id)
+            request.pending.remove(index)
+            if not request.pending:
                 self._waiting.remove(request)
 
-    def _draw(self, batch: list[Picture]) -> None:
-        """One call, and its pictures on their way out; after a failure each picture is tried alone."""
+    def _generate(self, batch: list[BatchItem]) -> None:
+        """Run one call and pass its images on. After a failure, generate each image in a call of its own.
+
+        A call fails when the batch needs too much memory, or when one request makes it fail for the others.
+        """
         try:
             images = self._call(batch)
-        except _NobodyWaits:
+        except _BatchAbandoned:
             return
         except Exception as error:
-            failure = failure_of(error)  # nothing of `error` may live on: its frames hold the call's tensors
+            # No reference to `error` may outlive this block: its frames hold the tensors of the call.
+            failure = failure_of(error)
         else:
-            for picture, image in zip(batch, images, strict=True):
-                picture.request.drawn += 1
-                self._deliver_later(picture, image)
+            for item, image in zip(batch, images, strict=True):
+                item.request.generated += 1
+                self._deliver_later(item, image)
             return
         free_memory()
         if len(batch) == 1:
-            self._end(batch[0].request, failure)
+            self._end(batch[0].request.job, failure)
             return
-        # too much for the memory together, or one request spoilt it for the others
-        for picture in batch:
-            if self._lives(picture.request):
-                self._draw([picture])
+        for item in batch:
+            if self._is_open(item.request.job):
+                self._generate([item])
 
-    def _call(self, batch: Sequence[Picture]) -> list[Image.Image]:
+    def _call(self, batch: Sequence[BatchItem]) -> list[Image.Image]:
         first = batch[0].request
 
         def on_step(step: int, total: int) -> None:
             self._count_step()
-            if not any(self._lives(request) for request, _ in batch):
-                raise _NobodyWaits
+            if not any(self._is_open(request.job) for request, _ in batch):
+                raise _BatchAbandoned
             self._report(batch, step, total)
 
-        return first.pipeline(first.recipe, [request.piece(number) for request, number in batch], on_step)
+        images = [request.image_params(index) for request, index in batch]
+        return first.pipeline(first.shared, images, on_step)
 
-    def _report(self, batch: Sequence[Picture], step: int, total: int) -> None:
-        """Progress counts the steps of all pictures of a request: n pictures of 20 steps make 20 n."""
+    def _report(self, batch: Sequence[BatchItem], step: int, total: int) -> None:
+        """Emit progress. It counts the steps of all images of a request: n images of 20 steps make 20 n."""
         with self._lock:
             events: list[tuple[str, Event]] = []
-            for request in dict.fromkeys(picture.request for picture in batch):
-                here = sum(picture.request is request for picture in batch)
-                done = request.drawn * total + here * step
-                if self._lives(request) and done > request.progress:  # a second try doesn't go backwards
-                    request.progress = done
-                    events.append((request.job.id, Progress(done, total * request.job.n)))
+            for request in dict.fromkeys(item.request for item in batch):
+                images_in_call = sum(item.request is request for item in batch)
+                steps = request.generated * total + images_in_call * step
+                # After a failed call its images start again: progress must not go backwards.
+                if self._is_open(request.job) and steps > request.steps_reported:
+                    request.steps_reported = steps
+                    events.append((request.job.id, Progress(steps, total * request.job.n)))
             if events:
                 self._emit(events)
 
-    # What the pixels thread does
+    # The pixels thread
 
-    def _prepare(self, request: Request) -> None:
+    def _prepare(self, job: ImageJob) -> None:
         try:
             if (pipelines := self._pipelines) is None:
-                return  # closed, and the request ended with it
-            request.prepare(pipelines)
+                return  # the engine was closed, which has ended the job
+            request = prepare(job, pipelines)
         except Exception as error:
-            self._end(request, failure_of(error))
+            self._end(job, failure_of(error))
         else:
             with self._work:
                 self._steps += 1
                 self._waiting.append(request)
                 self._work.notify_all()
 
-    def _deliver_later(self, picture: Picture, image: Image.Image) -> None:
+    def _deliver_later(self, item: BatchItem, image: Image.Image) -> None:
         with self._lock:
             if not self._closed:
-                self._pixels.submit(self._deliver, picture, image)
+                self._pixels.submit(self._deliver, item, image)
 
-    def _deliver(self, picture: Picture, image: Image.Image) -> None:
-        request, number = picture
-        if not self._lives(request):
+    def _deliver(self, item: BatchItem, image: Image.Image) -> None:
+        request, index = item
+        if not self._is_open(request.job):
             return
         try:
             if request.source:
                 image = paste_back(image, request.source)
-            ready = ImageReady(number, request.seed(number), image.width, image.height, png=encode_png(image))
+            ready = ImageReady(index, request.seed(index), image.width, image.height, png=encode_png(image))
         except Exception as error:
-            self._end(request, failure_of(error))
+            self._end(request.job, failure_of(error))
             return
         with self._lock:
             self._steps += 1
-            request.unsent -= 1
-            if self._lives(request):
+            request.undelivered -= 1
+            if self._is_open(request.job):
                 self._emit([(request.job.id, ready)])
-            if request.unsent == 0:
-                self._end(request, Finished())
+            if request.undelivered == 0:
+                self._end(request.job, Finished())
 
-    # What all threads do
+    # All threads
 
     def _count_step(self, *_: int) -> None:
         with self._lock:
             self._steps += 1
 
-    def _lives(self, request: Request) -> bool:
-        return self._requests.get(request.job.id) is request
+    def _is_open(self, job: ImageJob) -> bool:
+        return self._open.get(job.id) is job
 
-    def _end(self, request: Request, event: Failed | Finished) -> None:
+    def _end(self, job: ImageJob, event: Failed | Finished) -> None:
+        """Send the terminal event of a job, unless it has ended already."""
         with self._lock:
-            if self._lives(request):
-                del self._requests[request.job.id]
-                self._emit([(request.job.id, event)])
+            if self._is_open(job):
+                del self._open[job.id]
+                self._running.discard(job.id)
+                self._emit([(job.id, event)])

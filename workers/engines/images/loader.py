@@ -1,6 +1,7 @@
-"""Loading a model's weights once for all its tasks, through diffusers' Auto classes or, where they refuse, its own class.
+"""Loads the weights of an image model once for all its tasks.
 
-Weights are safetensors only and code from a repository is never run.
+diffusers' Auto classes choose the pipeline; a model that they do not know is loaded as the class that it
+names. Only safetensors files are read, and code from a model repository is never run.
 """
 
 import inspect
@@ -21,7 +22,10 @@ from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 
 
 class Pipelines(NamedTuple):
-    """What a model can do. `image2image` None while `inpaint` isn't: an inpainting model, which edits with a mask only."""
+    """The pipelines of one model, which share its weights; None for what the model can't do.
+
+    An inpainting model has `inpaint` and no `image2image`: it edits with a mask only. Sides are in pixels.
+    """
 
     text2image: ImagePipeline | None
     image2image: ImagePipeline | None
@@ -31,10 +35,10 @@ class Pipelines(NamedTuple):
 
 
 def load_pipelines(entry: ModelEntry) -> Pipelines:
-    """Load an entry's weights once, for all its tasks. Raises EngineLoadError."""
+    """Load the weights of a catalogue entry and derive a pipeline for each task. Raises EngineLoadError."""
     options = entry.engine
     assert isinstance(options, ImageEngineOptions)
-    # its warnings quote the part of a prompt that the text encoder cut off
+    # diffusers' warnings quote the part of a prompt that the text encoder cut off.
     diffusers_logging.set_verbosity_error()
     if options.torch_threads:
         torch.set_num_threads(options.torch_threads)
@@ -43,11 +47,11 @@ def load_pipelines(entry: ModelEntry) -> Pipelines:
     text2image = pipe if "generation" in entry.tasks else None
     image2image, inpaint = _editors(pipe) if "edit" in entry.tasks else (None, None)
     if "edit" in entry.tasks and image2image is None and inpaint is None:
-        raise EngineLoadError(f"{entry.name}: diffusers can't edit pictures with a {type(pipe).__name__}")
-    default_side = options.default_size or _own_side(pipe)
+        raise EngineLoadError(f"{entry.name}: diffusers can't edit images with a {type(pipe).__name__}")
+    default_side = options.default_size or _native_side(pipe)
     if default_side % options.size_multiple:
         raise EngineLoadError(
-            f"{entry.name}: the default size {default_side} is no multiple of size_multiple {options.size_multiple}"
+            f"{entry.name}: the default size {default_side} is not a multiple of size_multiple {options.size_multiple}"
         )
     return Pipelines(
         text2image and ImagePipeline(text2image, "text2image"),
@@ -59,7 +63,7 @@ def load_pipelines(entry: ModelEntry) -> Pipelines:
 
 
 def device() -> str:
-    """Where pipelines run: the GPU that was bound to this process, or the CPU."""
+    """Return where pipelines run: the GPU that this process sees, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -67,11 +71,11 @@ def _load(entry: ModelEntry, dtype: torch.dtype) -> Any:
     try:
         pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
         pipe.to(device())
-    except Exception as error:  # a hub, a disk, a file of any kind, a device: whatever can fail here
+    except Exception as error:  # network, disk, file formats and devices raise many types
         raise EngineLoadError(f"{entry.name}: can't load {entry.weights!r}: {_one_line(error)}") from error
     if "generation" in entry.tasks and _requires(pipe, "image"):
         raise EngineLoadError(
-            f'{entry.name}: a {type(pipe).__name__} can\'t draw from text alone; use tasks = ["edit"]'
+            f'{entry.name}: a {type(pipe).__name__} can\'t generate images from text alone; use tasks = ["edit"]'
         )
     return pipe
 
@@ -87,7 +91,7 @@ def _read(entry: ModelEntry, settings: dict[str, Any]) -> Any:
 
 
 def _editors(pipe: Any) -> tuple[Any, Any]:
-    """The image-to-image and the inpainting pipeline that share `pipe`'s weights; None for what it can't do."""
+    """Return the image-to-image and inpainting pipelines over `pipe`'s weights; None for what it can't do."""
     accepts = inspect.signature(pipe.__call__).parameters
     if "mask_image" in accepts:
         return None, pipe
@@ -98,7 +102,7 @@ def _editors(pipe: Any) -> tuple[Any, Any]:
 def _derive(auto_class: Any, pipe: Any) -> Any:
     try:
         return auto_class.from_pipe(pipe)
-    except ValueError:  # how the Auto classes say that there is none for this architecture
+    except ValueError:  # the Auto classes have no pipeline of this kind for the architecture
         return None
 
 
@@ -115,7 +119,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def _tune(pipe: Any, options: ImageEngineOptions) -> None:
     if hasattr(getattr(pipe, "vae", None), "enable_slicing"):
-        pipe.vae.enable_slicing()  # decodes a batch one by one: the same pixels, a fraction of the memory peak
+        pipe.vae.enable_slicing()  # decode a batch one by one: the same pixels, a lower peak of memory
     denoiser = denoiser_of(pipe)
     if options.compile and device() == "cuda" and denoiser is not None:
         if getattr(denoiser, "_repeated_blocks", None):
@@ -124,8 +128,8 @@ def _tune(pipe: Any, options: ImageEngineOptions) -> None:
             denoiser.compile()
 
 
-def _own_side(pipe: Any) -> int:
-    """Pixels of the side that the model was trained for, 1024 where it doesn't say."""
+def _native_side(pipe: Any) -> int:
+    """Return the side in pixels that the model was trained for, 1024 where its configuration does not say."""
     config = getattr(denoiser_of(pipe), "config", None)
     units = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
     scale = getattr(pipe, "vae_scale_factor", 8)

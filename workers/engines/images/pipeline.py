@@ -1,7 +1,7 @@
-"""A diffusers pipeline behind one call: a batch of pictures in one run.
+"""One diffusers pipeline behind one call that generates a batch of images.
 
-Which arguments a pipeline takes is read from its signature, so that any text-to-image, image-to-image or inpainting
-pipeline of diffusers serves.
+The arguments of a call are chosen by the pipeline's signature, so any text-to-image, image-to-image or
+inpainting pipeline of diffusers can be used.
 """
 
 import inspect
@@ -16,8 +16,8 @@ from PIL import Image
 Kind = Literal["text2image", "image2image", "inpaint"]
 
 
-class Recipe(NamedTuple):
-    """All that pictures must have in common to be denoised in one call. None: the pipeline's own default."""
+class CallParams(NamedTuple):
+    """What all images of one call share. None stands for the pipeline's own default."""
 
     kind: Kind
     width: int
@@ -25,12 +25,12 @@ class Recipe(NamedTuple):
     num_inference_steps: int | None
     guidance_scale: float | None
     strength: float | None
-    negative: bool
-    """A negative prompt was given: without one, some pipelines use zeros rather than the empty text."""
+    has_negative_prompt: bool
+    """Without a negative prompt some pipelines use zeros rather than the embedding of the empty text."""
 
 
-class Piece(NamedTuple):
-    """What is its own in each picture of a call. `image` and `mask` have the recipe's size."""
+class ImageParams(NamedTuple):
+    """What differs between the images of one call. `image` and `mask` have the call's width and height."""
 
     prompt: str
     negative_prompt: str
@@ -40,67 +40,78 @@ class Piece(NamedTuple):
 
 
 OnStep = Callable[[int, int], None]
-"""Called after denoising step `step` (1-based) of `total`; an exception of its own ends the pipeline's call at once."""
+"""Called after denoising step `step` (from 1) of `total`. An exception raised here ends the call at once."""
 
 
 class ImagePipeline:
-    """One diffusers pipeline. Not thread safe: its scheduler holds the state of a call."""
+    """One diffusers pipeline. Not thread-safe: its scheduler keeps the state of a call."""
 
     def __init__(self, pipe: Any, kind: Kind) -> None:
         self.kind = kind
         self._pipe = pipe
         self._parameters = inspect.signature(pipe.__call__).parameters
-        # Instruction pipelines (Kontext, Qwen-Image-Edit) read a list of pictures as several sources of one result
-        self.takes_batches = "generator" in self._parameters and (
+        # Instruction pipelines (Kontext, Qwen-Image-Edit) read a list of images as several sources of one
+        # result.
+        self.supports_batches = "generator" in self._parameters and (
             kind == "text2image" or "strength" in self._parameters
         )
         pipe.set_progress_bar_config(disable=True)
 
-    def __call__(self, recipe: Recipe, pieces: Sequence[Piece], on_step: OnStep) -> list[Image.Image]:
-        """Draw all pieces in one run. Raises what the pipeline or `on_step` raises; several pieces need `takes_batches`."""
-        arguments = self._common_arguments(recipe) | self._piece_arguments(recipe, pieces)
+    def __call__(
+        self, shared: CallParams, images: Sequence[ImageParams], on_step: OnStep
+    ) -> list[Image.Image]:
+        """Generate one image for each item of `images`; more than one needs `supports_batches`.
+
+        Raises what the pipeline or `on_step` raises.
+        """
+        arguments = self._shared_arguments(shared) | self._image_arguments(shared, images)
         arguments = {name: value for name, value in arguments.items() if name in self._parameters}
-        with self._watched(on_step, arguments), torch.inference_mode():
+        with self._reporting_steps(on_step, arguments), torch.inference_mode():
             return list(self._pipe(**arguments).images)
 
-    def _common_arguments(self, recipe: Recipe) -> dict[str, Any]:
-        given = {
-            "num_inference_steps": recipe.num_inference_steps,
-            self._guidance_name(): recipe.guidance_scale,
-            "strength": self._strength(recipe),
+    def _shared_arguments(self, shared: CallParams) -> dict[str, Any]:
+        optional = {
+            "num_inference_steps": shared.num_inference_steps,
+            self._guidance_name(): shared.guidance_scale,
+            "strength": self._strength(shared),
         }
-        settled = {name: value for name, value in given.items() if value is not None}
-        return {"width": recipe.width, "height": recipe.height, "output_type": "pil"} | settled
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"width": shared.width, "height": shared.height, "output_type": "pil"} | given
 
-    def _piece_arguments(self, recipe: Recipe, pieces: Sequence[Piece]) -> dict[str, Any]:
-        each: dict[str, list[Any]] = {
-            "prompt": [piece.prompt for piece in pieces],
-            # drawn on the CPU: the same seed gives the same noise on every device
-            "generator": [torch.Generator("cpu").manual_seed(piece.seed) for piece in pieces],
+    def _image_arguments(self, shared: CallParams, images: Sequence[ImageParams]) -> dict[str, Any]:
+        lists: dict[str, list[Any]] = {
+            "prompt": [image.prompt for image in images],
+            # A generator on the CPU: the same seed gives the same noise on every device.
+            "generator": [torch.Generator("cpu").manual_seed(image.seed) for image in images],
         }
-        if recipe.negative:
-            each["negative_prompt"] = [piece.negative_prompt for piece in pieces]
-        if recipe.kind != "text2image":
-            each["image"] = [piece.image for piece in pieces]
-        if recipe.kind == "inpaint":
-            each["mask_image"] = [piece.mask for piece in pieces]
-        return dict(each) if self.takes_batches else {name: values[0] for name, values in each.items()}
+        if shared.has_negative_prompt:
+            lists["negative_prompt"] = [image.negative_prompt for image in images]
+        if shared.kind != "text2image":
+            lists["image"] = [image.image for image in images]
+        if shared.kind == "inpaint":
+            lists["mask_image"] = [image.mask for image in images]
+        return dict(lists) if self.supports_batches else {name: values[0] for name, values in lists.items()}
 
     def _guidance_name(self) -> str:
-        # Qwen-Image and its kin: `guidance_scale` is for distilled variants only, real guidance is `true_cfg_scale`
-        own = self._parameters.get("guidance_scale")
+        # In Qwen-Image and similar pipelines `guidance_scale` exists for distilled variants only;
+        # classifier-free guidance is `true_cfg_scale`.
+        guidance = self._parameters.get("guidance_scale")
+        has_true_cfg = "true_cfg_scale" in self._parameters
         return (
             "true_cfg_scale"
-            if "true_cfg_scale" in self._parameters and (own is None or own.default is None)
+            if has_true_cfg and (guidance is None or guidance.default is None)
             else "guidance_scale"
         )
 
-    def _strength(self, recipe: Recipe) -> float | None:
-        """At least one step must remain: pipelines run int(steps x strength) of them and raise when that is none."""
-        strength = recipe.strength if recipe.strength is not None else self._default("strength")
-        steps = recipe.num_inference_steps or self._default("num_inference_steps")
+    def _strength(self, shared: CallParams) -> float | None:
+        """The strength, raised where needed so that one step remains.
+
+        Pipelines run int(steps * strength) steps and raise ValueError when that is 0.
+        """
+        strength = shared.strength if shared.strength is not None else self._default("strength")
+        steps = shared.num_inference_steps or self._default("num_inference_steps")
         if strength is None or steps is None:
-            return recipe.strength
+            return shared.strength
         return min(1.0, max(strength, (1 + 1e-6) / steps))
 
     def _default(self, name: str) -> Any:
@@ -109,25 +120,26 @@ class ImagePipeline:
             None if parameter is None or parameter.default is inspect.Parameter.empty else parameter.default
         )
 
-    def _watched(self, on_step: OnStep, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    def _reporting_steps(self, on_step: OnStep, arguments: dict[str, Any]) -> AbstractContextManager[None]:
+        """Make the call report its steps, through its callback argument where it has one, else by a hook."""
         total = arguments.get("num_inference_steps") or self._default("num_inference_steps") or 1
 
         def callback(pipe: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            # raising here, not pipe._interrupt: that would still decode the unfinished latents
+            # An exception ends the call here; `pipe._interrupt` would still decode the unfinished latents.
             on_step(index + 1, getattr(pipe, "num_timesteps", None) or total)
             return tensors
 
         if "callback_on_step_end" in self._parameters:
             arguments["callback_on_step_end"] = callback
             return nullcontext()
-        return _each_run_is_a_step(denoiser_of(self._pipe), on_step, total)
+        return _reporting_forward_passes(denoiser_of(self._pipe), on_step, total)
 
 
 @contextmanager
-def _each_run_is_a_step(denoiser: torch.nn.Module, on_step: OnStep, total: int) -> Iterator[None]:
-    """For pipelines without callback_on_step_end (PixArt, ...): a run of the denoiser counts as a step."""
-    runs = itertools.count(1)
-    hook = denoiser.register_forward_hook(lambda *_: on_step(min(next(runs), total), total))
+def _reporting_forward_passes(denoiser: torch.nn.Module, on_step: OnStep, total: int) -> Iterator[None]:
+    """Count forward passes of the denoiser as steps, for pipelines without a callback (PixArt, ...)."""
+    passes = itertools.count(1)
+    hook = denoiser.register_forward_hook(lambda *_: on_step(min(next(passes), total), total))
     try:
         yield
     finally:
@@ -135,5 +147,5 @@ def _each_run_is_a_step(denoiser: torch.nn.Module, on_step: OnStep, total: int) 
 
 
 def denoiser_of(pipe: Any) -> Any:
-    """The network that is run once a step: `transformer` in newer pipelines, `unet` in older ones."""
+    """Return the network that runs once in a step: `transformer` in newer pipelines, `unet` in older ones."""
     return getattr(pipe, "transformer", None) or getattr(pipe, "unet", None) or getattr(pipe, "prior", None)
