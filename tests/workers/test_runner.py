@@ -1,0 +1,289 @@
+"""workers.runner on a real Redis, with an engine that a test drives by hand."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import redis
+
+from config import Settings
+from protocol import events
+from protocol.connections import RedisClient, create_celery
+from protocol.event_sender import EventSender
+from protocol.events import Delta, Event, Failed, Finished, Started
+from protocol.jobs import ChatJob, Job, SamplingParams
+from protocol.names import Keys
+from protocol.queue import JobQueue
+from tests.deployment import RedisServer, wait_until
+from workers.engines.base import CancelReason, Emit, EngineStatus
+from workers.runner import Runner
+
+MODEL, ME = "m", "cid:1"
+
+
+class HandEngine:
+    """Implements workers.engines.base.Engine: notes what it is asked, and generates nothing by itself."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self.cancels: queue.SimpleQueue[tuple[str, CancelReason]] = queue.SimpleQueue()
+
+    def load(self, emit: Emit) -> None:
+        raise AssertionError("the runner does not load engines")
+
+    def submit(self, job: Job) -> None:
+        self.jobs.put(job)
+
+    def cancel(self, request_id: str, reason: CancelReason) -> None:
+        self.cancels.put((request_id, reason))
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(True, 0, 0, 0)
+
+    def close(self) -> None:
+        raise AssertionError("the runner does not close engines")
+
+
+class Bench:
+    """A runner with everything it uses."""
+
+    def __init__(self, server: RedisServer, keys: Keys, client: RedisClient | None = None) -> None:
+        self.redis: Any = server.client
+        self.keys = keys
+        celery = create_celery(Settings(redis_url=server.url), keys)
+        self.queue = JobQueue(client or self.redis, keys, celery, claim_ttl_s=100)
+        self.engine = HandEngine()
+        self.sender = EventSender(self.redis, keys, prepare=lambda event: event)
+        self.runner = Runner(
+            model=MODEL, incarnation_id=ME, queue=self.queue, engine=self.engine, sender=self.sender
+        )
+        self.tasks: list[threading.Thread] = []
+
+    def admit(self, request_id: str, *, web_id: str = "web", deadline_s: float = 60) -> None:
+        messages = [{"role": "user", "content": "hi"}]
+        job = ChatJob(id=request_id, model=MODEL, messages=messages, sampling=SamplingParams())
+        JobQueue(self.redis, self.keys, cast(Any, None), claim_ttl_s=100).admit(
+            job, web_id=web_id, deadline_s=deadline_s, max_waiting=100
+        )
+
+    def start(self, request_id: str) -> threading.Thread:
+        """Run the task in a thread of its own, as Celery does."""
+        task = threading.Thread(target=self.runner.run, args=(request_id,), daemon=True)
+        task.start()
+        self.tasks.append(task)
+        return task
+
+    def start_and_submit(self, request_id: str) -> threading.Thread:
+        """Run the task; returns when the engine has its job."""
+        task = self.start(request_id)
+        assert self.engine.jobs.get(timeout=60).id == request_id
+        return task
+
+    def emit(self, request_id: str, *gained: Event) -> None:
+        self.sender.emit([(request_id, event) for event in gained])
+
+    def replay(self, request_id: str) -> list[Event]:
+        """What was written for a web process that reads the request's events late."""
+        found = self.redis.lrange(self.keys.replay(request_id), 0, -1)
+        return [events.decode(entry).event for entry in found]
+
+    def untouched(self) -> bool:
+        """The engine was asked nothing."""
+        return self.engine.jobs.empty() and self.engine.cancels.empty()
+
+
+@pytest.fixture
+def bench(redis_server: RedisServer, keys: Keys) -> Iterator[Bench]:
+    bench = Bench(redis_server, keys)
+    bench.sender.start()
+    yield bench
+    bench.runner.fail_all(Failed("cancelled", "the test is over"))
+    for task in bench.tasks:
+        join(task)
+    bench.sender.stop(30)
+
+
+def join(task: threading.Thread) -> None:
+    task.join(60)
+    assert not task.is_alive(), "the task did not return"
+
+
+def test_a_request_is_claimed_submitted_and_seen_to_its_end(bench: Bench) -> None:
+    bench.admit("a")
+    task = bench.start_and_submit("a")
+    assert bench.runner.running() == ["a"]
+    assert bench.redis.get(bench.keys.claim("a")) == ME.encode()
+
+    bench.emit("a", Delta("text"), Finished())
+    join(task)
+
+    assert bench.replay("a") == [Started(ME), Delta("text"), Finished()]
+    assert bench.runner.running() == []
+    assert not bench.redis.exists(bench.keys.job("a"))
+    assert bench.engine.cancels.empty()
+
+
+def test_a_second_message_for_a_running_request_is_dropped(bench: Bench) -> None:
+    bench.admit("a")
+    task = bench.start_and_submit("a")
+
+    join(bench.start("a"))
+    assert bench.runner.running() == ["a"]
+    bench.emit("a", Finished())
+    join(task)
+
+    assert bench.untouched()
+    assert bench.replay("a") == [Started(ME), Finished()]
+
+
+def test_a_request_that_another_worker_has_claimed_is_left_to_it(bench: Bench) -> None:
+    bench.admit("a")
+    assert bench.queue.claim("a", MODEL, "cid:another") is not None
+
+    join(bench.start("a"))
+
+    assert bench.untouched()
+    assert bench.replay("a") == []
+    assert bench.redis.exists(bench.keys.job("a"))
+
+
+def test_a_job_of_another_version_is_logged_and_not_submitted(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.admit("a")
+    bench.redis.hset(bench.keys.job("a"), "body", b'{"type":"chat","id":"a","model":7}')
+
+    join(bench.start("a"))
+
+    assert bench.untouched()
+    assert "another version of this service" in caplog.text
+
+
+class LostAnswers:
+    """A client whose scripts lose their first answers after they were executed."""
+
+    def __init__(self, client: RedisClient, failures: int) -> None:
+        self._client = client
+        self.failures = failures
+
+    def register_script(self, source: str) -> Callable[..., Any]:
+        script = self._client.register_script(source)
+
+        def run(**arguments: Any) -> Any:
+            answer = script(**arguments)
+            if self.failures:
+                self.failures -= 1
+                raise redis.TimeoutError("the answer was lost")
+            return answer
+
+        return run
+
+
+def test_a_claim_whose_answer_was_lost_is_asked_for_again(redis_server: RedisServer, keys: Keys) -> None:
+    client = LostAnswers(redis_server.client, failures=1)
+    bench = Bench(redis_server, keys, cast(Any, client))
+    bench.sender.start()
+    bench.admit("a")
+
+    task = bench.start_and_submit("a")
+    bench.emit("a", Finished())
+    join(task)
+
+    assert client.failures == 0
+    bench.sender.stop(30)
+
+
+def test_a_redis_that_stays_away_ends_the_task(
+    folder: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("workers.runner.CLAIM_RETRY_S", 0.2)
+    monkeypatch.setattr("workers.runner.CLAIM_PAUSE_S", 0.1)
+    server = RedisServer(folder)
+    server.start()
+    bench = Bench(server, keys)
+    bench.admit("a")
+    server.kill()
+
+    join(bench.start("a"))
+
+    assert bench.untouched()
+    assert "request a could not be claimed" in caplog.text
+    server.stop()
+
+
+def test_at_its_deadline_a_request_is_cancelled_and_its_end_awaited(bench: Bench) -> None:
+    bench.admit("a", deadline_s=0.5)
+    task = bench.start_and_submit("a")
+
+    assert bench.engine.cancels.get(timeout=60) == ("a", "deadline")
+    assert task.is_alive()
+    bench.emit("a", Delta("", finish_reason="length"), Finished())
+    join(task)
+
+    assert bench.replay("a")[-1] == Finished()
+
+
+def test_a_request_whose_events_cannot_be_delivered_is_cancelled_and_ends(bench: Bench) -> None:
+    bench.admit("a")
+    bench.admit("waiting")
+    task = bench.start_and_submit("a")
+    bench.emit("a", Delta("text"))
+    wait_until(lambda: bench.replay("a"), timeout_s=60, what="the first event is written")
+
+    bench.redis.delete(bench.keys.replay("a"))
+    bench.emit("a", Delta("more"))
+    join(task)
+
+    assert bench.engine.cancels.get(timeout=60) == ("a", "cancelled")
+    assert bench.runner.running() == []
+    assert not list(bench.redis.scan_iter(bench.keys.completions(MODEL) + "*")), "it counts as completed"
+
+
+def test_only_finished_requests_count_as_completed(bench: Bench) -> None:
+    bench.admit("waiting")
+    for request_id, last in (("a", Finished()), ("b", Failed("engine_error", "it failed"))):
+        bench.admit(request_id)
+        task = bench.start_and_submit(request_id)
+        bench.emit(request_id, last)
+        join(task)
+
+    counters = list(bench.redis.scan_iter(bench.keys.completions(MODEL) + "*"))
+    assert sum(int(bench.redis.get(counter)) for counter in counters) == 1
+
+
+def test_requests_of_a_lost_web_process_are_cancelled_and_later_ones_dropped(bench: Bench) -> None:
+    bench.admit("running", web_id="lost")
+    bench.admit("queued", web_id="lost")
+    bench.admit("other", web_id="alive")
+    task, other = bench.start_and_submit("running"), bench.start_and_submit("other")
+    assert bench.runner.web_ids() == {"lost", "alive"}
+
+    bench.runner.set_lost_webs({"lost"})
+    assert bench.engine.cancels.get(timeout=60) == ("running", "cancelled")
+    bench.emit("running", Failed("cancelled", "nobody waits"))
+    join(task)
+    join(bench.start("queued"))
+
+    assert bench.untouched()
+    assert not bench.redis.exists(bench.keys.job("queued"))
+    # it is asked about again: a process that was only paused comes back
+    assert bench.runner.web_ids() == {"lost", "alive"}
+    bench.runner.set_lost_webs(set())
+    bench.admit("later", web_id="lost")
+    bench.start_and_submit("later")
+    assert other.is_alive()
+
+
+def test_fail_all_ends_every_request_without_the_engine(bench: Bench) -> None:
+    for request_id in "ab":
+        bench.admit(request_id)
+    tasks = [bench.start_and_submit(request_id) for request_id in "ab"]
+    failure = Failed("worker_lost", "the worker failed")
+
+    bench.runner.fail_all(failure)
+    for task in tasks:
+        join(task)
+
+    assert bench.replay("a")[-1] == bench.replay("b")[-1] == failure
