@@ -90,7 +90,8 @@ class Settings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            raise ConfigurationError("environment: " + first_complaint(error, upper=True)) from error
+            place, message = first_complaint(error)
+            raise ConfigurationError(f"environment: {'.'.join(place).upper()}: {message}") from error
 
     def warnings(self) -> list[str]:
         """What works but will surprise the operator; logged at start and shown by `/readyz`."""
@@ -107,15 +108,6 @@ class Settings(BaseSettings):
             found.append("RATE_LIMIT counts for each API key and API_KEYS is empty: nothing is limited")
         return found
 
-    def deadline_s(self, task: str) -> float:
-        """Seconds from a request's first byte in to its last byte out, queueing included (standard: node time limits)."""
-        by_task = {
-            "chat": self.chat_deadline_s,
-            "generation": self.generation_deadline_s,
-            "edit": self.edit_deadline_s,
-        }
-        return by_task[task]
-
 
 _RATE = re.compile(r"[1-9][0-9]{0,8}/([1-9][0-9]{0,4} )?(second|minute|hour|day)s?")
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
@@ -125,7 +117,7 @@ def _host(url: str) -> str:
     return urlsplit(url).hostname or ""
 
 
-def first_complaint(error: ValidationError, upper: bool = False) -> str:
+def first_complaint(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """Where the first of pydantic's findings is, key by key, and what is wrong there."""
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "catalogue"
-    return f"{place.upper() if upper else place}: {first['msg'].removeprefix('Value error, ')}"
+    return tuple(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")

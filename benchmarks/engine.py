@@ -27,7 +27,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from catalogue import ModelEntry
+from catalogue import ChatModelEntry
 from protocol.events import Delta, Event, is_terminal
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat import ChatEngine
@@ -89,7 +89,7 @@ class Bench:
     def __init__(self, weights: Path, threads: int) -> None:
         options = {"torch_threads": threads, "max_batch_size": 64}
         entry = {"name": "bench", "tasks": ["chat"], "weights": str(weights), "engine": options}
-        self.engine = ChatEngine(ModelEntry.model_validate(entry))
+        self.engine = ChatEngine(ChatModelEntry.model_validate(entry))
         self.timeline = Timeline()
         self.engine.load(self.timeline)
         self.model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()

@@ -6,8 +6,9 @@ WORKDIR /srv
 COPY requirements-web.txt .
 RUN pip install --no-cache-dir -r requirements-web.txt
 
-COPY catalogue.py config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
+COPY config.py wsgi.py gunicorn.conf.py flowerconfig.py ./
 COPY app/ app/
+COPY catalogue/ catalogue/
 COPY node/ node/
 COPY protocol/ protocol/
 # Flower looks through the workers' Celery app; importing it loads no torch

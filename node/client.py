@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import requests
 
-from catalogue import ModelEntry, Task
+from catalogue import TASKS, ModelEntry
 from config import Settings
 from protocol.leases import WorkerRecord
 
@@ -185,30 +185,32 @@ class NodeClient:
         return body
 
 
-def registration_for(entry: ModelEntry, settings: Settings, project: str, cid: str) -> Registration:
-    """What the node is told of one worker of `entry`. The host of SERVICE_URL must be `localhost` or an address of the
-    node's machine, or the node refuses it (code 1001)."""
+def registration_for(entry: ModelEntry, settings: Settings, project: str, cid: str) -> Registration | None:
+    """What the node is told of one worker of `entry`; None where the node does not know what the model does.
+
+    The host of SERVICE_URL must be `localhost` or an address of the node's machine, or the node refuses it (code 1001).
+    """
     return _registration(project, entry.name, entry.tasks, settings.service_url, cid)
 
 
 def registrations_of(records: Iterable[WorkerRecord], settings: Settings) -> list[Registration]:
     """The entries that this machine's node should have: one for each ready worker that registers there."""
-    return [
+    found = [
         _registration(record.project, record.model, record.tasks, settings.service_url, record.cid)
         for record in records
         if record.state == "ready" and is_of_node(record, settings)
     ]
+    return [registration for registration in found if registration is not None]
 
 
 def _registration(
-    project: str, model: str, tasks: tuple[Task, ...], service_url: str, cid: str
-) -> Registration:
-    """A model of both picture tasks is registered once, at the generations URL: the node posts its edits there too."""
-    if "chat" in tasks:
-        return Registration(project, model, service_url + "/v1/chat/completions", 0, cid)
-    if "generation" in tasks:
-        return Registration(project, model, service_url + "/v1/images/generations", 1, cid)
-    return Registration(project, model, service_url + "/v1/images/edits", 2, cid)
+    project: str, model: str, tasks: tuple[str, ...], service_url: str, cid: str
+) -> Registration | None:
+    """A model of both image tasks is registered once, at the generations URL: the node posts its edits there too."""
+    for task in TASKS.values():
+        if task.name in tasks and task.node_type is not None:
+            return Registration(project, model, service_url + task.path, task.node_type, cid)
+    return None
 
 
 def is_of_node(record: WorkerRecord, settings: Settings) -> bool:

@@ -51,7 +51,8 @@ class Timing:
 
 
 class Registrar:
-    """The owner of one registration. `node` None (NODE_URL empty): does nothing and never fails.
+    """The owner of one registration. `node` or `registration` None (NODE_URL empty; a task the node does not know): does
+    nothing and never fails.
 
     `probe` says whether the web process answers and never raises; `turn` gives the node to one caller at a time;
     `on_change` is called, from any thread and outside of locks, when `registered` or `last_error` has changed.
@@ -59,7 +60,7 @@ class Registrar:
 
     def __init__(
         self,
-        registration: Registration,
+        registration: Registration | None,
         node: NodeClient | None,
         probe: Callable[[], bool],
         turn: Callable[[], AbstractContextManager[bool]],
@@ -69,7 +70,7 @@ class Registrar:
         timing: Timing | None = None,
     ) -> None:
         self._registration = registration
-        self._node = node
+        self._node = node if registration is not None else None
         self._probe = probe
         self._turn = turn
         self._on_change = on_change
@@ -216,7 +217,7 @@ class Registrar:
 
     def _perform(self, step: Step) -> bool:
         """Make the call. Whether the node has the entry afterwards. Raises NodeError."""
-        assert self._node is not None
+        assert self._node is not None and self._registration is not None
         ours, timeout_s = self._registration, self._timing.drain_s if self._draining else None
         if step == "look":
             return ours in self._node.models()
@@ -241,11 +242,7 @@ class Registrar:
             if self._ended:
                 return  # abandoned during the call: what the node has is another's
             if at_node != self._at_node:
-                log.info(
-                    "%s is %s at the node",
-                    self._registration.cid,
-                    "registered" if at_node else "not registered",
-                )
+                log.info("%s at the node", "registered" if at_node else "not registered")
             self._at_node = at_node
             self._failures, self._try_at, self._last_error = 0, 0.0, ""
             if step == "register":

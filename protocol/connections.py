@@ -12,7 +12,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from catalogue import Catalogue
+from catalogue import TASKS, Catalogue
 from config import Settings
 from protocol.errors import QueueUnavailable
 from protocol.names import Keys
@@ -64,7 +64,7 @@ def namespace_of(settings: Settings, catalogue: Catalogue) -> str:
 
 def visibility_timeout_s(settings: Settings) -> int:
     """Seconds after which Redis hands an unacknowledged task out again: above every deadline."""
-    return int(max(settings.chat_deadline_s, settings.generation_deadline_s, settings.edit_deadline_s)) + 60
+    return int(max(task.deadline_s(settings) for task in TASKS.values())) + 60
 
 
 def create_celery(settings: Settings, keys: Keys) -> Celery:

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from catalogue import CHAT, GENERATION
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are chosen. None: the model's generation config decides, then the neutral value.
@@ -33,7 +35,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
 
 
-class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_defaults=True):
+class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
     """One chat completion. `messages` hold plain strings as `content`: parts were joined by the web side."""
 
     id: str
@@ -44,7 +46,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag="chat", omit_defaul
     continue_final_message: bool = False
 
 
-class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag="image", omit_defaults=True):
+class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):
     """One picture request. Sizes in pixels; None: the pipeline's own default.
 
     `image` and `mask` are the caller's files (PNG, JPEG or WEBP bytes, header already judged, pixels not yet). The

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from catalogue import Task
 from protocol.connections import RedisClient
 from protocol.names import Keys
 
@@ -29,7 +28,7 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     cid: str
     incarnation_id: str
     model: str
-    tasks: tuple[Task, ...]
+    tasks: tuple[str, ...]
     project: str
     pid: int
     host: str

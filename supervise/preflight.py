@@ -32,7 +32,7 @@ def _check_weights(model: ModelEntry, models_file: Path) -> None:
     folder = Path(model.weights).expanduser()
     where = f"{models_file}: weights of {model.name!r}"
     if folder.is_dir():
-        wanted = "config.json" if model.is_chat else "model_index.json"
+        wanted = model.weights_file
         if not (folder / wanted).is_file():
             raise ConfigurationError(f"{where}: the folder {model.weights} holds no {wanted}")
     elif folder.exists():

@@ -17,6 +17,8 @@ from tests.deployment import ROOT
         ("workers.celery", ["flask", "werkzeug", "gunicorn", "torch", "transformers", "diffusers", "app"]),
         ("workers.engines", ["torch", "celery", "redis", "flask"]),
         ("protocol.queue", ["flask", "torch", "app", "workers"]),
+        ("catalogue", ["celery", "redis", "flask", "torch", "app", "workers", "node", "protocol"]),
+        ("config", ["celery", "redis", "flask", "torch", "app", "workers", "node", "protocol", "catalogue"]),
     ],
 )
 def test_a_fresh_import_loads_only_its_own(module: str, forbidden: list[str]) -> None:

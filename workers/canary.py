@@ -2,12 +2,12 @@
 
 import io
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from catalogue import ModelEntry
-from protocol.events import Event, Failed, Finished, is_terminal
+from catalogue import CHAT, EDIT, GENERATION, ModelEntry
+from protocol.events import Event, Failed, is_terminal
 from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from workers.engines.base import Emit, Engine, EngineLoadError
 
@@ -42,35 +42,38 @@ def run_canary(engine: Engine, entry: ModelEntry, outlet: SwitchableEmit) -> Non
         raise EngineLoadError(f"the first generation of {entry.name!r} did not end within {CANARY_S} s")
     if isinstance(last[0], Failed):
         raise EngineLoadError(f"the first generation of {entry.name!r} failed: {last[0].message}")
-    assert isinstance(last[0], Finished)
 
 
 def _job(entry: ModelEntry) -> Job:
-    if entry.is_chat:
-        messages = [{"role": "user", "content": "Hello!"}]
-        return ChatJob(
-            id=CANARY_ID,
-            model=entry.name,
-            messages=messages,
-            sampling=SamplingParams(max_tokens=2, temperature=0),
-        )
-    if "generation" in entry.tasks:
-        return ImageJob(
-            id=CANARY_ID,
-            model=entry.name,
-            task="generation",
-            prompt="a circle",
-            num_inference_steps=2,
-            seed=0,
-        )
+    """The job of the first of JOBS that the model can do."""
+    return next(make(entry.name) for task, make in JOBS.items() if task in entry.tasks)
+
+
+def _chat(model: str) -> Job:
+    messages = [{"role": "user", "content": "Hello!"}]
+    sampling = SamplingParams(max_tokens=2, temperature=0)
+    return ChatJob(id=CANARY_ID, model=model, messages=messages, sampling=sampling)
+
+
+def _generation(model: str) -> Job:
+    return ImageJob(
+        id=CANARY_ID, model=model, task="generation", prompt="a circle", num_inference_steps=2, seed=0
+    )
+
+
+def _edit(model: str) -> Job:
     png = io.BytesIO()
     Image.new("RGB", (64, 64), "white").save(png, "PNG")
     return ImageJob(
         id=CANARY_ID,
-        model=entry.name,
+        model=model,
         task="edit",
         prompt="a circle",
         num_inference_steps=2,
         seed=0,
         image=png.getvalue(),
     )
+
+
+JOBS: dict[str, Callable[[str], Job]] = {CHAT.name: _chat, GENERATION.name: _generation, EDIT.name: _edit}
+"""What makes a small job for a model, by task."""

@@ -14,6 +14,7 @@ from app.http.request_body import ignored_params, read_json
 from app.http.sse import EventStream
 from app.http.validation import parse
 from app.services import Services
+from catalogue import CHAT
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -21,7 +22,7 @@ MAX_BODY_BYTES = 8 * 2**20
 def blueprint(services: Services) -> Blueprint:
     routes = Blueprint("chat", __name__)
 
-    @routes.post("/v1/chat/completions")
+    @routes.post(CHAT.path)
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
         asked, reader = _begin(services, connection)
@@ -52,7 +53,7 @@ class _Asked(NamedTuple):
 def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventReader]:
     raw = read_json(request, MAX_BODY_BYTES)
     body = parse(ChatCompletionRequest, raw)
-    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.dispatcher.entry(body.model, "chat"))
+    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.dispatcher.entry(body.model, CHAT))
     asked = _Asked(
         job.id,
         job.model,
@@ -61,7 +62,7 @@ def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventRea
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored_params(ChatCompletionRequest, raw),
     )
-    return asked, services.dispatcher.begin(job, "chat", connection)
+    return asked, services.dispatcher.begin(job, CHAT, connection)
 
 
 def _respond(asked: _Asked, reader: EventReader, connection: Connection) -> Response:

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
-from catalogue import ChatDefaults, ModelEntry
+from catalogue import ChatDefaults, ChatModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, SamplingParams
 
@@ -158,13 +158,12 @@ class ChatCompletionRequest(BaseModel):
     prediction: Annotated[Any, _unsupported("prediction")] = None
     web_search_options: Annotated[Any, _unsupported("web_search_options")] = None
 
-    def to_job(self, request_id: str, entry: ModelEntry) -> ChatJob:
+    def to_job(self, request_id: str, entry: ChatModelEntry) -> ChatJob:
         """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
         it is None and the model's generation config decides.
 
         Raises InvalidRequest and UnsupportedParameter.
         """
-        assert isinstance(entry.defaults, ChatDefaults)
         self._refuse_unsupported(entry.name)
         return ChatJob(
             id=request_id,

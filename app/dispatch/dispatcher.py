@@ -3,12 +3,12 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from redis.exceptions import RedisError
 
 from app.dispatch.worker_view import WorkerView
-from catalogue import Catalogue, ModelEntry, Task
+from catalogue import Catalogue, ModelEntry, TaskSpec
 from config import Settings
 from protocol.errors import (
     Cancelled,
@@ -24,6 +24,8 @@ from protocol.event_router import EventRouter, Inbox
 from protocol.events import Event, Failed, Finished
 from protocol.jobs import Job
 from protocol.queue import JobQueue
+
+Entry = TypeVar("Entry", bound=ModelEntry)
 
 CHECK_S = 1.0
 DEADLINE_GRACE_S = 2.0
@@ -138,27 +140,27 @@ class Dispatcher:
         self._worker_view = worker_view
         self._draining_for_s = draining_for_s
 
-    def entry(self, name: str, task: Task) -> ModelEntry:
+    def entry(self, name: str, task: TaskSpec[Entry]) -> Entry:
         """Return a model's entry. Raises ModelNotFound, and InvalidRequest if it does not support `task`."""
         entry = self._catalogue.get(name)
         if entry is None:
-            known = ", ".join(model.name for model in self._catalogue.models if task in model.tasks) or "none"
+            known = ", ".join(model.name for model in self._catalogue.models if task.name in model.tasks)
             raise ModelNotFound(
-                f"model {name!r} does not exist; this endpoint serves: {known}", param="model"
+                f"model {name!r} does not exist; this endpoint serves: {known or 'none'}", param="model"
             )
-        if task not in entry.tasks:
+        if task.name not in entry.tasks or not isinstance(entry, task.entry):
             raise InvalidRequest(
-                f"model {name!r} does not support {task!r}; it supports: {', '.join(entry.tasks)}",
+                f"model {name!r} does not support {task.name!r}; it supports: {', '.join(entry.tasks)}",
                 param="model",
             )
         return entry
 
-    def begin(self, job: Job, task: Task, client: Client) -> EventReader:
+    def begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
 
         Raises a ServiceError if the job is refused. A job that may or may not have been queued is cancelled.
         """
-        deadline_s = self._settings.deadline_s(task)
+        deadline_s = task.deadline_s(self._settings)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
         inbox = self._router.open(job.id, job.model)

@@ -10,12 +10,14 @@ from typing import Protocol
 
 from flask import Flask, request
 
+from catalogue import TASKS
 from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 OPEN_PREFIXES = ("/v1/images/files/", "/static/")
-NODE_PATHS = frozenset({"/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"})
+TASK_PATHS = frozenset(task.path for task in TASKS.values())
+NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)
 
 
 class Limiter(Protocol):
@@ -57,7 +59,7 @@ class Gate:
         if key_name is None:
             raise Unauthorized("a valid API key is required: send the header 'Authorization: Bearer <key>'")
         # only requests that need a worker count against the limit
-        if self._limiter is not None and request.method == "POST" and request.path in NODE_PATHS:
+        if self._limiter is not None and request.method == "POST" and request.path in TASK_PATHS:
             self._limiter.check(key_name)
 
     def has_key(self) -> bool:

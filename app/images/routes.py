@@ -14,6 +14,7 @@ from app.images.body import read_image_body
 from app.images.response import collect_images, images_response, images_response_base64
 from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
 from app.services import Services
+from catalogue import EDIT, GENERATION, ImageModelEntry, TaskSpec
 from protocol.errors import NotFound
 from protocol.jobs import ImageJob
 
@@ -23,11 +24,11 @@ FILES = "/v1/images/files/"
 def blueprint(services: Services) -> Blueprint:
     routes = Blueprint("images", __name__)
 
-    @routes.post("/v1/images/generations")
+    @routes.post(GENERATION.path)
     def create_image() -> Response:
         return _create(services, edit=False)
 
-    @routes.post("/v1/images/edits")
+    @routes.post(EDIT.path)
     def create_image_edit() -> Response:
         return _create(services, edit=True)
 
@@ -47,22 +48,26 @@ def _create(services: Services, *, edit: bool) -> Response:
     """Answer either endpoint. A form with an image is an edit at both, as the node knows one URL a model."""
     received = read_image_body(request, edit=edit)
     fields = received.fields
-    schema = ImageEditRequest if received.task == "edit" else ImageGenerationRequest
+    task, schema = (
+        (EDIT, ImageEditRequest) if received.task == EDIT.name else (GENERATION, ImageGenerationRequest)
+    )
     if received.is_form and "model" not in fields:
-        fields = {**fields, "model": only_model(services.catalogue, received.task)}
+        fields = {**fields, "model": only_model(services.catalogue, task)}
     body = parse(schema, fields, strict=False if received.is_form else None)
-    entry = services.dispatcher.entry(body.model, received.task)
+    entry = services.dispatcher.entry(body.model, task)
     # everything is validated before an image is downloaded for this request
     job = received.attach(body.to_job(f"img-{uuid.uuid4().hex}", entry), services.fetcher.fetch)
-    response = json_response(_answer(services, job, as_base64=body.response_format == "b64_json"))
+    response = json_response(_answer(services, job, task, as_base64=body.response_format == "b64_json"))
     response.headers["X-Request-Id"] = job.id
     if ignored := ignored_params(schema, received.fields):
         response.headers["X-Ignored-Params"] = ignored
     return response
 
 
-def _answer(services: Services, job: ImageJob, *, as_base64: bool) -> dict[str, object]:
-    with closing(services.dispatcher.begin(job, job.task, Connection(request.environ))) as reader:
+def _answer(
+    services: Services, job: ImageJob, task: TaskSpec[ImageModelEntry], *, as_base64: bool
+) -> dict[str, object]:
+    with closing(services.dispatcher.begin(job, task, Connection(request.environ))) as reader:
         images = collect_images(reader)
     created = int(time.time())
     if as_base64:

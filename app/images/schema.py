@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from catalogue import Catalogue, ImageDefaults, ImageEngineOptions, ModelEntry, Task
+from catalogue import Catalogue, ImageEngineOptions, ImageModelEntry, TaskSpec
 from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
@@ -81,14 +81,13 @@ class _ImageRequest(BaseModel):
     def _drop_absent(cls, given: Any) -> Any:
         return {name: value for name, value in given.items() if not _is_absent(name, value)}
 
-    def to_job(self, request_id: str, entry: ModelEntry) -> ImageJob:
+    def to_job(self, request_id: str, entry: ImageModelEntry) -> ImageJob:
         """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
         it is None and the pipeline's own default applies.
 
         Raises InvalidRequest for values beyond the limits of the model's entry.
         """
         defaults, limits = entry.defaults, entry.engine
-        assert isinstance(defaults, ImageDefaults) and isinstance(limits, ImageEngineOptions)
         step_name = next((name for name in _STEP_NAMES if getattr(self, name) is not None), "step")
         steps = getattr(self, step_name)
         _check_at_most("n", self.n, limits.max_n)
@@ -136,18 +135,17 @@ class ImageEditRequest(_ImageRequest):
     strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
 
     def to_job(
-        self, request_id: str, entry: ModelEntry, image: bytes | None = None, mask: bytes | None = None
+        self, request_id: str, entry: ImageModelEntry, image: bytes | None = None, mask: bytes | None = None
     ) -> ImageJob:
         """Make the job as for a generation. The image files are given here or put into the job later."""
-        assert isinstance(entry.defaults, ImageDefaults)
         job = super().to_job(request_id, entry)
         strength = _first(self.strength, entry.defaults.strength)
         return msgspec.structs.replace(job, task="edit", strength=strength, image=image, mask=mask)
 
 
-def only_model(catalogue: Catalogue, task: Task) -> str:
+def only_model(catalogue: Catalogue, task: TaskSpec[ImageModelEntry]) -> str:
     """Return the only model with this task, for a form that names none. Raises InvalidRequest."""
-    names = [model.name for model in catalogue.models if task in model.tasks]
+    names = [model.name for model in catalogue.models if task.name in model.tasks]
     if len(names) != 1:
         raise InvalidRequest(
             f"model is required; this endpoint serves: {', '.join(names) or 'none'}", param="model"

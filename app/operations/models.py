@@ -7,14 +7,8 @@ from flask import Blueprint, Response
 
 from app.http.errors import json_response
 from app.services import Services
-from catalogue import Task
+from catalogue import TASKS
 from protocol.errors import ModelNotFound
-
-PATHS: dict[Task, str] = {
-    "chat": "/v1/chat/completions",
-    "generation": "/v1/images/generations",
-    "edit": "/v1/images/edits",
-}
 
 
 def blueprint(services: Services) -> Blueprint:
@@ -24,7 +18,7 @@ def blueprint(services: Services) -> Blueprint:
     rows: list[dict[str, Any]] = [
         {
             "model": entry.name,
-            "url": services.settings.public_url + PATHS[task],
+            "url": services.settings.public_url + TASKS[task].path,
             "object": "model",
             "id": entry.name,
             "created": created,

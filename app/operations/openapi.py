@@ -8,6 +8,7 @@ a bound that depends on another field, the limits of one model, 1.0 where an int
 from typing import Any
 
 from app.operations.openapi_schemas import BINARY, STRING, component_schemas, edit_form, ref
+from catalogue import CHAT, EDIT, GENERATION
 
 _EVENT = {
     "type": "object",
@@ -42,17 +43,17 @@ def _task_paths() -> dict[str, Any]:
     """Return the endpoints that need a worker."""
     images = {"application/json": ref("ImagesResponse")}
     return {
-        "/v1/chat/completions": {
+        CHAT.path: {
             "post": _post(
                 "Create a chat completion",
                 {"application/json": ref("ChatCompletionRequest")},
                 {"application/json": ref("ChatCompletion"), "text/event-stream": _EVENT},
             )
         },
-        "/v1/images/generations": {
+        GENERATION.path: {
             "post": _post("Create images", {"application/json": ref("ImageGenerationRequest")}, images)
         },
-        "/v1/images/edits": {
+        EDIT.path: {
             "post": _post(
                 "Edit an image",
                 {"application/json": ref("ImageEditRequest"), "multipart/form-data": edit_form()},

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 
 from app.chat.schema import ChatCompletionRequest
 from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+from catalogue import TASKS
 
 REF = "#/components/schemas/{model}"
 INTEGER = {"type": "integer"}
@@ -119,7 +120,7 @@ def _operators_schemas() -> dict[str, Any]:
         **dict.fromkeys(("model", "url", "id", "owned_by"), STRING),
         "object": {"const": "model"},
         "created": INTEGER,
-        "task": {"enum": ["chat", "generation", "edit"]},
+        "task": {"enum": list(TASKS)},
     }
     worker = {
         **dict.fromkeys(("cid", "model", "host", "last_error"), STRING),

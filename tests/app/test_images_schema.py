@@ -4,13 +4,13 @@ import pytest
 
 from app.http.validation import parse
 from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
-from catalogue import Catalogue, ModelEntry
+from catalogue import EDIT, Catalogue, ImageModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
 
-def entry(**engine: object) -> ModelEntry:
-    return ModelEntry.model_validate(
+def entry(**engine: object) -> ImageModelEntry:
+    return ImageModelEntry.model_validate(
         {
             "name": "painter",
             "tasks": ["generation", "edit"],
@@ -176,9 +176,9 @@ def test_a_form_without_model_uses_the_only_model_for_edits():
         chat = {"name": "chat", "tasks": ["chat"], "weights": "w"}
         return Catalogue.model_validate({"project": "p", "models": [chat, *models]})
 
-    assert only_model(catalogue("one"), "edit") == "one"
+    assert only_model(catalogue("one"), EDIT) == "one"
     with pytest.raises(InvalidRequest, match="one, two") as caught:
-        only_model(catalogue("one", "two"), "edit")
+        only_model(catalogue("one", "two"), EDIT)
     assert caught.value.param == "model"
     with pytest.raises(InvalidRequest, match="none"):
-        only_model(catalogue(), "edit")
+        only_model(catalogue(), EDIT)

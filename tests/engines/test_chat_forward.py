@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from catalogue import ModelEntry
+from catalogue import ChatModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
 from workers.engines.chat import build
@@ -83,7 +83,7 @@ def test_the_compiled_exponential_is_exact_to_rounding():
 def assembled(weights, **options) -> Assembly:
     engine = {"torch_threads": 1, "max_batch_size": 4, **options}
     return assemble(
-        ModelEntry.model_validate(
+        ChatModelEntry.model_validate(
             {"name": "tiny", "tasks": ["chat"], "weights": str(weights), "engine": engine}
         )
     )
@@ -95,7 +95,7 @@ def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
 ):
     loaded: list[weakref.ref[Any]] = []
 
-    def remember(entry: ModelEntry) -> LoadedModel:
+    def remember(entry: ChatModelEntry) -> LoadedModel:
         model = load_model(entry)
         loaded.append(weakref.ref(model.model.model.layers[0].mlp.down_proj.weight))
         return model

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from catalogue import ModelEntry
+from catalogue import ChatModelEntry
 from protocol.events import Delta, Event, Failed, Finished, is_terminal
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat import ChatEngine
@@ -159,7 +159,7 @@ class Result:
 
 def make_engine(weights: Path, **options: Any) -> tuple[ChatEngine, Collector]:
     """A loaded engine and what it emits. The caller closes it."""
-    entry = ModelEntry.model_validate(
+    entry = ChatModelEntry.model_validate(
         {
             "name": "tiny",
             "tasks": ["chat"],

@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from catalogue import ModelEntry
+from catalogue import ImageModelEntry
 from protocol.events import Event, Failed, ImageReady, is_terminal
 from protocol.jobs import ImageJob
 
@@ -112,9 +112,9 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def entry(weights: Path, tasks: Sequence[str] = ("generation", "edit"), **engine: object) -> ModelEntry:
+def entry(weights: Path, tasks: Sequence[str] = ("generation", "edit"), **engine: object) -> ImageModelEntry:
     """Make a catalogue entry for the folder. torch uses one thread, because the tests' machines are small."""
-    return ModelEntry.model_validate(
+    return ImageModelEntry.model_validate(
         {"name": "tiny", "tasks": tasks, "weights": str(weights), "engine": {"torch_threads": 1, **engine}}
     )
 

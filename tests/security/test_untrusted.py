@@ -200,14 +200,14 @@ WEIGHTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 LOAD = """
 import sys
 from pathlib import Path
-from catalogue import Catalogue
+from catalogue import Catalogue, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.model.loader import load_model
 from workers.engines.images.loader import load_pipelines
 for path in sys.argv[1:]:
     (entry,) = Catalogue.from_file(Path(path)).models
     try:
-        (load_model if entry.is_chat else load_pipelines)(entry)
+        (load_model if isinstance(entry, ChatModelEntry) else load_pipelines)(entry)
         print("LOADED")
     except EngineLoadError as error:
         print("REFUSED", error)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from catalogue import ChatEngineOptions, ModelEntry
+from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.attention.base import ModelAttention, register
 from workers.engines.chat.attention.paged import PagedAttention
@@ -59,10 +59,9 @@ class Assembly:
             torch.cuda.empty_cache()
 
 
-def assemble(entry: ModelEntry) -> Assembly:
+def assemble(entry: ChatModelEntry) -> Assembly:
     """Load and warm up. Raises EngineLoadError."""
     options = entry.engine
-    assert isinstance(options, ChatEngineOptions)
     torch_threads = options.torch_threads or _default_threads()
     torch.set_num_threads(torch_threads)
     loaded = load_model(entry)

@@ -11,7 +11,7 @@ from collections import deque
 
 import torch
 
-from catalogue import ChatEngineOptions, ModelEntry
+from catalogue import ChatModelEntry
 from protocol.errors import EngineError, ServiceError, ShuttingDown, WorkerLost
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 class ChatEngine:
     """Engine of a decoder-only language model (workers.engines.base.Engine)."""
 
-    def __init__(self, entry: ModelEntry) -> None:
-        assert isinstance(entry.engine, ChatEngineOptions)
+    def __init__(self, entry: ChatModelEntry) -> None:
         self.entry = entry
         self.options = entry.engine
         self.metrics = Metrics()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from catalogue import ImageEngineOptions, ModelEntry
+from catalogue import ImageModelEntry
 from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
@@ -50,8 +50,7 @@ class _BatchAbandoned(Exception):
 class ImageEngine:
     """Generates and edits images with one model. Implements workers.engines.base.Engine."""
 
-    def __init__(self, entry: ModelEntry) -> None:
-        assert isinstance(entry.engine, ImageEngineOptions)
+    def __init__(self, entry: ImageModelEntry) -> None:
         self._entry = entry
         self._max_batch_size = entry.engine.max_batch_size
         self._pipelines: Pipelines | None = None

@@ -16,7 +16,7 @@ from diffusers import (
 )
 from diffusers.utils import logging as diffusers_logging
 
-from catalogue import ImageEngineOptions, ModelEntry
+from catalogue import ImageEngineOptions, ImageModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 
@@ -34,10 +34,9 @@ class Pipelines(NamedTuple):
     size_multiple: int
 
 
-def load_pipelines(entry: ModelEntry) -> Pipelines:
+def load_pipelines(entry: ImageModelEntry) -> Pipelines:
     """Load the weights of a catalogue entry and derive a pipeline for each task. Raises EngineLoadError."""
     options = entry.engine
-    assert isinstance(options, ImageEngineOptions)
     # diffusers' warnings quote the part of a prompt that the text encoder cut off.
     diffusers_logging.set_verbosity_error()
     if options.torch_threads:
@@ -67,7 +66,7 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _load(entry: ModelEntry, dtype: torch.dtype) -> Any:
+def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
     try:
         pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
         pipe.to(device())
@@ -80,7 +79,7 @@ def _load(entry: ModelEntry, dtype: torch.dtype) -> Any:
     return pipe
 
 
-def _read(entry: ModelEntry, settings: dict[str, Any]) -> Any:
+def _read(entry: ImageModelEntry, settings: dict[str, Any]) -> Any:
     if "generation" in entry.tasks:
         try:
             return AutoPipelineForText2Image.from_pretrained(entry.weights, **settings)

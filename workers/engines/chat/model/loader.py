@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from catalogue import ChatEngineOptions, ModelEntry
+from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 
@@ -35,10 +35,9 @@ class LoadedModel:
     name: str
 
 
-def load_model(entry: ModelEntry) -> LoadedModel:
+def load_model(entry: ChatModelEntry) -> LoadedModel:
     """Raises EngineLoadError with one line for the operator."""
     options = entry.engine
-    assert isinstance(options, ChatEngineOptions)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}

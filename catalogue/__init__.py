@@ -1,0 +1,40 @@
+"""The catalogue: the models of one deployment, and the tasks that they serve.
+
+Imports nothing of this project but config, nor Flask, Celery, Redis or torch.
+"""
+
+from catalogue.entries import (
+    CHAT,
+    EDIT,
+    GENERATION,
+    TASKS,
+    ChatModelEntry,
+    ImageModelEntry,
+    ModelEntry,
+    TaskSpec,
+)
+from catalogue.file import Catalogue
+from catalogue.options import (
+    ChatDefaults,
+    ChatEngineOptions,
+    EngineOptions,
+    ImageDefaults,
+    ImageEngineOptions,
+)
+
+__all__ = [
+    "CHAT",
+    "EDIT",
+    "GENERATION",
+    "TASKS",
+    "Catalogue",
+    "ChatDefaults",
+    "ChatEngineOptions",
+    "ChatModelEntry",
+    "EngineOptions",
+    "ImageDefaults",
+    "ImageEngineOptions",
+    "ImageModelEntry",
+    "ModelEntry",
+    "TaskSpec",
+]

@@ -1,0 +1,144 @@
+"""The kinds of models, and the table of tasks that a model can serve."""
+
+import json
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar, Generic, Literal, TypeVar
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from catalogue.options import (
+    ChatDefaults,
+    ChatEngineOptions,
+    EngineOptions,
+    ImageDefaults,
+    ImageEngineOptions,
+    Table,
+)
+from config import Settings
+
+
+class ModelEntry(Table):
+    """One `[[models]]`. `tasks` decides on its class, and so on the keys of its two tables."""
+
+    weights_file: ClassVar[str]
+    """A file that every folder of such weights holds."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]{0,127}$",
+        description="what requests send as `model`; unique in the file",
+    )
+    tasks: tuple[str, ...] = Field(description="what the model serves")
+    weights: str = Field(
+        min_length=1, description="a hub id, or a folder (a relative one is searched beside the file first)"
+    )
+    revision: str | None = Field(
+        default=None, description="branch, tag or commit on the hub; pin a commit in production"
+    )
+    workers: tuple[tuple[int, ...], ...] | None = Field(
+        default=None,
+        description="one item for each worker: the indices of its GPUs, `[]` for a worker on the CPU; "
+        "default: one worker on the first GPU, or on the CPU where there is none",
+    )
+    engine: EngineOptions
+    defaults: Table
+
+    @field_validator("tasks")
+    @classmethod
+    def _can_be_served_together(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if sorted(tasks) not in [sorted(names) for kind, names in _combinations() if kind is cls]:
+            *others, last = (json.dumps(names) for _, names in _combinations())
+            raise ValueError(f"must be {', '.join(others)} or {last}")
+        return tasks
+
+    @field_validator("weights")
+    @classmethod
+    def _beside_the_file(cls, weights: str, info: ValidationInfo) -> str:
+        beside = info.context / weights if info.context else None
+        return str(beside.resolve()) if beside and beside.exists() else weights
+
+
+class ChatModelEntry(ModelEntry):
+    """A decoder-only language model that transformers loads."""
+
+    weights_file = "config.json"
+
+    engine: ChatEngineOptions = Field(default_factory=ChatEngineOptions)
+    defaults: ChatDefaults = Field(default_factory=ChatDefaults)
+
+
+class ImageModelEntry(ModelEntry):
+    """An image model that diffusers loads."""
+
+    weights_file = "model_index.json"
+
+    engine: ImageEngineOptions = Field(default_factory=ImageEngineOptions)
+    defaults: ImageDefaults = Field(default_factory=ImageDefaults)
+
+
+Entry_co = TypeVar("Entry_co", bound=ModelEntry, covariant=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec(Generic[Entry_co]):
+    """One row of TASKS.
+
+    `path`: its end point. `node_type`: what the network node calls it (0 text to text, 1 text to image, 2 image to
+    image), None for a task the node does not know. `deadline`: the setting that bounds a request. `job`: tag of its
+    job class in protocol/jobs.py. `entry`: class of the models that serve it, with their engine options and defaults.
+    """
+
+    name: str
+    path: str
+    node_type: Literal[0, 1, 2] | None
+    deadline: str
+    job: str
+    entry: type[Entry_co]
+
+    def deadline_s(self, settings: Settings) -> float:
+        """Seconds from a request's first byte to the last byte of its answer, time in the queue included."""
+        seconds: float = getattr(settings, self.deadline)
+        return seconds
+
+
+CHAT = TaskSpec(
+    name="chat",
+    path="/v1/chat/completions",
+    node_type=0,
+    deadline="chat_deadline_s",
+    job="chat",
+    entry=ChatModelEntry,
+)
+GENERATION = TaskSpec(
+    name="generation",
+    path="/v1/images/generations",
+    node_type=1,
+    deadline="generation_deadline_s",
+    job="image",
+    entry=ImageModelEntry,
+)
+EDIT = TaskSpec(
+    name="edit",
+    path="/v1/images/edits",
+    node_type=2,
+    deadline="edit_deadline_s",
+    job="image",
+    entry=ImageModelEntry,
+)
+
+TASKS: dict[str, TaskSpec[ModelEntry]] = {task.name: task for task in (CHAT, GENERATION, EDIT)}
+"""Every task, by name. A model that serves several is registered at the network node under the first of them here."""
+
+
+def _combinations() -> list[tuple[type[ModelEntry], tuple[str, ...]]]:
+    """Which tasks one model can serve together: those of one class of entry. Single tasks come first."""
+    kinds: dict[type[ModelEntry], list[str]] = {}
+    for task in TASKS.values():
+        kinds.setdefault(task.entry, []).append(task.name)
+    found = [
+        (kind, names)
+        for kind, own in kinds.items()
+        for count in range(1, len(own) + 1)
+        for names in combinations(own, count)
+    ]
+    return sorted(found, key=lambda choice: len(choice[1]))
