@@ -1,4 +1,4 @@
-"""`gunicorn wsgi:app`: the web process, configured by the environment (config.py)."""
+"""The WSGI application that gunicorn serves: `gunicorn wsgi:app`."""
 
 import logging
 

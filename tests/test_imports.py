@@ -13,6 +13,7 @@ from tests.deployment import ROOT
     ("module", "forbidden"),
     [
         ("wsgi", ["torch", "transformers", "diffusers", "accelerate", "workers"]),
+        ("gunicorn_worker", ["flask", "app", "catalogue", "protocol", "celery", "redis"]),
         ("workers", ["flask", "torch", "app"]),
         ("workers.celery", ["flask", "werkzeug", "gunicorn", "torch", "transformers", "diffusers", "app"]),
         ("workers.engines", ["torch", "celery", "redis", "flask"]),
