@@ -1,20 +1,19 @@
-"""Flower's settings: `celery -A workers flower` reads this file from the working directory.
+"""Flower's settings. `celery -A workers flower` reads this file from the working directory.
 
-Flower itself takes the password from FLOWER_BASIC_AUTH (user:password); without one it would serve anybody.
+Flower takes user and password from FLOWER_BASIC_AUTH. Without them it would serve everyone, so it does not start.
 """
 
 import sys
 
-from config import ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 
 try:
     _password = Settings.from_env().flower_basic_auth
+    if ":" not in _password:
+        raise ConfigurationError("FLOWER_BASIC_AUTH must be set to user:password")
 except ConfigurationError as _error:
-    sys.exit(f"flower: {_error}")
-
-if ":" not in _password:
-    print("flower: FLOWER_BASIC_AUTH is not set to user:password; Flower doesn't run open", file=sys.stderr)
-    sys.exit(78)
+    print(f"flower: {_error}", file=sys.stderr)
+    sys.exit(EXIT_CONFIGURATION)
 
 basic_auth = [_password]
 address = "127.0.0.1"

@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 from catalogue import Catalogue
-from config import ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 from supervise.console import Console
 from supervise.listeners import FLOWER_ADDRESS, Unavailable
 from supervise.plan import make_plan
 from supervise.preflight import check
-from supervise.process import EX_CONFIG
 from supervise.readiness import Probe
 from supervise.redis_server import EmbeddedRedis
 from supervise.service import Service, StartFailed
@@ -32,7 +31,7 @@ def main() -> int:
         settings = Settings.from_env()
         asyncio.run(_run(settings, (arguments.models_file or settings.models_file).absolute()))
     except ConfigurationError as error:
-        return _fail(str(error), EX_CONFIG)
+        return _fail(str(error), EXIT_CONFIGURATION)
     except StartFailed as error:
         return _fail(str(error), error.status)
     except Unavailable as error:

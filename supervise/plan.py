@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from catalogue import Catalogue
-from config import Settings
+from config import EXIT_CONFIGURATION, Settings
 from supervise.listeners import FLOWER_ADDRESS
-from supervise.process import EX_CONFIG, Spec
+from supervise.process import Spec
 from supervise.redis_server import EmbeddedRedis
 
 # gunicorn: its worker could not be booted, the application could not be loaded
@@ -49,7 +49,7 @@ def make_plan(
         (*python, "gunicorn", "wsgi:app"),
         env,
         _WEB_STOP_S,
-        fatal_at_start=frozenset({EX_CONFIG}) | _GUNICORN_BOOT_FAILED,
+        fatal_at_start=frozenset({EXIT_CONFIGURATION}) | _GUNICORN_BOOT_FAILED,
     )
     host, port = FLOWER_ADDRESS.split(":")
     flower = Spec(

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config import EXIT_CONFIGURATION
 from supervise.console import Say
 
-EX_CONFIG = 78  # sysexits.h: a configuration error; starting again would only repeat it
 LONGEST_BACKOFF_S = 30.0
 RESET_AFTER_S = 60.0  # a life this long was a success: the next backoff starts from the beginning
 HURRIED_STOP_S = 2.0
@@ -27,15 +27,15 @@ _TETHER = (sys.executable, "-S", "-E", str(Path(__file__).with_name("tether.py")
 class Spec:
     """What to run.
 
-    `fatal_at_start`: exit statuses that fail a whole start; later only EX_CONFIG is final. `orphan_signal`: what the kernel
-    sends when the supervisor dies; SIGTERM where there is something to tidy up.
+    `fatal_at_start`: exit statuses that fail a whole start; later only EXIT_CONFIGURATION is final. `orphan_signal`: what
+    the kernel sends when the supervisor dies; SIGTERM where there is something to tidy up.
     """
 
     name: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     stop_timeout_s: float
-    fatal_at_start: frozenset[int] = frozenset({EX_CONFIG})
+    fatal_at_start: frozenset[int] = frozenset({EXIT_CONFIGURATION})
     orphan_signal: signal.Signals = signal.SIGTERM
 
 
@@ -145,7 +145,7 @@ class Process:
 
 def describe_status(status: int) -> str:
     """An exit status as asyncio gives it, in words."""
-    if status == EX_CONFIG:
+    if status == EXIT_CONFIGURATION:
         return f"ended with status {status}, a configuration error"
     return f"ended with status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
 

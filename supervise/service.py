@@ -8,9 +8,10 @@ import time
 from collections.abc import Coroutine
 from typing import Any
 
+from config import EXIT_CONFIGURATION
 from supervise.console import SUPERVISOR, Console
 from supervise.plan import Plan
-from supervise.process import EX_CONFIG, Process, Spec, describe_status
+from supervise.process import Process, Spec, describe_status
 from supervise.readiness import Probe
 from supervise.redis_server import EmbeddedRedis
 
@@ -110,12 +111,12 @@ class Service:
     def _on_exit(self, process: Process, status: int) -> bool:
         """Whether to try again. What can't work at the start ends the start; the first reason is the one told."""
         if self._ready or status not in process.spec.fatal_at_start:
-            return status != EX_CONFIG
+            return status != EXIT_CONFIGURATION
         if self._failed.done():
             return False
-        if status == EX_CONFIG:
+        if status == EXIT_CONFIGURATION:
             reason = _LOG_PREFIX.sub("", process.last_words) or describe_status(status)
-            self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", EX_CONFIG))
+            self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", EXIT_CONFIGURATION))
         else:
             reason = f"{describe_status(status)} while starting; its lines above say why"
             self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", 1))

@@ -1,7 +1,7 @@
-"""`celery -A workers …`: the composition root of worker processes, and the app that Flower looks through.
+"""The Celery app of the worker processes, which `celery -A workers` finds here. Flower uses it too.
 
-Without WORKER_MODEL the app can be looked at but not run. A wrong configuration ends the process with status 78, which
-the supervisor doesn't retry.
+Without WORKER_MODEL the app can be inspected, but no worker starts. A wrong configuration ends the process with
+EXIT_CONFIGURATION, after which a supervisor does not restart it.
 """
 
 import sys
@@ -10,14 +10,14 @@ from celery import Celery
 from celery.signals import worker_init
 
 from catalogue import Catalogue, ModelEntry
-from config import ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 from protocol.connections import consume, create_celery, namespace_of
 from protocol.names import Keys
-from workers.lifecycle import EXIT_CONFIGURATION, WorkerProcess
+from workers.lifecycle import WorkerProcess
 
 
 def create_worker_app(settings: Settings) -> Celery:
-    """The Celery app, bound to the model that WORKER_MODEL names. Raises ConfigurationError."""
+    """Create the Celery app for the model that WORKER_MODEL names. Raises ConfigurationError."""
     catalogue = Catalogue.from_file(settings.models_file)
     keys = Keys.of(namespace_of(settings, catalogue))
     celery = create_celery(settings, keys)
@@ -31,7 +31,7 @@ def create_worker_app(settings: Settings) -> Celery:
 
 
 def _find_entry(settings: Settings, catalogue: Catalogue) -> ModelEntry:
-    """The catalogue entry that WORKER_MODEL names. Raises ConfigurationError."""
+    """Return the catalogue entry that WORKER_MODEL names. Raises ConfigurationError."""
     entry = catalogue.get(settings.worker_model)
     if entry is None:
         names = ", ".join(model.name for model in catalogue.models)

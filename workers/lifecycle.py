@@ -20,7 +20,7 @@ from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
 from catalogue import Catalogue, ModelEntry
-from config import Settings
+from config import EXIT_CONFIGURATION, Settings
 from node.client import default_cid
 from node.registrar import build_registrar
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
@@ -42,7 +42,6 @@ from workers.stop_signal import StopSignal
 
 log = logging.getLogger(__name__)
 
-EXIT_CONFIGURATION = 78
 EXIT_HUNG = 70
 DRAIN_POLL_S = 0.2
 EXIT_S = 8.0

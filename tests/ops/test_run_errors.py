@@ -153,3 +153,15 @@ def test_flower_does_not_run_open() -> None:
     )
     assert done.returncode == 78
     assert done.stderr.count("\n") == 1 and "FLOWER_BASIC_AUTH" in done.stderr
+
+
+def test_flower_names_a_wrong_setting() -> None:
+    done = subprocess.run(
+        [ROOT / ".venv/bin/python", ROOT / "flowerconfig.py"],
+        env={**os.environ, "DRAIN_S": "soon"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78
+    assert done.stderr.startswith("flower: environment: DRAIN_S:") and done.stderr.count("\n") == 1
