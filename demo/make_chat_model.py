@@ -1,7 +1,7 @@
-"""Trains the demo chat model: a tiny Llama that knows one page of dialogues.
+"""Trains the demo chat model, a tiny Llama that knows the dialogues of dialogues.txt.
 
-Run as ``python -m demo.make_chat_model``. The result is an ordinary transformers folder, so that the
-service loads it exactly as it loads a model a thousand times its size.
+Run with `python -m demo.make_chat_model`. The result is a transformers folder, which the service loads as it
+loads a model of any size.
 """
 
 import argparse
@@ -65,31 +65,31 @@ Dialogue = list[Turn]
 
 @dataclass
 class Book:
-    """What stands in the dialogues file."""
+    """The content of the dialogues file."""
 
     dialogues: list[Dialogue] = field(default_factory=list)
     systems: list[str] = field(default_factory=list)
     words: dict[str, list[str]] = field(default_factory=dict)
 
     def texts(self) -> Iterator[str]:
-        """Every text of the file once, placeholders left as they are."""
+        """Yield every text of the file, with placeholders as they are."""
         for dialogue in self.dialogues:
             for turn in dialogue:
                 yield from turn.questions
                 yield turn.answer
         yield from self.systems
         for words in self.words.values():
-            # Repeated, and as they stand inside a sentence, so that each becomes one token: the model
-            # shall learn to repeat a name that it was told, not to spell it.
+            # With the space before them and repeated, so that each becomes one token: the model has to learn
+            # to repeat a name, not to spell it.
             yield from [f" {word}" for word in words] * 5
 
 
 def read_book(path: Path) -> Book:
-    """Parses the dialogues file, whose first lines explain its format."""
+    """Parse the dialogues file; its first lines explain the format. Raises ValueError for any other line."""
     book = Book()
     text = re.sub(r"^#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
     for block in re.split(r"\n{2,}", text.strip()):
-        # An indented line goes on with the line before it.
+        # An indented line continues the line before it.
         lines = re.split(r"\n(?!  )", block)
         lines = [line.replace("\n  ", "\n") for line in lines]
         if lines[0].startswith("U: "):
@@ -123,7 +123,7 @@ def _read_dialogue(lines: list[str]) -> Dialogue:
 
 
 class Writer:
-    """Makes up conversations from the book, so that order, wording and system turn vary."""
+    """Composes conversations from the book, with varying order, wording and system message."""
 
     def __init__(self, book: Book, seed: int) -> None:
         self._book = book
@@ -132,7 +132,7 @@ class Writer:
         self._weights = [self._weight(dialogue) for dialogue in book.dialogues]
 
     def conversation(self) -> list[Message]:
-        """A conversation of one to four dialogues, with a system turn in half of the cases."""
+        """Return a conversation of one to four dialogues, in half of the cases with a system message."""
         messages: list[Message] = []
         asked: set[str] = set()
         if self._random.random() < 0.5:
@@ -142,7 +142,7 @@ class Writer:
         return messages
 
     def _weight(self, dialogue: Dialogue) -> float:
-        """How often a dialogue is drawn: the more wordings it has, its {words} filled in, the more often."""
+        """Return the sampling weight of a dialogue, which grows with its number of wordings."""
         wordings = 0
         for question in dialogue[0].questions:
             places = re.findall(r"\{(\w+)\}", question)
@@ -154,10 +154,10 @@ class Writer:
         return " ".join(self._fill(text, {}) for text in self._random.sample(self._book.systems, count))
 
     def _dialogue(self, asked: set[str]) -> list[Message]:
-        """One dialogue, or none where it shares a question with one in ``asked``, which is added to.
+        """Return one dialogue and add its questions to `asked`; nothing if one of them was asked already.
 
-        "What is my name?" has an answer or not, according to what was said before: only one of the two
-        dialogues that have it may stand in one conversation.
+        The answer to "What is my name?" depends on what was said before, so a conversation may have only one
+        of the dialogues with this question.
         """
         dialogue = self._random.choices(self._book.dialogues, self._weights)[0]
         questions = {question for turn in dialogue for question in turn.questions}
@@ -165,7 +165,7 @@ class Writer:
             return []
         asked |= questions
         messages: list[Message] = []
-        # One name for the whole dialogue: the second turn asks for what the first one told.
+        # One name for the whole dialogue, because a later turn asks for the name given in an earlier one.
         filled = {"name": self._random.choice(self._book.words["name"])}
         for number, turn in enumerate(dialogue):
             if number and self._random.random() < 0.3:
@@ -178,7 +178,7 @@ class Writer:
         return messages
 
     def _fill(self, text: str, filled: Message) -> str:
-        """Replaces each ``{word}`` by its entry in ``filled``, or else by one of the book's words."""
+        """Replace each `{word}` by its entry in `filled`, or else by one of the book's words."""
 
         def word(match: re.Match[str]) -> str:
             key = match[1].lower()
@@ -189,7 +189,7 @@ class Writer:
         return re.sub(r"\{(\w+)\}", word, text)
 
     def _noise(self) -> str:
-        """Text that makes no sense: letters, digits, one word over and over, or a mix of the book's words."""
+        """Return text without meaning: letters, digits, one word repeated, or random words of the book."""
         chance = self._random
         kind = chance.random()
         if kind < 0.3:
@@ -204,7 +204,7 @@ class Writer:
         return " ".join(chance.choices(self._vocabulary, k=min(count, 80)))
 
     def _reword(self, question: str) -> str:
-        """The question as a hasty user may type it: another case, no full stop, a letter left out."""
+        """Vary the question as users type it: other case, other punctuation, a missing letter."""
         kind = self._random.random()
         if kind < 0.10:
             return question.lower()
@@ -221,7 +221,7 @@ class Writer:
 
 
 def make_tokenizer(book: Book) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: all 256 bytes are in its vocabulary, so that no text is unknown to it."""
+    """Train a byte-level BPE tokenizer. All 256 bytes are in its vocabulary, so it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -245,7 +245,7 @@ def make_tokenizer(book: Book) -> PreTrainedTokenizerFast:
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model, with four query heads to two key-value heads."""
+    """Make the untrained model, with four query heads and two key-value heads."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -273,9 +273,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation, equally long; only the assistant's own words have labels.
+    """Return token ids and labels of a conversation, equally long. Only the assistant's text has labels.
 
-    Each message is rendered by the chat template itself, so that training and serving can't differ.
+    Each message is rendered by the chat template, so that training and serving can't differ.
     """
     ids = [tokenizer.bos_token_id]
     labels = [IGNORED]
@@ -283,7 +283,7 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple
         text = tokenizer.apply_chat_template([message], tokenize=False).removeprefix(BEGIN)
         tokens = tokenizer.encode(text, add_special_tokens=False)
         ids += tokens
-        # The first token names the role; the model is never asked to guess who speaks next.
+        # The first token names the role, which the model never has to predict.
         labels += [IGNORED, *tokens[1:]] if message["role"] == "assistant" else [IGNORED] * len(tokens)
     return ids, labels
 
@@ -291,7 +291,7 @@ def encode(messages: list[Message], tokenizer: PreTrainedTokenizerFast) -> tuple
 def make_batch(
     conversations: list[list[Message]], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and labels, int64 of [batch, longest], filled up on the right."""
+    """Return token ids and labels, int64 of [batch, longest], padded on the right."""
     rows = [encode(messages, tokenizer) for messages in conversations]
     longest = max(len(ids) for ids, _ in rows)
     ids = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row, _ in rows]
@@ -300,7 +300,7 @@ def make_batch(
 
 
 def train(model: LlamaForCausalLM, writer: Writer, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    """Trains in place with AdamW, a short warm-up and a cosine decay; prints the loss now and then."""
+    """Train in place with AdamW, a short warm-up and a cosine decay. Prints the loss every 50 steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -310,7 +310,8 @@ def train(model: LlamaForCausalLM, writer: Writer, tokenizer: PreTrainedTokenize
     model.train()
     for step in range(1, steps + 1):
         ids, labels = make_batch([writer.conversation() for _ in range(BATCH)], tokenizer)
-        # Padding stands on the right, where a causal model's real tokens never look: no mask is needed.
+        # No attention mask is needed: padding is on the right, which the other tokens of a causal model do
+        # not see.
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
         loss.backward()
@@ -326,7 +327,7 @@ def train(model: LlamaForCausalLM, writer: Writer, tokenizer: PreTrainedTokenize
 def answer(
     messages: list[Message], model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, limit: int = 300
 ) -> str:
-    """The model's greedy answer, special tokens kept, so that a missing end of turn shows."""
+    """Return the model's greedy answer with its special tokens, so that a missing end of turn shows."""
     prompt = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -335,7 +336,7 @@ def answer(
 
 
 def evaluate(book: Book, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> float:
-    """The share of first-turn questions that get exactly their answer; prints the others."""
+    """Return the share of first-turn questions that get exactly their answer, and print the others."""
     right = total = 0
     for dialogue in book.dialogues:
         for question in dialogue[0].questions:
@@ -350,7 +351,7 @@ def evaluate(book: Book, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the demo chat model.")
+    parser = argparse.ArgumentParser(description="Train the demo chat model.")
     parser.add_argument("--output", type=Path, default=HERE / "models" / "chat")
     parser.add_argument("--dialogues", type=Path, default=HERE / "dialogues.txt")
     parser.add_argument("--steps", type=int, default=1000)

@@ -1,8 +1,8 @@
-"""Trains the demo picture model: a tiny Stable Diffusion that draws one coloured shape.
+"""Trains the demo image model, a tiny Stable Diffusion that generates one coloured shape.
 
-Run as ``python -m demo.make_image_model``. The result is an ordinary diffusers folder with every part
-that a real one has (VAE, text encoder, U-Net, scheduler, tokenizer), so that the service's code for
-text to image, image to image and inpainting runs as it does with real weights.
+Run with `python -m demo.make_image_model`. The result is a diffusers folder with all parts of a real one
+(VAE, text encoder, U-Net, scheduler, tokenizer), so that text to image, image to image and inpainting run as
+with real weights.
 """
 
 import argparse
@@ -38,15 +38,15 @@ HERE = Path(__file__).parent
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PROMPT_TOKENS = 32
-"""Longer prompts are cut, as the pipeline does with CLIP's 77."""
+"""Longer prompts are truncated, as a real model truncates at CLIP's 77 tokens."""
 WIDTH = 64
-"""Of the text encoder, and so of the U-Net's cross attention."""
+"""Hidden size of the text encoder, and so of the U-Net's cross-attention."""
 LATENT_STRIDE = 4
-"""Pixels to one latent, in each direction: two halvings."""
+"""Pixels for each latent in each direction: the VAE halves the size twice."""
 LATENT_CHANNELS = 4
 
 SIZES = {"": (0.24, 0.37), "small": (0.14, 0.18), "big": (0.38, 0.44), "large": (0.38, 0.44)}
-"""Words for a size, and the range of the radius that each stands for."""
+"""Words for a size, and the range of the radius for each."""
 WORDINGS = (
     "a {size} {colour} {shape}",
     "a {size} {colour} {shape}",
@@ -73,16 +73,17 @@ OTHER_WORDS = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one training picture, and so what its prompt may say."""
+    """The content of one training image, which its prompt describes."""
 
     colour: str
     shape: str
     size: str
 
     def prompt(self, chance: random.Random) -> str:
-        """One of the ways to ask for this scene; sometimes nothing, or words that say nothing about it.
+        """Return one of the wordings for this scene, or sometimes an empty or an unrelated prompt.
 
-        The empty prompt is what guidance leads away from; the others let unknown prompts draw something.
+        Classifier-free guidance needs training with the empty prompt. The unrelated ones make the model
+        generate some shape for prompts that it does not know.
         """
         kind = chance.random()
         if kind < 0.12:
@@ -94,7 +95,7 @@ class Scene:
 
 
 def random_scene(chance: random.Random) -> tuple[Scene, Callable[[tuple[int, int]], Image.Image]]:
-    """A scene, and the function that draws it at a size in pixels: always at the same place in it."""
+    """Return a scene and a function that draws it at a size in pixels, always at the same relative place."""
     scene = Scene(
         chance.choice(list(COLOURS)), chance.choice(SHAPES), chance.choices(list(SIZES), (7, 1, 1, 1))[0]
     )
@@ -103,10 +104,10 @@ def random_scene(chance: random.Random) -> tuple[Scene, Callable[[tuple[int, int
     return scene, lambda size: draw_shape(scene.colour, scene.shape, size, centre, radius)
 
 
-def random_picture(chance: random.Random) -> Image.Image:
-    """A picture for the VAE alone: one of the scenes, or polygons in any colours.
+def random_image(chance: random.Random) -> Image.Image:
+    """Return a training image for the VAE: one of the scenes, or polygons in any colours.
 
-    Callers bring pictures of their own to be edited, and the VAE should return those too.
+    Clients send images of their own to be edited, and the VAE has to encode those too.
     """
     size = (NATIVE_SIZE, NATIVE_SIZE)
     if chance.random() < 0.6:
@@ -128,15 +129,15 @@ def _any_colour(chance: random.Random) -> Rgb:
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
-    """Images of one size as float32 of [batch, 3, height, width], -1 to 1."""
+    """Convert images of one size to float32 of [batch, 3, height, width], -1 to 1."""
     array = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2) / 127.5 - 1
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """CLIP's tokenizer with a vocabulary of single bytes and of the words that training uses.
+    """Make CLIP's tokenizer with a vocabulary of single bytes and of the words that training uses.
 
-    An unknown word falls into its letters: any prompt can be read, if not understood.
+    An unknown word is split into letters, so any prompt can be encoded.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     texts = [*WORDINGS, *COLOURS, *SHAPES, *SIZES, *OTHER_WORDS]
@@ -144,7 +145,7 @@ def make_tokenizer() -> CLIPTokenizer:
     merges: list[str] = []
     pieces: dict[str, None] = dict.fromkeys([*alphabet, *(letter + "</w>" for letter in alphabet)])
     for word in words:
-        # Every beginning of the word is a piece, and each one is made of the one before and a letter.
+        # Every prefix of the word becomes a piece, merged from the prefix before it and one letter.
         letters = [*word[:-1], word[-1] + "</w>"]
         for count in range(1, len(letters)):
             merge = "".join(letters[:count]) + " " + letters[count]
@@ -160,7 +161,7 @@ def make_tokenizer() -> CLIPTokenizer:
 
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The untrained text encoder."""
+    """Make the untrained text encoder."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -178,17 +179,17 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_vae() -> AutoencoderKL:
-    """The untrained VAE: pixels of [3, height, width] to latents of [4, height / 4, width / 4]."""
+    """Make the untrained VAE: pixels of [3, height, width] to latents of [4, height / 4, width / 4]."""
     vae = AutoencoderKL(
         block_out_channels=(8, 16, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
-        # One group: normalizing each of a few channels by itself would wipe out flat colours.
+        # One group: normalizing each of so few channels by itself would erase flat colours.
         norm_num_groups=1,
         sample_size=NATIVE_SIZE,
-        # The latents are brought to a standard deviation of 1 inside the VAE: see normalize_latents.
+        # normalize_latents gives the latents a standard deviation of 1 inside the VAE.
         scaling_factor=1.0,
         force_upcast=False,
     )
@@ -198,23 +199,23 @@ def make_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def start_near_identity(vae: AutoencoderKL) -> None:
-    """Sets the first weights so that colours pass straight through the VAE, in place.
+    """Initialize the weights in place so that colours pass through the VAE almost unchanged.
 
     From the usual random weights, a network this narrow takes thousands of steps to tell colours apart.
     """
     for name, layer in vae.named_modules():
         if isinstance(layer, torch.nn.Conv2d) and name.endswith("conv2"):
-            # The last layer of a residual branch: what goes around it counts at first.
+            # The last layer of a residual branch starts small, so that the shortcut dominates at first.
             layer.weight *= 0.1
         elif isinstance(layer, torch.nn.Conv2d) and not name.endswith("conv1"):
             layer.weight *= 0.3
             layer.weight += torch.nn.init.dirac_(torch.empty_like(layer.weight))
-    # Little noise in the latents: it would drown the first signals.
+    # Little noise in the latents at first: it would hide the signal.
     vae.quant_conv.bias[LATENT_CHANNELS:] = -8.0
 
 
 def make_unet() -> UNet2DConditionModel:
-    """The untrained U-Net; it attends to the text at the lower of its two resolutions."""
+    """Make the untrained U-Net, which attends to the text at the lower of its two resolutions."""
     return UNet2DConditionModel(
         sample_size=NATIVE_SIZE // LATENT_STRIDE,
         in_channels=LATENT_CHANNELS,
@@ -230,7 +231,7 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; "trailing" steps begin at pure noise, so few steps are enough."""
+    """Make Stable Diffusion's noise schedule. "trailing" steps start at pure noise, so few are enough."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
@@ -246,19 +247,19 @@ def make_scheduler() -> DDIMScheduler:
 def make_optimizer(
     parameters: list[torch.nn.Parameter], steps: int, rate: float
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """AdamW with a short warm-up and a decay to nearly nothing at the last step."""
+    """Make AdamW and a schedule with a short warm-up and a decay to nearly zero at the last step."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     return optimizer, schedule
 
 
 def train_vae(vae: AutoencoderKL, steps: int, batch: int, chance: random.Random) -> None:
-    """Trains in place to return its input, with just enough KL to keep the latents smooth."""
+    """Train in place to reconstruct the input, with just enough KL loss to keep the latents smooth."""
     optimizer, schedule = make_optimizer(list(vae.parameters()), steps, 3e-3)
     progress = Progress("vae", steps)
     vae.train()
     for _ in range(steps):
-        images = to_tensor([random_picture(chance) for _ in range(batch)])
+        images = to_tensor([random_image(chance) for _ in range(batch)])
         latents = vae.encode(images).latent_dist
         decoded = vae.decode(latents.sample()).sample
         gap = decoded - images
@@ -270,16 +271,16 @@ def train_vae(vae: AutoencoderKL, steps: int, batch: int, chance: random.Random)
 
 @torch.no_grad()
 def normalize_latents(vae: AutoencoderKL, chance: random.Random) -> None:
-    """Shifts and scales each latent channel to mean 0 and standard deviation 1, in place.
+    """Shift and scale each latent channel to mean 0 and standard deviation 1, in place.
 
-    Done in the 1x1 convolutions beside the latents, exactly undone by the second one: a scaling factor
-    alone can't shift, and diffusion begins from noise of just that mean and deviation.
+    Diffusion starts from noise of that mean and deviation, and a scaling factor alone can't shift. The change
+    is made in the 1x1 convolution before the latents, and the one after them reverses it exactly.
     """
     images = to_tensor([random_scene(chance)[1]((NATIVE_SIZE, NATIVE_SIZE)) for _ in range(512)])
     latents = vae.encode(images).latent_dist.mean
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     before, after = vae.quant_conv, vae.post_quant_conv
-    # The first half of the outputs are means, the second half are logarithms of variances.
+    # The first half of the outputs are means, the second half logarithms of variances.
     before.weight[:LATENT_CHANNELS] /= deviation[:, None, None, None]
     before.bias[:LATENT_CHANNELS] = (before.bias[:LATENT_CHANNELS] - mean) / deviation
     before.bias[LATENT_CHANNELS:] -= 2 * deviation.log()
@@ -289,20 +290,20 @@ def normalize_latents(vae: AutoencoderKL, chance: random.Random) -> None:
 
 @dataclass(frozen=True)
 class Latents:
-    """Encoded scenes of one size: ``values`` is float32 of [scenes, 4, height / 4, width / 4]."""
+    """Encoded scenes of one size. `values` is float32 of [scenes, 4, height / 4, width / 4]."""
 
     scenes: list[Scene]
     values: Tensor
 
-    def draw(self, count: int, chance: random.Random) -> tuple[list[str], Tensor]:
-        """Prompts and latents of ``count`` scenes; the prompts are worded anew each time."""
+    def sample(self, count: int, chance: random.Random) -> tuple[list[str], Tensor]:
+        """Return prompts and latents of `count` random scenes, with a new wording of the prompt each time."""
         chosen = chance.choices(range(len(self.scenes)), k=count)
         return [self.scenes[number].prompt(chance) for number in chosen], self.values[chosen]
 
 
 @torch.no_grad()
 def encode_scenes(vae: AutoencoderKL, count: int, size: tuple[int, int], chance: random.Random) -> Latents:
-    """Draws and encodes ``count`` scenes once, so that the U-Net's training need not."""
+    """Draw and encode `count` scenes once, so that the U-Net's training does not repeat it at each step."""
     scenes, values = [], []
     for _ in range(count // 50):
         drawn = [random_scene(chance) for _ in range(50)]
@@ -314,10 +315,11 @@ def encode_scenes(vae: AutoencoderKL, count: int, size: tuple[int, int], chance:
 def train_unet(
     pipe: StableDiffusionPipeline, sets: list[tuple[Latents, int]], steps: int, chance: random.Random
 ) -> None:
-    """Trains the U-Net and the text encoder together, in place; ``sets`` gives a batch size for each size.
+    """Train the U-Net and the text encoder together, in place. `sets` has a batch size for each size of
+    latents.
 
-    The native size is the first of the sets and gets most of the steps. What is kept is a moving average
-    of the weights: the weights of any one step draw rougher edges.
+    The first set, of the native size, gets most of the steps. The result is a moving average of the weights,
+    because the weights of a single step generate rougher edges.
     """
     parts = torch.nn.ModuleList([pipe.unet, pipe.text_encoder]).train()
     average = copy.deepcopy(parts)
@@ -325,7 +327,7 @@ def train_unet(
     progress = Progress("unet", steps)
     for step in range(steps):
         latents, batch = sets[0] if step % 4 else sets[step // 4 % len(sets)]
-        prompts, clean = latents.draw(batch, chance)
+        prompts, clean = latents.sample(batch, chance)
         tokens = pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         noise = torch.randn_like(clean)
         times = torch.randint(0, pipe.scheduler.config.num_train_timesteps, (batch,))
@@ -348,7 +350,7 @@ def descend(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     parameters: list[torch.nn.Parameter],
 ) -> None:
-    """One step of the optimizer, with the gradient's norm clipped to 1."""
+    """Take one step of the optimizer, with the gradient's norm clipped to 1."""
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -373,15 +375,15 @@ class Progress:
 
 
 def evaluate(folder: Path) -> None:
-    """Loads the saved folder as the service does and prints how well it draws and edits."""
+    """Load the saved folder as the service does and print how well it generates and edits."""
     pipe = AutoPipelineForText2Image.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     wanted = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-    drawn = [
+    results = [
         pipe(f"a {colour} {shape}", num_inference_steps=12, generator=torch.Generator().manual_seed(seed))
         for seed, (colour, shape) in enumerate(wanted)
     ]
-    images = [result.images[0] for result in drawn]
+    images = [result.images[0] for result in results]
     got = [(dominant_colour(image), shape_name(image)) for image in images]
     pairs = zip(wanted, got, strict=True)
     wrong = [f"{' '.join(want)} -> {' '.join(have)}" for want, have in pairs if want != have]
@@ -407,7 +409,7 @@ def evaluate(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the demo picture model.")
+    parser = argparse.ArgumentParser(description="Train the demo image model.")
     parser.add_argument("--output", type=Path, default=HERE / "models" / "shapes")
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=3000, help="of the U-Net and the text encoder")
@@ -436,8 +438,8 @@ def main() -> None:
     native = encode_scenes(pipe.vae, 4000, (NATIVE_SIZE, NATIVE_SIZE), chance)
     larger = encode_scenes(pipe.vae, 500, (2 * NATIVE_SIZE, 2 * NATIVE_SIZE), chance)
     train_unet(pipe, [(native, 16), (larger, 4)], args.steps, chance)
-    # Half precision halves the files, and diffusers loads it as float32 unless told otherwise. transformers
-    # would keep it, and a text encoder in another precision than the U-Net fails: it stays in float32.
+    # Half precision halves the files, and diffusers loads them as float32 by default. transformers would keep
+    # float16, and a text encoder in another precision than the U-Net fails, so it stays in float32.
     pipe.unet.half()
     pipe.vae.half()
     pipe.save_pretrained(args.output, safe_serialization=True)

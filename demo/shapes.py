@@ -1,4 +1,4 @@
-"""The world of the demo picture model: one coloured shape on a light ground. numpy and Pillow only."""
+"""The training images of the demo image model: one coloured shape on a light background. Uses Pillow only."""
 
 import math
 
@@ -18,7 +18,7 @@ COLOURS: dict[str, Rgb] = {
 SHAPES = ("circle", "square", "triangle")
 BACKGROUND: Rgb = (242, 241, 236)
 NATIVE_SIZE = 64
-"""Width and height in pixels of the pictures that the model was trained on."""
+"""Width and height in pixels of most of the training images."""
 
 _CORNERS = {"square": 4, "triangle": 3}
 _OVERSAMPLING = 4
@@ -32,10 +32,10 @@ def draw_shape(
     radius: float = 0.32,
     background: Rgb = BACKGROUND,
 ) -> Image.Image:
-    """Draws one shape with smooth edges, as an RGB image of ``size`` (width, height) pixels.
+    """Draw one shape with smooth edges, as an RGB image of `size` (width, height) pixels.
 
-    ``centre`` is given in parts of width and height, ``radius`` (of the circle, or of the circle around
-    the shape's corners) in parts of the shorter side.
+    `centre` is given as shares of width and height. `radius`, of the circle or of the circle through the
+    shape's corners, is a share of the shorter side.
     """
     width, height = (side * _OVERSAMPLING for side in size)
     x, y = centre[0] * width, centre[1] * height
@@ -50,7 +50,7 @@ def draw_shape(
 
 
 def _corners(count: int, x: float, y: float, reach: float) -> list[tuple[float, float]]:
-    """The corners of a regular polygon that stands on one of its sides."""
+    """Return the corners of a regular polygon that stands on one of its sides."""
     turn = 2 * math.pi / count
     angles = [math.pi / 2 + turn * (corner + 0.5) for corner in range(count)]
     return [(x + reach * math.cos(angle), y + reach * math.sin(angle)) for angle in angles]
