@@ -1,9 +1,8 @@
 """Takes entries off the node that no living worker stands for. It never registers, and never touches what isn't ours.
 
-The node keeps an entry for ever, so somebody must notice workers that died without a word (node-behaviour: how
-registration works). One web process of the machine that has the node does, chosen by a lease. It acts on absence, and
-absence proves little: after Redis stalled, restarted empty or could not be reached, after this process itself slept,
-everybody looks dead. So the clock of its judgement starts anew whenever it could not watch without interruption.
+The node keeps an entry indefinitely, so somebody must notice workers that were killed. One web process of the machine
+that has the node does, chosen by a lease. A missing lease or record is weak evidence, so any gap in observation restarts
+the waiting period (`protocol.leases.Observation`).
 """
 
 import logging
@@ -20,7 +19,7 @@ from node.client import NodeClient, NodeError, Registration, is_of_node, is_ours
 from node.election import Election
 from node.lock import NodeLock
 from protocol.connections import RedisClient
-from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
+from protocol.leases import LEASE_TTL_S, Leases, Observation, WorkerRecord
 from protocol.names import Keys
 
 log = logging.getLogger(__name__)
@@ -28,16 +27,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds. `trust_*_after_s`: of uninterrupted watching before a missing lease, or a missing record, counts.
+    """Seconds. A missing lease counts after `lost_after_s` of watching without a gap, a missing record after
+    `unknown_after_s`: by then a worker that lives has written its record again.
 
-    With a lease's 10 s, `every_s` leaves a killed worker on the node for 13 s. `gap_s`: watching less often than this
-    is an interruption, since leases can lapse meanwhile. `show_lost_s`: how long a lost worker stays in /v1/workers.
+    With a lease's 10 s, `every_s` leaves a killed worker on the node for 13 s. `show_lost_s`: how long a lost worker
+    stays in /v1/workers.
     """
 
     every_s: float = 3.0
-    gap_s: float = LEASE_TTL_S - 3.0
-    trust_lapse_after_s: float = 10.0
-    trust_absence_after_s: float = 3.0 * LEASE_TTL_S
+    lost_after_s: float = LEASE_TTL_S
+    unknown_after_s: float = 3.0 * LEASE_TTL_S
     look_every_s: float = 60.0
     backoff_most_s: float = 30.0
     show_lost_s: float = 60.0
@@ -71,12 +70,11 @@ class Reconciler:
         self._clock = clock
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._watching_since = 0.0
-        self._read_at: float | None = None
+        self._observation = Observation(clock)
         self._taken_off: dict[
             tuple[str, str], float
         ] = {}  # cid and incarnation_id of lost workers that the node lacks by now
-        self._suspects: dict[Registration, float] = {}  # since when, of uninterrupted watching
+        self._suspects: dict[Registration, float] = {}  # entries without a record, and since when
         self._bury_at = self._look_at = 0.0
         self._failures = 0
         self._complaint = ""
@@ -104,25 +102,24 @@ class Reconciler:
         try:
             self._round()
         except RedisError as error:
-            self._read_at = None
+            self._observation.interrupt()
             self._complain(f"Redis can't be reached: {error}")
         except Exception:
-            # nobody else removes the dead from the node: the thread outlives its own mistakes
+            # nobody else takes lost workers off the node, so this thread must go on
+            self._observation.interrupt()
             log.exception("a round of the reconciler failed")
 
     def _round(self) -> None:
         held = self._election.hold()
         if held != "kept":
-            self._read_at = None
+            # another watched until now, or this process's own lease was missing: then so may be those of workers
+            self._observation.interrupt()
         if held == "other":
             return
         records = self._leases.workers()
+        self._observation.seen()
         now = self._clock()
-        if self._read_at is None or now - self._read_at > self._timing.gap_s:
-            self._watching_since = now
-            self._suspects.clear()
-        self._read_at = now
-        if now - self._watching_since >= self._timing.trust_lapse_after_s:
+        if self._observation.absence_counts(self._timing.lost_after_s):
             self._forget_shown(records, now)
             self._attempt(self._bury, records, now)
         self._attempt(self._sweep, records, now)
@@ -167,8 +164,8 @@ class Reconciler:
             self._suspects = {entry: self._suspects.get(entry, now) for entry in ours}
         self._suspects = {entry: since for entry, since in self._suspects.items() if entry.cid not in known}
         for entry, since in list(self._suspects.items()):
-            # long enough for its worker, if it has one, to write its record again
-            if now - since < self._timing.trust_absence_after_s:
+            unknown_for_s = min(now - since, self._observation.watched_s)
+            if unknown_for_s < self._timing.unknown_after_s:
                 continue
             if self._take_off(entry.project, entry.model, entry.cid, _unknown(entry)):
                 log.warning("nobody stands for %s: taken off the node", entry.cid)

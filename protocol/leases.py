@@ -1,9 +1,11 @@
-"""Who lives: leases of workers and web processes in Redis, and the one place that judges them.
+"""Leases of workers and web processes in Redis: how they are kept, and when a missing one counts.
 
-A worker's record outlives its lease, so that a worker which died without a word still shows, as `lost`, until the
-reconciler has taken it off the node. An incarnation is cid + incarnation_id: a restarted worker has the same cid, a new incarnation_id.
+A worker's record outlives its lease, so that a worker which was killed still shows, as `lost`, until the reconciler has
+taken it off the node. A restarted worker has the same cid and a new incarnation id.
 """
 
+import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import msgspec
@@ -13,16 +15,19 @@ from protocol.names import Keys
 
 LEASE_TTL_S = 10
 REFRESH_S = 3
+"""Leases are renewed this often."""
+GAP_S = LEASE_TTL_S - REFRESH_S
+"""The longest pause between two looks at leases that is no gap: every kept lease has at least this long to live."""
 RECORD_TTL_S = 24 * 3600
 
 WorkerState = Literal["loading", "ready", "draining", "lost"]
 
 
 class WorkerRecord(msgspec.Struct, kw_only=True):
-    """What a worker says of itself with every refresh; `/v1/workers` shows most of it.
+    """What a worker reports with every renewal of its lease; `/v1/workers` shows most of it.
 
-    `node`: the node it registers with, as its NODE_URL ("" for none); with `service_id` it names one node on one
-    machine. `registered`: the node has said yes and was not told otherwise since.
+    `node` is the NODE_URL that the worker registers with ("" for none); together with `service_id` it names one node
+    on one machine. `registered`: the node has accepted the registration, and has not been told otherwise since.
     """
 
     cid: str
@@ -42,21 +47,60 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     steps: int = 0
 
 
+class Observation:
+    """For how long leases have been watched without a gap, and so whether a missing one counts.
+
+    A missing lease is weak evidence: after Redis stalled or came back empty, or after this process was paused (and the
+    whole machine perhaps with it), every lease is missing until its owner has renewed it. So any gap in observation
+    restarts the waiting period. A gap is a failed look, or a pause of more than GAP_S between two looks.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._since: float | None = None
+        self._seen_at = 0.0
+
+    def seen(self) -> None:
+        """Note that leases have just been read. Called after the read: a pause in the middle of it is a gap, too."""
+        now = self._clock()
+        if self._since is None or now - self._seen_at > GAP_S:
+            self._since = now
+        self._seen_at = now
+
+    def interrupt(self) -> None:
+        """Restart the waiting period: a look has failed, or leases are known to be missing without a reason."""
+        self._since = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the last look failed. True before the first one."""
+        return self._since is None
+
+    @property
+    def watched_s(self) -> float:
+        """Seconds from the first look after the last gap to the latest look; the time since then was not watched."""
+        return 0.0 if self._since is None else self._seen_at - self._since
+
+    def absence_counts(self, after_s: float = LEASE_TTL_S) -> bool:
+        """Whether what is missing in the latest look is gone: leases were watched for `after_s` without a gap."""
+        return self.watched_s >= after_s
+
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(WorkerRecord)
 
 
 class Leases:
-    """Writes and reads leases. Every method is one round trip and raises redis.RedisError."""
+    """Writes and reads leases. Every method takes a round trip or two, and raises redis.RedisError."""
 
     def __init__(self, client: RedisClient, keys: Keys) -> None:
         self._redis = client
         self._keys = keys
 
     def renew_worker(self, record: WorkerRecord) -> str:
-        """Say that this worker lives; returns the incarnation_id that held the lease before ("" for none).
+        """Renew a worker's lease and record; returns the incarnation id that held the lease before ("" for none).
 
-        A worker that meets another incarnation_id than its own there shares its cid with a newer incarnation.
+        Another id than the record's own means that a newer incarnation has the same cid.
         """
         keys = self._keys
         with self._redis.pipeline(transaction=True) as pipe:
@@ -67,7 +111,7 @@ class Leases:
         return before.decode() if before else ""
 
     def release_worker(self, record: WorkerRecord, *, keep_record: bool) -> None:
-        """End a lease. `keep_record` leaves a `lost` worker behind for the reconciler: it is still on the node."""
+        """End a lease. With `keep_record` the worker shows as `lost`, for the reconciler: it is still on the node."""
         keys = self._keys
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(keys.lease(record.cid))
@@ -79,14 +123,14 @@ class Leases:
             pipe.execute()
 
     def forget_worker(self, cid: str) -> None:
-        """Drop the record of a lost worker, once the node has been told."""
+        """Delete the record of a lost worker, after it was taken off the node."""
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(self._keys.worker(cid))
             pipe.srem(self._keys.workers, cid)
             pipe.execute()
 
     def workers(self) -> list[WorkerRecord]:
-        """All workers known, ordered by model and cid. `lost`: the lease has lapsed."""
+        """Return the records of all known workers by model and cid, those without a lease in the state `lost`."""
         members: Any = self._redis.smembers(self._keys.workers)
         cids = sorted(cid.decode() for cid in members)
         if not cids:
@@ -105,14 +149,14 @@ class Leases:
         return sorted(records, key=lambda record: (record.model, record.cid))
 
     def renew_web(self, web_id: str) -> None:
-        """Say that this web process lives."""
+        """Renew the lease of a web process."""
         self._redis.set(self._keys.web_lease(web_id), b"1", ex=LEASE_TTL_S)
 
     def release_web(self, web_id: str) -> None:
         self._redis.delete(self._keys.web_lease(web_id))
 
     def living_webs(self, web_ids: list[str]) -> set[str]:
-        """Those of `web_ids` whose lease stands."""
+        """Return those of `web_ids` that have a lease."""
         if not web_ids:
             return set()
         found = self._redis.mget([self._keys.web_lease(web_id) for web_id in web_ids])

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
+from protocol.leases import REFRESH_S, Leases, Observation, WorkerRecord
 from protocol.queue import JobQueue
 from workers.engines.base import Engine
 from workers.runner import Runner
@@ -35,6 +35,7 @@ class Heartbeat(threading.Thread):
         on_replaced: Callable[[], None],
         on_hung: Callable[[str], None],
         hang_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self._leases = leases
@@ -44,6 +45,8 @@ class Heartbeat(threading.Thread):
         self._on_replaced = on_replaced
         self._on_hung = on_hung
         self._hang_s = hang_s
+        self._clock = clock
+        self._observation = Observation(clock)
         self._wake = threading.Event()
         self._stopping = False
         self._renewing = threading.Lock()
@@ -51,12 +54,11 @@ class Heartbeat(threading.Thread):
         self._judging = True
         self._renew_at = 0.0
         self._renewed_once = False
-        self._reached_since: float | None = None
-        self._progress = (0, time.monotonic())
+        self._progress = (0, clock())
 
     def watch(self, engine: Engine, runner: Runner) -> None:
         """Begin to judge the engine: it has loaded and passed its canary."""
-        self._progress = (engine.status().steps, time.monotonic())
+        self._progress = (engine.status().steps, self._clock())
         self._watched = (engine, runner)
 
     def spare_engine(self) -> None:
@@ -78,21 +80,24 @@ class Heartbeat(threading.Thread):
     def run(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            self._judge_engine()
-            try:
-                self._beat()
-                self._reached_since = self._reached_since or time.monotonic()
-            except RedisError as error:
-                self._reached_since = None
-                log.warning("lease not renewed, Redis can't be reached: %s", error)
-            except Exception:
-                # a worker without a pulse is taken for dead
-                self._reached_since = None
-                log.exception("a beat failed")
+            self.tick()
             self._wake.wait(TICK_S)
 
+    def tick(self) -> None:
+        """Check the engine, renew the lease when it is due, and cancel what nobody waits for. Never raises."""
+        self._judge_engine()
+        try:
+            self._beat()
+        except RedisError as error:
+            self._observation.interrupt()
+            log.warning("lease not renewed, Redis can't be reached: %s", error)
+        except Exception:
+            # without this thread the worker would be taken for dead
+            self._observation.interrupt()
+            log.exception("a beat failed")
+
     def _beat(self) -> None:
-        now = time.monotonic()
+        now = self._clock()
         if now >= self._renew_at:
             record = self._describe()
             with self._renewing:
@@ -106,31 +111,33 @@ class Heartbeat(threading.Thread):
                 log.warning("the lease had lapsed")
                 self._on_lapsed()
             self._renewed_once = True
-            self._cancel_for_dead_webs()
+            self._cancel_for_lost_webs()
         if self._watched is not None:
             runner = self._watched[1]
             for request_id in self._queue.cancelled(runner.running()):
                 runner.cancel(request_id)
 
-    def _cancel_for_dead_webs(self) -> None:
-        """A web process without a lease is gone, and with it every caller that waited there.
+    def _cancel_for_lost_webs(self) -> None:
+        """Cancel the requests of web processes whose lease has expired: nobody reads their events any more.
 
-        Counts only after this worker itself has reached Redis for a whole lease: after a Redis that stalled or came
-        back empty the web's lease is as absent as its own was.
+        A missing lease counts only after leases have been watched for long enough (`Observation`). While the model
+        loads there is no request yet; the renewal itself is the look.
         """
-        if self._watched is None or self._reached_since is None:
-            return
-        if time.monotonic() - self._reached_since < LEASE_TTL_S:
+        if self._watched is None:
+            self._observation.seen()
             return
         runner = self._watched[1]
         web_ids = runner.web_ids()
-        runner.set_lost_webs(web_ids - self._leases.living_webs(sorted(web_ids)))
+        living = self._leases.living_webs(sorted(web_ids))
+        self._observation.seen()
+        if self._observation.absence_counts():
+            runner.set_lost_webs(web_ids - living)
 
     def _judge_engine(self) -> None:
         if self._watched is None or not self._judging:
             return
         status = self._watched[0].status()
-        now = time.monotonic()
+        now = self._clock()
         steps, since = self._progress
         if status.steps != steps or status.running + status.waiting == 0:
             self._progress = (status.steps, now)

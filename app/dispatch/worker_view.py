@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable
 
 from catalogue import ModelEntry
-from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
+from protocol.leases import Leases, Observation, WorkerRecord
 
 LOOK_AGAIN_S = 0.1
 
@@ -15,27 +16,27 @@ class WorkerView:
     Before the first `refresh` it has no workers, and Redis counts as unreachable.
     """
 
-    def __init__(self, leases: Leases) -> None:
+    def __init__(self, leases: Leases, clock: Callable[[], float] = time.monotonic) -> None:
         self._leases = leases
+        self._clock = clock
         self._records: list[WorkerRecord] = []
         self._refreshed_at = -math.inf
-        self._reached_since: float | None = None
+        self._observation = Observation(clock)
 
     def refresh(self) -> None:
         """Take a new snapshot. Raises redis.RedisError; then the old one is kept and Redis is unreachable."""
-        self._refreshed_at = time.monotonic()
+        self._refreshed_at = self._clock()
         try:
             self._records = self._leases.workers()
         except Exception:
-            self._reached_since = None
+            self._observation.interrupt()
             raise
-        if self._reached_since is None:
-            self._reached_since = time.monotonic()
+        self._observation.seen()
 
     @property
     def reachable(self) -> bool:
         """Whether the last `refresh` succeeded."""
-        return self._reached_since is not None
+        return not self._observation.interrupted
 
     def records(self) -> list[WorkerRecord]:
         return self._records
@@ -48,7 +49,7 @@ class WorkerView:
         redis.RedisError.
         """
         found = any(record.model == model and record.state == "ready" for record in self._records)
-        if found or not look_again or time.monotonic() - self._refreshed_at < LOOK_AGAIN_S:
+        if found or not look_again or self._clock() - self._refreshed_at < LOOK_AGAIN_S:
             return found
         self.refresh()
         return self.has_ready(model)
@@ -60,11 +61,10 @@ class WorkerView:
     def is_lost(self, incarnation_id: str) -> bool:
         """Whether that incarnation is gone: a newer one has its cid, or its lease has expired.
 
-        A missing lease counts only after this process has reached Redis without failure for the time of a
-        whole lease: otherwise a Redis that stalled, or came back empty, would make every worker look lost.
+        A missing lease counts only after leases have been watched for long enough (`Observation`).
         """
         cid = incarnation_id.rpartition(":")[0]
         record = next((record for record in self._records if record.cid == cid), None)
         if record is not None and record.state != "lost":
             return record.incarnation_id != incarnation_id
-        return self._reached_since is not None and time.monotonic() - self._reached_since >= LEASE_TTL_S
+        return self._observation.absence_counts()

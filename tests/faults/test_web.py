@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from protocol.leases import LEASE_TTL_S
 from tests.deployment import ECHO_CATALOGUE, Deployment, RedisServer, Stream, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read
 from tests.faults.test_callers import JSON, chat_body, in_hand, waiting
@@ -247,6 +248,36 @@ def test_web_is_down_for_thirty_seconds(start: Starter) -> None:
         assert not node.seen("project/unregister")
         for process in service.workers.values():
             process.check_alive()
+
+
+@pytest.mark.parametrize("first", ["web", pytest.param("worker", marks=pytest.mark.faults)])
+def test_web_and_worker_are_paused_together_for_longer_than_a_lease(start: Starter, first: str) -> None:
+    """As when a machine is paused: all leases have expired, and `first` looks at them before the other renews its own."""
+    service = start(step_ms=50)
+    (reader,) = read(service, 100)
+    redis = service.redis.client
+    (replay,) = redis.keys("Test:events:*")
+    assert service.web is not None
+    web, worker = service.web, service.workers["echo-1"]
+    for process in (web, worker):
+        os.killpg(process.pid, signal.SIGSTOP)
+    stopped_at = time.monotonic()
+    wait_until(
+        lambda: time.monotonic() - stopped_at > LEASE_TTL_S + 3, timeout_s=30, what="all leases expire"
+    )
+    written = redis.llen(replay)
+    if first == "web":
+        os.killpg(web.pid, signal.SIGCONT)
+        service.wait_worker("echo-1", "lost", timeout_s=20)
+        os.killpg(worker.pid, signal.SIGCONT)
+    else:
+        os.killpg(worker.pid, signal.SIGCONT)
+        wait_until(lambda: redis.keys("Test:lease:*"), timeout_s=20, what="the worker renews its lease")
+        wait_until(lambda: redis.llen(replay) > written + 5, timeout_s=20, what="the worker goes on")
+        os.killpg(web.pid, signal.SIGCONT)
+    reader.wait_end(60)
+    assert reader.done, reader.error
+    assert reader.text == counted(100)
 
 
 def probes(service: Deployment) -> float:

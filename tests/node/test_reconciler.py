@@ -21,7 +21,7 @@ from tests.stand_in_node import StandInNode
 
 Make = Callable[..., WorkerRecord]
 
-QUICK = Timing(every_s=0.02, trust_lapse_after_s=0.2, trust_absence_after_s=0.4)
+QUICK = Timing(every_s=0.02, lost_after_s=0.2, unknown_after_s=0.4)
 OURS, SIBLING, DEAD = (default_cid("host-1", "P", slot) for slot in ("0", "1", "2"))
 
 
