@@ -90,6 +90,7 @@ def ask(loaded: tuple[ChatEngine, Collector], *jobs: ChatJob) -> list[Result]:
     return run(*loaded, list(jobs))
 
 
+@pytest.mark.slow
 def test_greedy_equals_generate_in_every_family_and_mix(family):
     """Alone, many at once in one burst, and with chunked prefill and small pages of budget."""
     reference = Reference(family)
@@ -507,6 +508,7 @@ def refused() -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "words"), refused())
 def test_what_cannot_be_served_is_refused_by_name(tmp_path, config, words):
     if config.is_encoder_decoder:

@@ -171,6 +171,7 @@ def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
     assert isinstance(parts.runner.model_forward, ModelForward)
 
 
+@pytest.mark.slow
 def test_a_gpus_worker_imports_no_compiler():
     program = "import sys, workers.engines.chat.build; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

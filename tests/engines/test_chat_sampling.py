@@ -61,6 +61,7 @@ def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0
     return processors(torch.zeros(1, 1, dtype=torch.long), logits.clone()[None])[0].softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, monkeypatch):

@@ -215,6 +215,7 @@ for path in map(Path, sys.argv[1:]):
 """
 
 
+@pytest.mark.slow
 def test_decompression_bombs_are_bounded_in_time_and_memory(tmp_path):
     paths = []
     for name, data in bombs().items():
