@@ -1,6 +1,7 @@
 """The settings of every process, read from the environment. The only module that reads it.
 
-Imports nothing of this project, nor Flask, Celery, Redis or torch, so that every process can import it first.
+Imports nothing of this project, nor Flask, Celery, Redis or torch, so that every process can import it first. Each
+setting has its help beside its default; docs/settings.md and `scripts/run --help` are made from both.
 """
 
 import re
@@ -21,34 +22,94 @@ class ConfigurationError(Exception):
 
 
 class Settings(BaseSettings):
-    """The environment, one field for each variable (upper case there, lower case here). Times in seconds."""
+    """The environment. Each field is a variable, which has the same name in upper case."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=False)
 
-    bind: str = "127.0.0.1:1088"
-    redis_url: str = "redis://127.0.0.1:6379/0"
-    namespace: str = ""
-    models_file: Path = Path("models.toml")
-    worker_model: str = ""
-    worker_cid: str = ""
-    service_id: str = Field(default_factory=socket.gethostname)
-    node_url: str = "http://127.0.0.1:6000"
-    service_url: str = ""
-    node_bind: str = "127.0.0.1:1089"
-    public_url: str = ""
-    api_keys: Annotated[tuple[str, ...], NoDecode] = ()
-    rate_limit: str = ""
-    chat_deadline_s: float = Field(default=170, gt=0)
-    generation_deadline_s: float = Field(default=290, gt=0)
-    edit_deadline_s: float = Field(default=170, gt=0)
-    max_waiting: int = Field(default=256, ge=1)
-    image_ttl_s: int = Field(default=3600, ge=1)
-    image_store_mb: int = Field(default=1024, ge=1)
-    drain_s: float = Field(default=60, ge=0)
-    hang_s: float = Field(default=30, gt=0)
-    flower_basic_auth: str = ""
-    allowed_image_hosts: Annotated[tuple[str, ...], NoDecode] = ()
-    cuda_visible_devices: str | None = None
+    bind: str = Field(default="127.0.0.1:1088", description="host:port that the web process listens on")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="comma-separated bearer keys; without any, requests need no key"
+    )
+    rate_limit: str = Field(
+        default="",
+        description='requests that each key may send, such as "60/minute" or "100/5 minutes"; more get 429. '
+        "Default: no limit",
+    )
+    public_url: str = Field(
+        default="",
+        description="base of image links, as users reach it. Default: SERVICE_URL, with API_KEYS http:// and BIND",
+    )
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        description="Redis for the queue, events, leases and images. Unset under scripts/run: an embedded one",
+    )
+    namespace: str = Field(
+        default="",
+        description="prefix of all names in Redis, so that deployments can share one. "
+        "Default: the catalogue's project",
+    )
+    models_file: Path = Field(default=Path("models.toml"), description="the catalogue of models")
+    worker_model: str = Field(
+        default="", description="the model that a worker process serves; scripts/run sets it"
+    )
+    worker_cid: str = Field(
+        default="",
+        description="what the node knows a worker by, the same after each restart. "
+        "Default: made from SERVICE_ID, NAMESPACE, host, GPUs (on a CPU the worker's name) and model",
+    )
+    service_id: str = Field(
+        default_factory=socket.gethostname,
+        description="marks this deployment's registrations at the node. Default: the host name",
+    )
+    node_url: str = Field(
+        default="http://127.0.0.1:6000", description="the network node; empty: models are not registered"
+    )
+    service_url: str = Field(
+        default="",
+        description="base of the URLs that the node calls; its host must be an address of the node's machine. "
+        "Default: http:// and BIND, with API_KEYS http:// and NODE_BIND",
+    )
+    node_bind: str = Field(
+        default="127.0.0.1:1089",
+        description="with API_KEYS: host:port of a second listener, for the node, which can't send a key",
+    )
+    chat_deadline_s: float = Field(
+        default=170,
+        gt=0,
+        description="seconds for a chat completion, time in the queue included; the node's limit is 180",
+    )
+    generation_deadline_s: float = Field(
+        default=290, gt=0, description="the same for an image generation; the node's limit is 300"
+    )
+    edit_deadline_s: float = Field(
+        default=170, gt=0, description="the same for an image edit; the node's limit is 180"
+    )
+    max_waiting: int = Field(
+        default=256, ge=1, description="requests that may wait in the queue of each model; more get 503"
+    )
+    image_ttl_s: int = Field(default=3600, ge=1, description="seconds for which an image link works")
+    image_store_mb: int = Field(
+        default=1024, ge=1, description="MiB of images kept in Redis; the oldest are removed first"
+    )
+    allowed_image_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="comma-separated hosts (name or name:port) from which images are fetched "
+        "although their addresses are not public",
+    )
+    drain_s: float = Field(
+        default=60, ge=0, description="seconds that a stopping worker has to finish its requests"
+    )
+    hang_s: float = Field(
+        default=30, gt=0, description="seconds without progress after which a worker's engine counts as hung"
+    )
+    flower_basic_auth: str = Field(
+        default="", description="user:password for Flower, which does not start without"
+    )
+    cuda_visible_devices: str | None = Field(
+        default=None,
+        description="GPUs that the service may use (CUDA's own variable); GPU indices in the catalogue count "
+        "in this list. Default: all",
+    )
 
     @field_validator("api_keys", "allowed_image_hosts", mode="before")
     @classmethod
@@ -61,12 +122,12 @@ class Settings(BaseSettings):
     @classmethod
     def _not_open_by_mistake(cls, value: object) -> object:
         if isinstance(value, str) and value and not value.replace(",", "").strip():
-            raise ValueError("holds no key; leave it out to serve without keys")
+            raise ValueError("contains no key; unset it to serve without keys")
         return value
 
     @field_validator("rate_limit")
     @classmethod
-    def _rate(cls, value: str) -> str:
+    def _valid_rate(cls, value: str) -> str:
         value = value.strip()
         if value and not _RATE.fullmatch(value):
             raise ValueError('must be like "60/minute" or "100/5 minutes" (second, minute, hour, day)')
@@ -74,12 +135,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _derive_urls(self) -> Self:
-        # frozen: the derived defaults are written past the guard, once, before anybody sees the object
         listener = self.node_bind if self.api_keys else self.bind
         service_url = (self.service_url or f"http://{listener}").rstrip("/")
-        object.__setattr__(self, "service_url", service_url)
-        # the node's own listener serves no picture links: with keys they stand on the public one
+        # The node's own listener serves no image links, so with keys they need the public one.
         public_url = self.public_url or (f"http://{self.bind}" if self.api_keys else service_url)
+        # The model is frozen; these are written once, before anything else sees the object.
+        object.__setattr__(self, "service_url", service_url)
         object.__setattr__(self, "public_url", public_url.rstrip("/"))
         object.__setattr__(self, "node_url", self.node_url.rstrip("/"))
         return self
@@ -94,18 +155,18 @@ class Settings(BaseSettings):
             raise ConfigurationError(f"environment: {'.'.join(place).upper()}: {message}") from error
 
     def warnings(self) -> list[str]:
-        """What works but will surprise the operator; logged at start and shown by `/readyz`."""
+        """Return what works but may surprise the operator. It is logged at the start and shown by `/readyz`."""
         found = []
         if self.node_url and _host(self.public_url) in _LOOPBACK:
             found.append(
-                f"PUBLIC_URL is {self.public_url}: picture links are dead for users beyond this machine"
+                f"PUBLIC_URL is {self.public_url}: image links don't work for users of other machines"
             )
         if not self.api_keys and _host(f"http://{self.bind}") not in _LOOPBACK:
             found.append(
-                f"BIND is {self.bind} and API_KEYS is empty: anybody who reaches it may use the GPUs"
+                f"BIND is {self.bind} and API_KEYS is empty: everyone who reaches it can use the GPUs"
             )
         if self.rate_limit and not self.api_keys:
-            found.append("RATE_LIMIT counts for each API key and API_KEYS is empty: nothing is limited")
+            found.append("RATE_LIMIT applies to each API key and API_KEYS is empty: nothing is limited")
         return found
 
 
@@ -118,6 +179,6 @@ def _host(url: str) -> str:
 
 
 def first_complaint(error: ValidationError) -> tuple[tuple[str, ...], str]:
-    """Where the first of pydantic's findings is, key by key, and what is wrong there."""
+    """Return the place of the first of pydantic's findings, key by key, and its message."""
     first = error.errors()[0]
     return tuple(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")

@@ -26,9 +26,9 @@ class ModelEntry(Table):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]{0,127}$",
-        description="what requests send as `model`; unique in the file",
+        description="what requests send as `model`, unique in the file: letters, digits, spaces and `._:/@+-`",
     )
-    tasks: tuple[str, ...] = Field(description="what the model serves")
+    tasks: tuple[str, ...] = Field(description="the endpoints that the model serves")
     weights: str = Field(
         min_length=1, description="a hub id, or a folder (a relative one is searched beside the file first)"
     )
@@ -37,8 +37,8 @@ class ModelEntry(Table):
     )
     workers: tuple[tuple[int, ...], ...] | None = Field(
         default=None,
-        description="one item for each worker: the indices of its GPUs, `[]` for a worker on the CPU; "
-        "default: one worker on the first GPU, or on the CPU where there is none",
+        description="one item for each worker: the indices of its GPUs, `[]` for a worker on the CPU. "
+        "Default: one worker, on the first GPU or, without one, on the CPU",
     )
     engine: EngineOptions
     defaults: Table

@@ -28,7 +28,7 @@ class ChatEngineOptions(EngineOptions):
         default=64, ge=1, le=1024, description="sequences decoded together in one step"
     )
     max_context: int | None = Field(
-        default=None, ge=16, description="tokens of prompt and answer; default: the model's own limit"
+        default=None, ge=16, description="tokens of prompt and answer. Default: the model's own limit"
     )
     kv_cache_tokens: int | None = Field(
         default=None,
@@ -53,7 +53,7 @@ class ChatEngineOptions(EngineOptions):
     torch_threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of torch; default: all cores but one on a CPU, torch's own default with a GPU",
+        description="CPU threads of torch. Default: on a CPU all cores but one, with a GPU torch's own number",
     )
 
 
@@ -66,7 +66,7 @@ class ImageEngineOptions(EngineOptions):
     default_size: int | None = Field(
         default=None,
         ge=8,
-        description="width and height in pixels where a request names none; default: the pipeline's own",
+        description="width and height in pixels where a request names none. Default: the pipeline's own",
     )
     max_side: int = Field(default=2048, ge=8, description="largest width or height of a request, in pixels")
     max_pixels: int = Field(default=4_194_304, ge=64, description="largest width x height of a request")
@@ -78,7 +78,7 @@ class ImageEngineOptions(EngineOptions):
         description="on a GPU: torch.compile the denoiser (minutes at the start, faster images afterwards)",
     )
     torch_threads: int | None = Field(
-        default=None, ge=1, description="CPU threads of torch; default: torch's own"
+        default=None, ge=1, description="CPU threads of torch. Default: torch's own number"
     )
 
 
@@ -117,7 +117,10 @@ class ChatDefaults(Table):
 
 
 class ImageDefaults(Table):
-    """`[models.defaults]` of an image model, for fields that a request leaves out; then the pipeline's own apply."""
+    """`[models.defaults]` of an image model, for fields that a request leaves out.
+
+    Where this table has no value either, the pipeline's own defaults apply.
+    """
 
     num_inference_steps: int | None = Field(default=None, ge=1, description="denoising steps")
     guidance_scale: float | None = Field(

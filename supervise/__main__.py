@@ -14,6 +14,7 @@ from supervise.plan import make_plan
 from supervise.preflight import check
 from supervise.readiness import Probe
 from supervise.redis_server import EmbeddedRedis
+from supervise.reference import help_text
 from supervise.service import Service, StartFailed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +22,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="scripts/run", description="Run the whole service in the foreground."
+        prog="scripts/run",
+        description="Run the whole service in the foreground. Ctrl-C stops it in order, a second one within seconds.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "models_file", nargs="?", type=Path, help="the catalogue (default: MODELS_FILE, else models.toml)"

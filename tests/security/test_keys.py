@@ -362,5 +362,5 @@ def test_the_warning_is_in_the_log_at_start(tmp_path: Path) -> None:
     environment = service.environment(BIND="0.0.0.0:1")
     process = Process("wsgi", [sys.executable, *command], environment, tmp_path / "wsgi.log")
     assert process.popen.wait(60) == 0, process.tail()
-    assert "API_KEYS is empty: anybody who reaches it may use the GPUs" in process.tail()
+    assert "API_KEYS is empty: everyone who reaches it can use the GPUs" in process.tail()
     assert "nothing is limited" in process.tail()
