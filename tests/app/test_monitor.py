@@ -1,0 +1,294 @@
+"""app.dispatch.monitor.RequestMonitor against a real Redis: requests for which no events arrive.
+
+The tests call `tick` instead of waiting for the thread, and set times of a request back instead of waiting.
+"""
+
+import threading
+from typing import Any
+
+import pytest
+
+from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, RequestMonitor
+from app.dispatch.worker_view import WorkerView
+from config import Settings
+from protocol import events
+from protocol.connections import create_celery
+from protocol.event_router import EventRouter, Inbox
+from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
+from protocol.jobs import ChatJob, SamplingParams
+from protocol.leases import Leases, WorkerRecord
+from protocol.names import Keys
+from protocol.queue import JobQueue
+from tests.deployment import RedisServer, wait_until
+
+MODEL = "m"
+WEB = "web"
+WORKER = "gpu0:first"
+"""Incarnation id of a worker whose cid is gpu0."""
+ANSWER: list[Event] = [
+    Started(WORKER),
+    Delta("one"),
+    Delta("two", finish_reason="stop"),
+    Finished(Usage(1, 2)),
+]
+
+
+class Web:
+    """The parts of a web process that the monitor uses. The router is not started: nothing is published."""
+
+    def __init__(self, server: RedisServer, keys: Keys) -> None:
+        self.redis: Any = server.client
+        self.keys = keys
+        celery = create_celery(Settings(redis_url=server.url), keys)
+        self.queue = JobQueue(self.redis, keys, celery, claim_ttl_s=100)
+        self.leases = Leases(self.redis, keys)
+        self.router = EventRouter(self.redis, keys, WEB)
+        self.monitor = self.new_monitor(RequestMonitor)
+
+    def new_monitor(self, kind: type[RequestMonitor]) -> RequestMonitor:
+        return kind(
+            self.redis,
+            self.keys,
+            web_id=WEB,
+            leases=self.leases,
+            worker_view=WorkerView(self.leases),
+            router=self.router,
+            queue=self.queue,
+        )
+
+    def request(self, name: str = "r") -> Inbox:
+        """An admitted and queued request that has been silent for long enough to be checked."""
+        inbox = self.router.open(name, MODEL)
+        inbox.expires_s = 60
+        job = ChatJob(id=name, model=MODEL, messages=[], sampling=SamplingParams())
+        inbox.admitted = self.queue.admit(job, web_id=WEB, deadline_s=60, max_waiting=9)
+        self.queue.send(name, MODEL, expires_s=60)
+        inbox.last_event_at -= SILENCE_S
+        return inbox
+
+    def running(self, name: str = "r") -> Inbox:
+        """A silent request that WORKER has claimed and started."""
+        inbox = self.request(name)
+        self.lease(WORKER)
+        self.pop()
+        assert self.queue.claim(name, MODEL, WORKER) is not None
+        inbox.feed(Envelope(name, 0, Started(WORKER)))
+        assert inbox.take(0) == [Started(WORKER)]
+        inbox.last_event_at -= SILENCE_S
+        return inbox
+
+    def lease(self, incarnation_id: str) -> None:
+        """Renew the lease of a worker with this incarnation id."""
+        record = WorkerRecord(
+            cid=incarnation_id.partition(":")[0],
+            incarnation_id=incarnation_id,
+            model=MODEL,
+            tasks=("chat",),
+            project="p",
+            pid=1,
+            host="h",
+            service_id="s",
+            node="",
+            gpus=[],
+            state="ready",
+        )
+        self.leases.renew_worker(record)
+
+    def write(self, name: str, *envelopes: Envelope) -> None:
+        """Append to a replay list, as a worker does."""
+        self.redis.rpush(self.keys.replay(name), *map(events.encode, envelopes))
+
+    def queued(self) -> int:
+        """How many messages the model's queue has."""
+        return int(self.redis.llen(self.keys.queue_list(MODEL)))
+
+    def pop(self) -> None:
+        """Take a message from the queue, as a worker does that then claims it, or stops before that."""
+        assert self.redis.rpop(self.keys.queue_list(MODEL))
+
+
+@pytest.fixture
+def web(redis_server: RedisServer, keys: Keys) -> Web:
+    return Web(redis_server, keys)
+
+
+def envelopes(name: str, *seqs: int) -> list[Envelope]:
+    return [Envelope(name, seq, ANSWER[seq]) for seq in seqs]
+
+
+def failure(inbox: Inbox) -> Failed:
+    """The failure that ends a request."""
+    [event] = inbox.take(0)
+    assert isinstance(event, Failed) and inbox.ended
+    return event
+
+
+def test_a_gap_is_filled_from_the_replay_list_which_may_have_duplicates(web: Web) -> None:
+    inbox = web.running()
+    for envelope in envelopes("r", 2, 3):
+        inbox.feed(envelope)
+    assert inbox.gap_since is not None and inbox.take(0) == []
+    web.write("r", *envelopes("r", 0, 1, 0, 1, 2, 3))
+    web.monitor.tick()
+    assert inbox.take(0) == ANSWER[1:]
+    assert inbox.ended and inbox.gap_since is None
+
+
+def test_a_silent_request_gets_the_events_whose_messages_were_lost(web: Web) -> None:
+    inbox, other = web.running(), web.running("other")
+    web.write("r", *envelopes("r", 0, 1))
+    web.monitor.tick()
+    assert inbox.take(0) == [Delta("one")] and not inbox.ended
+    assert other.take(0) == [] and not other.ended
+
+
+def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
+    inbox = web.running()
+    inbox.feed(Envelope("r", 2, ANSWER[2]))
+    web.monitor.tick()
+    assert not inbox.ended, "the missing event may still come"
+    assert inbox.gap_since is not None
+    inbox.gap_since -= GAP_LIMIT_S
+    web.monitor.tick()
+    assert failure(inbox) == Failed(
+        "queue_unavailable", "a part of the response was lost; send the request again"
+    )
+
+
+def test_a_request_whose_claim_is_lost_fails(web: Web) -> None:
+    inbox = web.running()
+    web.redis.delete(web.keys.claim("r"))
+    web.monitor.tick()
+    found = failure(inbox)
+    assert found.code == "queue_unavailable" and "while this request was running" in found.message
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["started", "claimed only"])
+def test_a_request_whose_worker_is_lost_fails(web: Web, started: bool) -> None:
+    inbox = web.running()
+    if not started:
+        inbox.incarnation_id = None
+    web.monitor.tick()
+    assert not inbox.ended
+    web.lease("gpu0:second")
+    web.monitor.tick()
+    assert failure(inbox).code == "worker_lost"
+
+
+def test_a_request_whose_job_is_lost_fails(web: Web) -> None:
+    inbox = web.request()
+    web.redis.delete(web.keys.job("r"))
+    web.monitor.tick()
+    found = failure(inbox)
+    assert found.code == "queue_unavailable" and "while this request was waiting" in found.message
+
+
+def test_a_terminal_event_in_the_replay_list_wins_over_a_lost_worker(web: Web) -> None:
+    inbox = web.running()
+    web.write("r", *envelopes("r", 0, 1, 2, 3))
+    web.lease("gpu0:second")
+    web.monitor.tick()
+    assert inbox.take(0) == ANSWER[1:]
+
+
+def test_a_request_with_new_events_in_the_replay_list_is_not_failed_before_they_are_read(web: Web) -> None:
+    inbox = web.running()
+    web.write("r", *envelopes("r", 0, 1))
+    web.lease("gpu0:second")
+    web.monitor.tick()
+    assert inbox.take(0) == [Delta("one")] and not inbox.ended
+    inbox.last_event_at -= SILENCE_S
+    web.monitor.tick()
+    assert failure(inbox).code == "worker_lost"
+
+
+def test_nothing_happens_to_a_silent_request_whose_worker_lives(web: Web) -> None:
+    inbox = web.running()
+    for _ in range(3):
+        web.monitor.tick()
+    assert inbox.take(0) == [] and not inbox.ended
+    assert web.queued() == 0 and inbox.orphan_since is None
+
+
+def test_a_request_that_hears_events_is_not_checked(web: Web) -> None:
+    inbox = web.running()
+    inbox.last_event_at += SILENCE_S
+    web.redis.delete(web.keys.claim("r"), web.keys.job("r"))
+    web.write("r", *envelopes("r", 0, 1))
+    web.monitor.tick()
+    assert inbox.take(0) == [] and not inbox.ended
+
+
+def test_a_request_that_is_not_admitted_yet_is_not_checked(web: Web) -> None:
+    inbox = web.router.open("r", MODEL)
+    inbox.last_event_at -= SILENCE_S
+    web.monitor.tick()
+    assert inbox.take(0) == [] and not inbox.ended
+
+
+def test_an_id_that_a_worker_took_without_claiming_it_is_sent_again_once(web: Web) -> None:
+    inbox = web.request()
+    web.pop()
+    for _ in range(2):
+        web.monitor.tick()
+        assert web.queued() == 0, "a worker may be about to claim it"
+    assert inbox.orphan_since is not None
+    inbox.orphan_since -= ORPHAN_S
+    web.monitor.tick()
+    assert web.queued() == 1 and inbox.resent
+    web.pop()
+    web.monitor.tick()
+    assert web.queued() == 0 and not inbox.ended
+
+
+def test_an_id_is_sent_again_when_a_younger_request_was_claimed_before_it(web: Web) -> None:
+    older, _younger, _youngest = web.request("older"), web.request("younger"), web.request("youngest")
+    web.pop()
+    web.pop()
+    web.lease(WORKER)
+    assert web.queue.claim("younger", MODEL, WORKER) is not None
+    web.monitor.tick()
+    assert older.orphan_since is not None
+    older.orphan_since -= ORPHAN_S
+    web.monitor.tick()
+    assert older.resent and web.queued() == 2
+
+
+def test_an_id_that_waits_in_the_queue_is_not_sent_again(web: Web) -> None:
+    inbox = web.request()
+    web.pop()
+    web.monitor.tick()
+    assert inbox.orphan_since is not None
+    web.queue.send("r", MODEL, expires_s=60)
+    web.monitor.tick()
+    assert inbox.orphan_since is None and not inbox.resent and web.queued() == 1
+
+
+def test_replay_lists_of_finished_requests_are_deleted_and_the_lease_is_renewed(web: Web) -> None:
+    web.write("r", *envelopes("r", 0, 1, 2, 3))
+    web.queue.forget("r")
+    web.monitor.tick()
+    assert not web.redis.exists(web.keys.replay("r"))
+    assert web.leases.living_webs([WEB]) == {WEB}
+
+
+def test_the_thread_survives_a_failed_round_and_releases_the_lease_at_its_end(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.dispatch.monitor.INTERVAL_S", 0.01)
+
+    class FailsOnce(RequestMonitor):
+        failed = threading.Event()
+
+        def tick(self) -> None:
+            if not self.failed.is_set():
+                self.failed.set()
+                raise RuntimeError("once")
+            super().tick()
+
+    monitor = web.new_monitor(FailsOnce)
+    monitor.start()
+    wait_until(lambda: web.leases.living_webs([WEB]) == {WEB}, timeout_s=30, what="the lease is renewed")
+    monitor.stop()
+    monitor.join(30)
+    assert not monitor.is_alive() and web.leases.living_webs([WEB]) == set()
