@@ -1,4 +1,4 @@
-"""Connections to Redis: redis-py for our keys, Celery for the queue. Made by composition roots, never at import."""
+"""Makes the connections to Redis: redis-py for our keys, Celery for the queue. None is made at import."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ from protocol.errors import QueueUnavailable
 from protocol.names import Keys
 
 RedisClient = redis.Redis
-"""Everywhere without `decode_responses`: answers are bytes."""
+"""Always without `decode_responses`: answers are bytes."""
 
 SOCKET_TIMEOUT_S = 4.0
-"""A stalled Redis must be an error before a caller's patience ends: 503 within 8 s (issue: Redis down)."""
+"""For connecting, and for each command. A client waits for its 503 at most twice as long."""
 
 MAX_CONNECTIONS = 64
 
@@ -31,7 +31,7 @@ QUEUE_ERRORS = (RedisError, KombuError)
 
 @contextmanager
 def queue_errors() -> Iterator[None]:
-    """Raise QueueUnavailable for the errors of Redis and of Celery's connection to it, where a client waits."""
+    """Raise QueueUnavailable for the errors of Redis and of Celery, where a client waits."""
     try:
         yield
     except (*QUEUE_ERRORS, OSError) as error:  # kombu lets some errors of its socket through
@@ -39,10 +39,10 @@ def queue_errors() -> Iterator[None]:
 
 
 def connect_redis(settings: Settings) -> RedisClient:
-    """A pooled client that never repeats a command by itself: redis-py's default retries double writes.
+    """Make a pooled client that never repeats a command, since a write could then happen twice.
 
-    In a burst commands wait for a connection. Without that bound each caller would open one of his own, and two thousand
-    handshakes at once take longer than the time limit.
+    In a burst commands wait for a connection of the pool. Without a bound each request would open its own,
+    and two thousand handshakes at once take longer than the time limit.
     """
     pool = redis.BlockingConnectionPool.from_url(
         settings.redis_url,
@@ -58,19 +58,22 @@ def connect_redis(settings: Settings) -> RedisClient:
 
 
 def namespace_of(settings: Settings, catalogue: Catalogue) -> str:
-    """NAMESPACE, by default the project's name."""
+    """Return NAMESPACE, by default the project's name."""
     return settings.namespace or catalogue.project
 
 
 def visibility_timeout_s(settings: Settings) -> int:
-    """Seconds after which Redis hands an unacknowledged task out again: above every deadline."""
+    """Return after how many seconds kombu delivers an unacknowledged task again: above every deadline."""
     return int(max(task.deadline_s(settings) for task in TASKS.values())) + 60
 
 
 def create_celery(settings: Settings, keys: Keys) -> Celery:
-    """The Celery app of web (which only sends), of workers and of Flower. Each setting was found by experiment; see
-    docs/adr/0001-threads-pool.md and docs/architecture.md for what breaks without it."""
-    # by the URL's own scheme, so that TLS and log lines stay as they are
+    """Make the Celery app of web (which only sends), of workers and of Flower.
+
+    docs/adr/0001-threads-pool.md says what breaks without the settings for acknowledging, retries and
+    time-outs.
+    """
+    # registered under the URL's own schemes, so that TLS options and log lines stay as they are
     TRANSPORT_ALIASES.update(dict.fromkeys(("redis", "rediss"), "protocol.kombu_redis:ReconnectingTransport"))
     app = Celery("modelservice", broker=settings.redis_url, set_as_current=False)
     app.conf.update(
@@ -84,11 +87,11 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         task_publish_retry=False,
-        # JSON alone: a pickle on a writable Redis is code execution
+        # only JSON: with pickle, whoever can write to Redis could execute code
         task_serializer="json",
         accept_content=["json"],
         result_backend=None,
-        # there is none: without this Celery makes another nothing for every thread, of which a stream is one
+        # without this Celery makes a disabled backend for each thread, and each open stream is one
         result_backend_thread_safe=True,
         task_ignore_result=True,
         task_acks_late=True,
@@ -104,7 +107,7 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
 
 
 def consume(app: Celery, keys: Keys, model: str, concurrency: int) -> None:
-    """Make a worker of `app` pull from the queue of `model`, `concurrency` tasks at a time."""
+    """Make a worker of `app` consume the queue of `model`, `concurrency` tasks at a time."""
     queue = keys.queue(model)
     app.conf.task_queues = [Queue(queue)]
     app.conf.task_default_queue = queue

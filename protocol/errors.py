@@ -2,13 +2,14 @@
 
 ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
-├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408 · PayloadTooLarge 413
-├─ RateLimited 429 · Cancelled 499 · InternalError 500 (EngineError, OutOfMemory)
+├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408
+├─ PayloadTooLarge 413 · RateLimited 429 · Cancelled 499
+├─ InternalError 500 (EngineError, OutOfMemory)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, ShuttingDown)
 └─ DeadlineExceeded 504
 
-A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt. Workers send
-these errors as `protocol.events.Failed`, the web process makes them of it again.
+A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt.
+Workers send these errors as `protocol.events.Failed`, the web process makes them of it again.
 """
 
 from typing import ClassVar
@@ -17,8 +18,8 @@ from typing import ClassVar
 class ServiceError(Exception):
     """Base. Raised itself only for HTTP errors of the framework that have no class here.
 
-    `message` may be left out where the class has a default one. `param` names the field of the request at fault;
-    `retry_after_s` becomes the Retry-After header.
+    `message` may be left out where the class has a default one. `param` names the field of the request at
+    fault; `retry_after_s` becomes the Retry-After header.
     """
 
     status = 500
@@ -39,7 +40,7 @@ class ServiceError(Exception):
 
 
 class InvalidRequest(ServiceError):
-    """Raised by the web process, and by an engine that knows better, for a body or field that can't be served."""
+    """Raised by the web process, or by an engine, for a body or a field that can't be served."""
 
     status, code, type = 400, "invalid_request", "invalid_request_error"
 
@@ -105,14 +106,14 @@ class RateLimited(ServiceError):
 
 
 class Cancelled(ServiceError):
-    """Raised when the client has disconnected; only logs and counters see it. 499 is nginx's status for it."""
+    """Raised when the client has disconnected, so only logs and counters see it. The status is nginx's."""
 
     status, code, type = 499, "cancelled", "invalid_request_error"
     default_message = "the client disconnected"
 
 
 class InternalError(ServiceError):
-    """Made by the web process of any exception that it didn't expect, and of a failure with an unknown code."""
+    """Made by the web process for an unexpected exception, and for a failure with an unknown code."""
 
     default_message = "an unexpected error occurred in this server; try again later"
 
@@ -145,7 +146,7 @@ class NoWorker(Unavailable):
 
 
 class Overloaded(Unavailable):
-    """Raised by the web process when too many requests wait for the model, or too many images are being fetched."""
+    """Raised by the web process when too many requests wait, or too many images are being fetched."""
 
     code = "overloaded"
 
@@ -159,14 +160,14 @@ class QueueUnavailable(Unavailable):
 
 
 class WorkerLost(Unavailable):
-    """Made when a worker ends in the middle of a request: by that worker if it still can, else by the web process."""
+    """Made when a worker ends during a request: by that worker if it still can, else by the web process."""
 
     code = "worker_lost"
     default_message = "the worker that was generating this response was lost; send the request again"
 
 
 class ShuttingDown(Unavailable):
-    """Raised by the web process, and made by a worker, for a request that can't be finished before it stops."""
+    """Raised by the web process or made by a worker that stops before the request is complete."""
 
     code = "shutting_down"
     default_message = "this server is shutting down; send the request again"
@@ -188,5 +189,5 @@ _by_code = {cls.code: cls for cls in _tree(ServiceError)}
 
 
 def from_code(code: str, message: str, param: str | None = None) -> ServiceError:
-    """The error that a worker's `Failed` event stands for. An unknown code (of a newer worker) is an InternalError."""
+    """Make the error that a worker's `Failed` event carries: an InternalError if the code is unknown."""
     return _by_code.get(code, InternalError)(message, param=param)

@@ -1,8 +1,8 @@
-"""The web's half of the event stream: one subscription for the whole process, handed out to the requests that wait.
+"""The web's half of the event stream: one subscription for the process, an inbox for each open request.
 
-Pub/sub may lose a message without telling (redis-py resubscribes silently, and the lost one may be the last), so what
-counts is the sequence number: the next one passes, doubles are dropped, and a gap or silence is filled from the replay
-list by whoever calls `feed` with what it read there (app.dispatch.monitor).
+Pub/sub can lose a message unnoticed (redis-py resubscribes silently, and the lost one may be the last), so
+the sequence number decides: the next one passes and duplicates are dropped. After a gap or a silence
+app.dispatch.monitor reads the replay list and feeds the inbox from there.
 """
 
 import logging
@@ -20,14 +20,17 @@ from protocol.names import Keys
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
+"""How long a read of the channel waits, and so how late a stop is noticed."""
 PING_AFTER_S = 5.0
+"""A channel that is silent for so long is pinged: only a write shows that a peer vanished without a FIN."""
 RECONNECT_PAUSE_S = 0.5
 
 
 class Inbox:
-    """One waiting request: its events in order, and what is known of the worker that has it.
+    """The events of one open request in order, and what is known of the worker that has it.
 
-    Attributes are read and written by the patrol too; `admitted` is Redis time, the others are monotonic seconds.
+    The request monitor reads and writes the attributes too. `admitted` is in seconds of Redis' clock,
+    `last_event_at`, `gap_since` and `orphan_since` in seconds of the monotonic clock.
     """
 
     __slots__ = (
@@ -52,7 +55,7 @@ class Inbox:
         self.admitted = 0.0
         self.expires_s = 0.0
         self.next_seq = 0
-        # a queue of the standard library takes 2 KB more, a deque 700 bytes, and thousands of streams are open at once
+        # queue.Queue takes 2 KB more, a deque 700 bytes, and thousands of streams are open at once
         self._arrived: list[Event] = []
         self._arrival = threading.Lock()
         self._arrival.acquire()
@@ -64,7 +67,7 @@ class Inbox:
         self.ended = False
 
     def feed(self, envelope: Envelope) -> None:
-        """Take an envelope from the channel or the replay list, whatever the order they come in."""
+        """Take an envelope from the channel or the replay list, in any order and more than once."""
         if self.ended or envelope.seq < self.next_seq:
             return
         if envelope.seq > self.next_seq:
@@ -79,33 +82,37 @@ class Inbox:
         self._put(envelope.event)
 
     def fail(self, failure: events.Failed) -> None:
-        """End the request from this side, unless it has ended; whatever a worker still says of it is dropped."""
+        """End the request with `failure` unless it has ended; later events of a worker are dropped."""
         if self.ended:
             return
         self.ended = True
         self._put(failure)
 
-    def take(self, timeout_s: float) -> list[Event]:
-        """Everything that has come, in order, a terminal event last; waits up to `timeout_s` for the first. One reader.
+    def next_events(self, timeout_s: float) -> list[Event]:
+        """Return the events that have arrived, in order; wait up to `timeout_s` for the first.
 
-        May be empty before that time: what wakes it may have been taken already.
+        For one reader. A terminal event comes last. May be empty before the time is up: the event that
+        wakes the reader may have been returned before.
         """
         if not self._arrived:
             self._arrival.acquire(timeout=timeout_s)
-        gained = self._arrived[:]
-        # not all: another may have been appended meanwhile
-        del self._arrived[: len(gained)]
-        return gained
+        batch = self._arrived[:]
+        # another event may have been appended meanwhile
+        del self._arrived[: len(batch)]
+        return batch
 
     def _put(self, event: Event) -> None:
         self._arrived.append(event)
-        # released by an event before this one, which nobody has taken yet
+        # already released by an earlier event that was not read yet
         with suppress(RuntimeError):
             self._arrival.release()
 
 
 class EventRouter(threading.Thread):
-    """Reads this process's channel for as long as it lives and feeds the inboxes."""
+    """Reads this process's channel and feeds the inboxes, until it is stopped.
+
+    `subscribed` is set while Redis has confirmed the subscription.
+    """
 
     def __init__(self, client: RedisClient, keys: Keys, web_id: str) -> None:
         super().__init__(name="event-router", daemon=True)
@@ -116,19 +123,20 @@ class EventRouter(threading.Thread):
         self.subscribed = threading.Event()
 
     def open(self, request_id: str, model: str) -> Inbox:
-        """Begin to listen for a request; must come before it is queued."""
+        """Make the inbox of a request. Must come before it is queued, or its first events are dropped."""
         inbox = self._inboxes[request_id] = Inbox(request_id, model)
         return inbox
 
     def close(self, request_id: str) -> None:
+        """Drop the events of a request from now on."""
         self._inboxes.pop(request_id, None)
 
     def inboxes(self) -> list[Inbox]:
-        """The requests that wait now."""
+        """Return the inboxes of all open requests."""
         return list(self._inboxes.values())
 
     def stop(self) -> None:
-        """End the thread, at the latest after a poll."""
+        """End the thread: it sees this after POLL_S at the latest."""
         self._stopping = True
         self.join(2 * POLL_S)
 
@@ -139,8 +147,8 @@ class EventRouter(threading.Thread):
             except RedisError as error:
                 log.warning("event channel lost: %s", error)
             except Exception:
-                # without this thread the process is deaf: whatever a client library does, listen again
-                log.exception("event channel broken")
+                # without this thread no event reaches this process, so it must survive any error
+                log.exception("reading the event channel failed")
             self.subscribed.clear()
             if not self._stopping:
                 time.sleep(RECONNECT_PAUSE_S)
@@ -154,7 +162,6 @@ class EventRouter(threading.Thread):
                 if message is not None:
                     heard_at = time.monotonic()
                 elif time.monotonic() - heard_at >= PING_AFTER_S:
-                    # a peer that vanished without a FIN shows only when it is spoken to
                     pubsub.ping()
                     heard_at = time.monotonic()
                 if message is None:

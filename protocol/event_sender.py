@@ -1,8 +1,8 @@
-"""The worker's half of the event stream: one thread that writes what all requests gained in one call of a script.
+"""The worker's half of the event stream: one thread writes the events of all requests, a script call a batch.
 
-Each event goes to the request's replay list and, with everything else of that step, in one message to the web process
-that waits. Writing is idempotent: readers order by sequence number and drop doubles, so a write whose fate is unknown
-is simply repeated, for at most `RESEND_S`; then its requests are given up.
+Each event is appended to its request's replay list; all events for one web process are published as one
+message. Writing is idempotent, since readers order by sequence number and drop duplicates: a write that may
+or may not have happened is repeated, for at most `RESEND_S`. After that its requests are given up.
 """
 
 import logging
@@ -24,39 +24,45 @@ log = logging.getLogger(__name__)
 RESEND_S = 10.0
 RETRY_PAUSE_S = 0.25
 PENDING_LIMIT = 20_000
-"""Envelopes waiting for a Redis that doesn't answer; beyond it requests are given up before memory is."""
+"""So many events may wait for a Redis that doesn't answer; with more, requests are given up."""
 
-# KEYS: the replay lists of the requests that gained something. ARGV: number of channels, then for each its name and its
-# message; then for each list its TTL in seconds, the number of its new entries, and these. Returns the lists' lengths.
-# One command: a pipeline of one for each request costs the worker ten times as much, while its engine waits for the lock
-# of the interpreter.
-_STEP = """
-local at = 1
-local function take()
-  at = at + 1
-  return ARGV[at - 1]
+# KEYS: the replay lists of the requests that have new events.
+# ARGV: number of channels, then for each its name and message; then for each replay list its TTL in seconds
+# (0: the list must exist already), the number of new entries, and the entries.
+# Returns the length of each list, 0 where it should have existed and didn't.
+# One script: a pipeline with a command for each request takes the worker ten times as long, and the engine
+# waits for the interpreter's lock meanwhile.
+_WRITE = """
+local position = 0
+local function next_argument()
+  position = position + 1
+  return ARGV[position]
 end
-for _ = 1, take() do redis.call('PUBLISH', take(), take()) end
+
+for _ = 1, next_argument() do
+  local channel = next_argument()
+  redis.call('PUBLISH', channel, next_argument())
+end
+
 local lengths = {}
-for place, list in ipairs(KEYS) do
-  local ttl, length = tonumber(take()), 0
-  -- TTL 0: only onto a list that exists, since one made anew would have no TTL and no beginning
+for number, replay_list in ipairs(KEYS) do
+  local ttl, length = tonumber(next_argument()), 0
+  -- RPUSHX: a list made anew would lack its beginning and its TTL
   local push = ttl > 0 and 'RPUSH' or 'RPUSHX'
-  for _ = 1, take() do length = redis.call(push, list, take()) end
-  if ttl > 0 then redis.call('EXPIRE', list, ttl) end
-  lengths[place] = length
+  for _ = 1, next_argument() do length = redis.call(push, replay_list, next_argument()) end
+  if ttl > 0 then redis.call('EXPIRE', replay_list, ttl) end
+  lengths[number] = length
 end
 return lengths
 """
 
-
 OnEnd = Callable[[Event | None], None]
-"""Called once for each request, in the sender's thread: with the terminal event that was written, or with None when the
-request's events can't be delivered."""
+"""Called once for each request, in the sender's thread: with the terminal event that was written, or with
+None when the request's events can't be delivered."""
 
 
 class _Outgoing:
-    """One open request on its way out."""
+    """One open request. `written`: its replay list exists."""
 
     __slots__ = ("next_seq", "on_end", "ttl_s", "web_id", "written")
 
@@ -69,15 +75,15 @@ class _Outgoing:
 
 
 class EventSender(threading.Thread):
-    """Owns the numbering of events. `emit` never blocks on Redis; everything else happens in this thread.
+    """Numbers and writes events. `emit` never waits for Redis; all writing happens in this thread.
 
-    `prepare` may turn an event into the one that travels (a picture's bytes into its name in the store); it runs in
-    this thread and may raise RedisError.
+    `prepare` may replace an event by the one to send (an image's bytes by its name in the store); it runs
+    in this thread and may raise RedisError.
     """
 
     def __init__(self, client: RedisClient, keys: Keys, *, prepare: Callable[[Event], Event]) -> None:
         super().__init__(name="event-sender", daemon=True)
-        self._step = client.register_script(_STEP)
+        self._write_script = client.register_script(_WRITE)
         self._keys = keys
         self._prepare = prepare
         self._lock = threading.Lock()
@@ -87,14 +93,14 @@ class EventSender(threading.Thread):
         self._stopping = False
 
     def open(self, request_id: str, web_id: str, ttl_s: int, on_end: OnEnd) -> None:
-        """Begin a request's stream; events of unknown requests are dropped."""
+        """Begin a request's stream. Events of requests without one are dropped."""
         with self._lock:
             self._open[request_id] = _Outgoing(web_id, ttl_s, on_end)
 
-    def emit(self, gained: Sequence[tuple[str, Event]]) -> None:
-        """Number and hand over what requests gained in one step. Returns at once."""
+    def emit(self, new_events: Sequence[tuple[str, Event]]) -> None:
+        """Number the events of one step, (request id, event), and queue them. Returns at once."""
         with self._wake:
-            for request_id, event in gained:
+            for request_id, event in new_events:
                 outgoing = self._open.get(request_id)
                 if outgoing is None:
                     continue
@@ -103,7 +109,7 @@ class EventSender(threading.Thread):
             self._wake.notify()
 
     def stop(self, timeout_s: float) -> None:
-        """Write what is pending and end the thread."""
+        """End the thread after it has written what is pending; wait for that up to `timeout_s`."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -120,34 +126,34 @@ class EventSender(threading.Thread):
             self._deliver(batch)
 
     def _deliver(self, batch: list[Envelope]) -> None:
-        """Write a batch, again and again until it is written or too old; later events wait behind it, in order."""
+        """Write a batch, repeating it until it succeeds or is given up. Later events wait meanwhile."""
         give_up_at = time.monotonic() + RESEND_S
         while True:
             try:
-                # prepared envelopes replace the raw ones, so that a repeat doesn't store a picture twice
+                # prepared envelopes replace the others, so that a repeated write doesn't store an image twice
                 for place, envelope in enumerate(batch):
                     event = self._prepare(envelope.event)
                     if event is not envelope.event:
                         batch[place] = Envelope(envelope.request_id, envelope.seq, event)
-                gone = self._write(batch)
+                lost = self._write(batch)
                 break
             except Exception as error:
-                # any exception, not Redis' alone: without this thread no request of the worker would ever end
+                # not only errors of Redis: without this thread no request of the worker would ever end
                 if not isinstance(error, RedisError):
                     log.exception("writing events failed")
                 with self._lock:
                     overfull = len(self._pending) > PENDING_LIMIT
-                # an ACL that forbids the command forbids it the next time, too
+                # a command that the ACL forbids will not be allowed the next time
                 forbidden = isinstance(error, NoPermissionError)
                 if forbidden or overfull or self._stopping or time.monotonic() > give_up_at:
                     log.error("events of %d requests could not be delivered: %s", len(_ids(batch)), error)
-                    gone = _ids(batch)
+                    lost = _ids(batch)
                     break
                 time.sleep(RETRY_PAUSE_S)
-        self._settle(batch, gone)
+        self._end_requests(batch, lost)
 
     def _write(self, batch: list[Envelope]) -> set[str]:
-        """One script call for the whole batch; returns requests whose replay list has vanished (Redis lost its data)."""
+        """Write a batch in one script call; returns the requests whose replay list Redis has lost."""
         by_request: dict[str, list[bytes]] = defaultdict(list)
         by_web: dict[str, list[bytes]] = defaultdict(list)
         with self._lock:
@@ -167,17 +173,18 @@ class EventSender(threading.Thread):
         for request_id, entries in by_request.items():
             stream = outgoing[request_id]
             arguments += [0 if stream.written else stream.ttl_s, len(entries), *entries]
-        lengths = self._step(
+        lengths = self._write_script(
             keys=[self._keys.replay(request_id) for request_id in by_request], args=arguments
         )
         for request_id in by_request:
             outgoing[request_id].written = True
         return {request_id for request_id, length in zip(by_request, lengths, strict=True) if length == 0}
 
-    def _settle(self, batch: Iterable[Envelope], gone: set[str]) -> None:
-        ended: dict[str, Event | None] = dict.fromkeys(gone)
+    def _end_requests(self, batch: Iterable[Envelope], lost: set[str]) -> None:
+        """Close the requests whose terminal event was written, and those in `lost`."""
+        ended: dict[str, Event | None] = dict.fromkeys(lost)
         for envelope in batch:
-            if events.is_terminal(envelope.event) and envelope.request_id not in gone:
+            if events.is_terminal(envelope.event) and envelope.request_id not in lost:
                 ended[envelope.request_id] = envelope.event
         for request_id, event in ended.items():
             with self._lock:

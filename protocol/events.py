@@ -1,6 +1,7 @@
-"""What a worker answers: the whole contract of the event stream on one screen.
+"""What a worker sends to the web process: the whole contract of the event stream.
 
-A request's events are numbered from 0 without gaps; the last is `Finished` or `Failed` and there is exactly one.
+A request's events are numbered from 0 without gaps. The last one, and no other, is a `Finished` or a
+`Failed`.
 """
 
 import msgspec
@@ -9,7 +10,7 @@ from protocol.errors import ServiceError
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens counted by the engine. `cached_tokens`: the part of the prompt whose KV was not computed again."""
+    """Tokens as the engine counts them. `cached_tokens`: prompt tokens that were in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -17,7 +18,10 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """One alternative token: its text, its bytes (a token may be half a character) and its natural log probability."""
+    """One alternative token: its text, its natural log probability and its bytes.
+
+    The bytes are needed because a token can be a part of a character.
+    """
 
     token: str
     logprob: float
@@ -25,7 +29,7 @@ class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The chosen token, as TopLogprob, and the best alternatives, best first."""
+    """The sampled token, with the fields of TopLogprob, and the most probable alternatives."""
 
     token: str
     logprob: float
@@ -34,15 +38,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
-    """A worker has claimed the request. `incarnation_id` names the incarnation whose lease now stands for it."""
+    """A worker has claimed the request. When the lease of `incarnation_id` is gone, so is the request."""
 
     incarnation_id: str
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
-    """Text that choice `index` gained; `tokens` of it. The choice's last delta carries `finish_reason`.
+    """New text of choice `index`, made of `tokens` tokens. The choice's last delta has a `finish_reason`.
 
-    `finish_reason`: "stop" or "length". `stop_reason`: id of the stop token, the stop string, or None.
+    `finish_reason`: "stop" or "length". `stop_reason`: the id of the stop token, the stop string, or None.
     """
 
     text: str
@@ -54,14 +58,14 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
-    """Denoising step `step` of `total` is done (1-based)."""
+    """`step` of the request's `total` denoising steps are done, counted over all of its images."""
 
     step: int
     total: int
 
 
 class ImageReady(msgspec.Struct, frozen=True, array_like=True, tag="i"):
-    """Picture `index` of the request. The engine fills `png`; on the wire it is empty and `name` finds it in the store."""
+    """Image `index` of the request. The engine sets `png`; when sent, it has a `name` in the store instead."""
 
     index: int
     seed: int
@@ -72,13 +76,13 @@ class ImageReady(msgspec.Struct, frozen=True, array_like=True, tag="i"):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
-    """Everything was sent. `usage` is None for pictures."""
+    """The request is complete. `usage` is None for images."""
 
     usage: Usage | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
-    """The request failed: an error of protocol.errors on its way. `message` is fit for the client's eyes."""
+    """The request failed: an error of protocol.errors, with a `message` for the client."""
 
     code: str
     message: str
@@ -86,7 +90,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
 
     @classmethod
     def of(cls, error: ServiceError) -> "Failed":
-        """The event that stands for `error`; `protocol.errors.from_code` is the reverse."""
+        """Make the event that carries `error`; `protocol.errors.from_code` is the reverse."""
         return cls(error.code, error.message, error.param)
 
 
@@ -94,7 +98,7 @@ Event = Started | Delta | Progress | ImageReady | Finished | Failed
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """An event on its way: whose it is and its place in that request's stream."""
+    """An event with the request that it belongs to and its number in that request's stream."""
 
     request_id: str
     seq: int
@@ -102,7 +106,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True):
 
 
 def is_terminal(event: Event) -> bool:
-    """True for the one event that ends a request."""
+    """Whether `event` ends its request."""
     return isinstance(event, Finished | Failed)
 
 
@@ -111,14 +115,14 @@ _decoder = msgspec.json.Decoder(Envelope)
 _batch_decoder = msgspec.json.Decoder(list[Envelope])
 
 encode = _encoder.encode
-"""An Envelope, or a list of them, as JSON bytes."""
+"""Encode an Envelope, or a list of them, as JSON."""
 
 
 def decode(data: bytes) -> Envelope:
-    """One envelope, as it stands in a replay list."""
+    """Decode one envelope, an entry of a replay list. Raises msgspec.ValidationError."""
     return _decoder.decode(data)
 
 
 def decode_batch(data: bytes) -> list[Envelope]:
-    """The envelopes of one published message: what all requests of one web process gained in one step."""
+    """Decode one published message, a list of envelopes. Raises msgspec.ValidationError."""
     return _batch_decoder.decode(data)

@@ -1,6 +1,6 @@
-"""What web asks of a worker: resolved, bounded, complete. The HTTP schemas are turned into these in one place each.
+"""What the web process asks of a worker. The HTTP schemas in app/ are validated and turned into these.
 
-A job crosses Redis as JSON (`encode`/`decode`); pictures travel beside it as raw bytes, never inside it.
+A job is stored in Redis as JSON (`encode`, `decode`); images are stored beside it as raw bytes.
 """
 
 from typing import Any, Literal
@@ -11,10 +11,10 @@ from catalogue import CHAT, GENERATION
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How the tokens of one request are chosen. None: the model's generation config decides, then the neutral value.
+    """How the tokens of one request are sampled. None: as the model's generation config says, if it does.
 
     `temperature` 0 is greedy. `stop` strings end the text and are not returned. `logprobs` is the number of
-    alternatives to report for each token (0: the chosen one alone), None: no report.
+    alternatives to report for each token (0: the sampled one alone), None: no report.
     """
 
     max_tokens: int = 2048
@@ -36,7 +36,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
-    """One chat completion. `messages` hold plain strings as `content`: parts were joined by the web side."""
+    """One chat completion. The `content` of each message is a string: the web process joins its parts."""
 
     id: str
     model: str
@@ -47,10 +47,11 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):
-    """One picture request. Sizes in pixels; None: the pipeline's own default.
+    """One image generation or edit. Sizes in pixels; None: the pipeline's own default.
 
-    `image` and `mask` are the caller's files (PNG, JPEG or WEBP bytes, header already judged, pixels not yet). The
-    mask's white (or, in a mask with an alpha channel, transparent) pixels say where to edit.
+    `image` and `mask` are the client's files as bytes (PNG, JPEG or WEBP), of which the web process has
+    checked the header. White pixels of the mask, or transparent ones if it has an alpha channel, are
+    edited.
     """
 
     id: str
@@ -76,7 +77,7 @@ _decoder = msgspec.json.Decoder(Job)
 
 
 def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
-    """A job as JSON and the pictures that travel beside it, by field name."""
+    """Return a job as JSON, and the images to store beside it by field name."""
     files: dict[str, bytes] = {}
     if isinstance(job, ImageJob):
         files = {name: data for name in ("image", "mask") if (data := getattr(job, name)) is not None}
@@ -85,7 +86,7 @@ def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
 
 
 def decode(body: bytes, files: dict[str, bytes]) -> Job:
-    """The reverse of `encode`. Raises msgspec.ValidationError when the two sides are of different versions."""
+    """The reverse of `encode`. Raises msgspec.ValidationError for a job of another version."""
     job: Job = _decoder.decode(body)
     if files:
         job = msgspec.structs.replace(job, **files)

@@ -1,11 +1,12 @@
-"""kombu's Redis transport with one mistake and one cost less (kombu 5.7.0).
+"""kombu's Redis transport (kombu 5.7.0) with one error and one cost removed.
 
-kombu drops a connection's client when it closes it, and then trips over the missing client (AttributeError) when unacked
-messages are to be restored or a task that ended meanwhile is to be acknowledged. Celery takes that for a bug and ends the
-worker; a lost connection it survives. Seen with Redis killed while tasks run.
+The error: when kombu closes a connection it drops the connection's client, and raises AttributeError later,
+when it restores unacknowledged messages or acknowledges a task that has ended. Celery ends the worker for
+that, while it survives a connection error. Seen when Redis is killed while tasks run.
 
-kombu also makes a new client of redis-py, which is a table of some 200 commands, for every message that it sends, takes or
-acknowledges: a fifth of a worker's time on a task that does nothing.
+The cost: kombu makes a new client of redis-py, which sets up a table of some 200 commands, for every
+message that it sends, receives or acknowledges. That is a fifth of a worker's time for a task that does
+nothing.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from kombu.transport import redis as kombu_redis
 
 
 class ReconnectingChannel(kombu_redis.Channel):
-    """A channel that raises a connection error where its connection is gone, and keeps its client."""
+    """A channel that raises a connection error once its connection is closed, and that keeps its client."""
 
     _client_of_pool: tuple[Any, Any] = (None, None)
 
@@ -29,7 +30,7 @@ class ReconnectingChannel(kombu_redis.Channel):
         if asynchronous:
             return super()._create_client(asynchronous)  # type: ignore[misc]
         pool, client = self._client_of_pool
-        # a client has no connection of its own: it takes one from the pool for each command, from any thread
+        # one client is enough for all threads: it takes a connection from the pool for each command
         if client is None or pool is not self.pool:
             client = super()._create_client()  # type: ignore[misc]
             self._client_of_pool = (self.pool, client)
@@ -37,6 +38,6 @@ class ReconnectingChannel(kombu_redis.Channel):
 
 
 class ReconnectingTransport(kombu_redis.Transport):
-    """Stands in kombu's table of transports for `redis` and `rediss`."""
+    """The transport for `redis` and `rediss` URLs (protocol.connections.create_celery)."""
 
     Channel = ReconnectingChannel

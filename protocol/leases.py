@@ -1,7 +1,7 @@
 """Leases of workers and web processes in Redis: how they are kept, and when a missing one counts.
 
-A worker's record outlives its lease, so that a worker which was killed still shows, as `lost`, until the reconciler has
-taken it off the node. A restarted worker has the same cid and a new incarnation id.
+A worker's record outlives its lease, so that a worker which was killed still shows, as `lost`, until the
+reconciler has taken it off the node. A restarted worker has the same cid and a new incarnation id.
 """
 
 import time
@@ -17,7 +17,7 @@ LEASE_TTL_S = 10
 REFRESH_S = 3
 """Leases are renewed this often."""
 GAP_S = LEASE_TTL_S - REFRESH_S
-"""The longest pause between two looks at leases that is no gap: every kept lease has at least this long to live."""
+"""The longest pause between two looks that is no gap: each lease that is kept lasts at least so long."""
 RECORD_TTL_S = 24 * 3600
 
 WorkerState = Literal["loading", "ready", "draining", "lost"]
@@ -26,8 +26,9 @@ WorkerState = Literal["loading", "ready", "draining", "lost"]
 class WorkerRecord(msgspec.Struct, kw_only=True):
     """What a worker reports with every renewal of its lease; `/v1/workers` shows most of it.
 
-    `node` is the NODE_URL that the worker registers with ("" for none); together with `service_id` it names one node
-    on one machine. `registered`: the node has accepted the registration, and has not been told otherwise since.
+    `node` is the NODE_URL that the worker registers with ("" for none); together with `service_id` it names
+    one node on one machine. `registered`: the node has accepted the registration, and has not been told
+    otherwise since.
     """
 
     cid: str
@@ -50,9 +51,10 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
 class Observation:
     """For how long leases have been watched without a gap, and so whether a missing one counts.
 
-    A missing lease is weak evidence: after Redis stalled or came back empty, or after this process was paused (and the
-    whole machine perhaps with it), every lease is missing until its owner has renewed it. So any gap in observation
-    restarts the waiting period. A gap is a failed look, or a pause of more than GAP_S between two looks.
+    A missing lease is weak evidence: after Redis stalled or came back empty, or after this process was
+    paused (and the whole machine perhaps with it), every lease is missing until its owner has renewed it.
+    So any gap in observation restarts the waiting period. A gap is a failed look, or a pause of more than
+    GAP_S between two looks.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,14 +63,14 @@ class Observation:
         self._seen_at = 0.0
 
     def seen(self) -> None:
-        """Note that leases have just been read. Called after the read: a pause in the middle of it is a gap, too."""
+        """Note that leases were read. Called after the read, so that a pause during it is a gap too."""
         now = self._clock()
         if self._since is None or now - self._seen_at > GAP_S:
             self._since = now
         self._seen_at = now
 
     def interrupt(self) -> None:
-        """Restart the waiting period: a look has failed, or leases are known to be missing without a reason."""
+        """Restart the waiting period: a look has failed, or leases can be missing for another reason."""
         self._since = None
 
     @property
@@ -78,11 +80,11 @@ class Observation:
 
     @property
     def watched_s(self) -> float:
-        """Seconds from the first look after the last gap to the latest look; the time since then was not watched."""
+        """Seconds from the first look after the last gap to the latest look."""
         return 0.0 if self._since is None else self._seen_at - self._since
 
     def absence_counts(self, after_s: float = LEASE_TTL_S) -> bool:
-        """Whether what is missing in the latest look is gone: leases were watched for `after_s` without a gap."""
+        """Whether a lease that the latest look lacks is gone: watched for `after_s` without a gap."""
         return self.watched_s >= after_s
 
 
@@ -98,7 +100,7 @@ class Leases:
         self._keys = keys
 
     def renew_worker(self, record: WorkerRecord) -> str:
-        """Renew a worker's lease and record; returns the incarnation id that held the lease before ("" for none).
+        """Renew a worker's lease and record; returns the incarnation id that the lease had before, or "".
 
         Another id than the record's own means that a newer incarnation has the same cid.
         """
@@ -111,7 +113,7 @@ class Leases:
         return before.decode() if before else ""
 
     def release_worker(self, record: WorkerRecord, *, keep_record: bool) -> None:
-        """End a lease. With `keep_record` the worker shows as `lost`, for the reconciler: it is still on the node."""
+        """End a lease. `keep_record`: it shows as `lost` until the reconciler has taken it off the node."""
         keys = self._keys
         with self._redis.pipeline(transaction=True) as pipe:
             pipe.delete(keys.lease(record.cid))
@@ -130,7 +132,7 @@ class Leases:
             pipe.execute()
 
     def workers(self) -> list[WorkerRecord]:
-        """Return the records of all known workers by model and cid, those without a lease in the state `lost`."""
+        """Return all records, ordered by model and cid. Without a lease the state is `lost`."""
         members: Any = self._redis.smembers(self._keys.workers)
         cids = sorted(cid.decode() for cid in members)
         if not cids:

@@ -1,10 +1,13 @@
-"""Every name in Redis, written once. All stand under the deployment's namespace, so that two deployments never meet."""
+"""The names of our keys and channels in Redis. All begin with the deployment's namespace.
+
+Celery's own keys get the same prefix, and so do the counters of app/http/rate_limit.py.
+"""
 
 import hashlib
 from typing import NamedTuple
 
 GENERATE_TASK = "generate"
-"""The one Celery task. Its only argument is the request id, so that no prompt stands in a queue, an event or Flower."""
+"""The one Celery task. Its only argument is the request id: no prompt is in a queue, a log or Flower."""
 
 
 class Keys(NamedTuple):
@@ -17,23 +20,23 @@ class Keys(NamedTuple):
         return cls(f"{namespace}:")
 
     def job(self, request_id: str) -> str:
-        """Hash: the job's JSON, its files and what the claim needs to know. TTL: deadline + 30 s."""
+        """Hash with a TTL: the job's JSON, its files, its web process and its times."""
         return f"{self.prefix}job:{request_id}"
 
     def claim(self, request_id: str) -> str:
-        """String: incarnation id of the worker that generates this request. TTL above the visibility timeout."""
+        """String: incarnation id of the worker that has the request. TTL above the visibility timeout."""
         return f"{self.prefix}claim:{request_id}"
 
     def cancel(self, request_id: str) -> str:
-        """String: set when nobody waits for this request any more."""
+        """String: exists when the request was cancelled."""
         return f"{self.prefix}cancel:{request_id}"
 
     def replay(self, request_id: str) -> str:
-        """List: the request's envelopes in order (resends may double one)."""
+        """List: the request's envelopes in order; a repeated write leaves duplicates."""
         return f"{self.prefix}events:{request_id}"
 
     def channel(self, web_id: str) -> str:
-        """Pub/sub channel of one web process: all its requests' envelopes."""
+        """Pub/sub channel of one web process: the envelopes of all its requests."""
         return f"{self.prefix}out:{web_id}"
 
     def image(self, name: str) -> str:
@@ -51,7 +54,7 @@ class Keys(NamedTuple):
         return self.image("#sizes")
 
     def web_lease(self, web_id: str) -> str:
-        """String with a TTL: that web process lives."""
+        """String with a TTL: the lease of a web process."""
         return f"{self.prefix}web:{web_id}"
 
     def queue(self, model: str) -> str:
@@ -63,7 +66,7 @@ class Keys(NamedTuple):
         return f"{self.prefix}{self.queue(model)}"
 
     def waiting(self, model: str) -> str:
-        """Sorted set: admitted and unclaimed request ids, scored by deadline (Redis time, seconds)."""
+        """Sorted set: ids of admitted, unclaimed requests, scored by deadline (Redis time, seconds)."""
         return f"{self.prefix}waiting:{model}"
 
     def youngest_claimed(self, model: str) -> str:
@@ -71,28 +74,28 @@ class Keys(NamedTuple):
         return f"{self.prefix}youngest:{model}"
 
     def completions(self, model: str) -> str:
-        """Prefix of counters of finished requests, one for each ten seconds."""
+        """Prefix of the counters of completed requests, one for each protocol.queue.RATE_BUCKET_S."""
         return f"{self.prefix}done:{model}:"
 
     @property
     def workers(self) -> str:
-        """Set: cids ever seen and not yet forgotten."""
+        """Set: cids of the workers that have a record."""
         return f"{self.prefix}workers"
 
     def worker(self, cid: str) -> str:
-        """String: the worker's record (protocol.leases.WorkerRecord as JSON). Outlives the lease, so that a lost worker shows."""
+        """String: the worker's WorkerRecord as JSON. It outlives the lease, so that a lost worker shows."""
         return f"{self.prefix}worker:{cid}"
 
     def lease(self, cid: str) -> str:
-        """String with a TTL of 10 s: incarnation id of the living incarnation."""
+        """String with a TTL: the lease of a worker. Its value is the incarnation id."""
         return f"{self.prefix}lease:{cid}"
 
     def node_lock(self, node_url: str, service_id: str) -> str:
-        """Lock: calls to one node go one after another."""
+        """Lock: one call to a node at a time."""
         return f"{self.prefix}node:{_short_hash(service_id, node_url)}"
 
     def reconciler(self, node_url: str, service_id: str) -> str:
-        """Lease of the one reconciler of a node."""
+        """String with a TTL: the lease of the process that reconciles a node."""
         return f"{self.prefix}reconciler:{_short_hash(service_id, node_url)}"
 
 

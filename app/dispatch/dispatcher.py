@@ -90,7 +90,7 @@ class EventReader:
         if now >= self._check_at and not self._inbox.ended:
             self._check_at = now + CHECK_S
             self._check(now)
-        batch = self._inbox.take(CHECK_S) if self._failure is None else []
+        batch = self._inbox.next_events(CHECK_S) if self._failure is None else []
         last = batch[-1] if batch else None
         if isinstance(last, Failed):
             self._failure = last

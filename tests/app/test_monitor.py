@@ -73,7 +73,7 @@ class Web:
         self.pop()
         assert self.queue.claim(name, MODEL, WORKER) is not None
         inbox.feed(Envelope(name, 0, Started(WORKER)))
-        assert inbox.take(0) == [Started(WORKER)]
+        assert inbox.next_events(0) == [Started(WORKER)]
         inbox.last_event_at -= SILENCE_S
         return inbox
 
@@ -118,7 +118,7 @@ def envelopes(name: str, *seqs: int) -> list[Envelope]:
 
 def failure(inbox: Inbox) -> Failed:
     """The failure that ends a request."""
-    [event] = inbox.take(0)
+    [event] = inbox.next_events(0)
     assert isinstance(event, Failed) and inbox.ended
     return event
 
@@ -127,10 +127,10 @@ def test_a_gap_is_filled_from_the_replay_list_which_may_have_duplicates(web: Web
     inbox = web.running()
     for envelope in envelopes("r", 2, 3):
         inbox.feed(envelope)
-    assert inbox.gap_since is not None and inbox.take(0) == []
+    assert inbox.gap_since is not None and inbox.next_events(0) == []
     web.write("r", *envelopes("r", 0, 1, 0, 1, 2, 3))
     web.monitor.tick()
-    assert inbox.take(0) == ANSWER[1:]
+    assert inbox.next_events(0) == ANSWER[1:]
     assert inbox.ended and inbox.gap_since is None
 
 
@@ -138,8 +138,8 @@ def test_a_silent_request_gets_the_events_whose_messages_were_lost(web: Web) -> 
     inbox, other = web.running(), web.running("other")
     web.write("r", *envelopes("r", 0, 1))
     web.monitor.tick()
-    assert inbox.take(0) == [Delta("one")] and not inbox.ended
-    assert other.take(0) == [] and not other.ended
+    assert inbox.next_events(0) == [Delta("one")] and not inbox.ended
+    assert other.next_events(0) == [] and not other.ended
 
 
 def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
@@ -188,7 +188,7 @@ def test_a_terminal_event_in_the_replay_list_wins_over_a_lost_worker(web: Web) -
     web.write("r", *envelopes("r", 0, 1, 2, 3))
     web.lease("gpu0:second")
     web.monitor.tick()
-    assert inbox.take(0) == ANSWER[1:]
+    assert inbox.next_events(0) == ANSWER[1:]
 
 
 def test_a_request_with_new_events_in_the_replay_list_is_not_failed_before_they_are_read(web: Web) -> None:
@@ -196,7 +196,7 @@ def test_a_request_with_new_events_in_the_replay_list_is_not_failed_before_they_
     web.write("r", *envelopes("r", 0, 1))
     web.lease("gpu0:second")
     web.monitor.tick()
-    assert inbox.take(0) == [Delta("one")] and not inbox.ended
+    assert inbox.next_events(0) == [Delta("one")] and not inbox.ended
     inbox.last_event_at -= SILENCE_S
     web.monitor.tick()
     assert failure(inbox).code == "worker_lost"
@@ -206,7 +206,7 @@ def test_nothing_happens_to_a_silent_request_whose_worker_lives(web: Web) -> Non
     inbox = web.running()
     for _ in range(3):
         web.monitor.tick()
-    assert inbox.take(0) == [] and not inbox.ended
+    assert inbox.next_events(0) == [] and not inbox.ended
     assert web.queued() == 0 and inbox.orphan_since is None
 
 
@@ -216,14 +216,14 @@ def test_a_request_that_hears_events_is_not_checked(web: Web) -> None:
     web.redis.delete(web.keys.claim("r"), web.keys.job("r"))
     web.write("r", *envelopes("r", 0, 1))
     web.monitor.tick()
-    assert inbox.take(0) == [] and not inbox.ended
+    assert inbox.next_events(0) == [] and not inbox.ended
 
 
 def test_a_request_that_is_not_admitted_yet_is_not_checked(web: Web) -> None:
     inbox = web.router.open("r", MODEL)
     inbox.last_event_at -= SILENCE_S
     web.monitor.tick()
-    assert inbox.take(0) == [] and not inbox.ended
+    assert inbox.next_events(0) == [] and not inbox.ended
 
 
 def test_an_id_that_a_worker_took_without_claiming_it_is_sent_again_once(web: Web) -> None:

@@ -1,4 +1,4 @@
-"""The two halves of the event stream against a real Redis: order, doubles, gaps, resends."""
+"""The two halves of the event stream on a real Redis: order, duplicates, gaps, repeated writes."""
 
 import queue
 import threading
@@ -10,6 +10,7 @@ import pytest
 import redis
 
 from protocol import events
+from protocol.errors import WorkerLost
 from protocol.event_router import EventRouter, Inbox
 from protocol.event_sender import EventSender
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
@@ -48,16 +49,17 @@ def router(redis_client: Any, keys: Keys) -> Iterator[EventRouter]:
     router.stop()
 
 
-def take(inbox: Inbox, count: int) -> list[Event]:
-    gained: list[Event] = []
+def read(inbox: Inbox, count: int) -> list[Event]:
+    """Return the next `count` events."""
+    found: list[Event] = []
     give_up_at = time.monotonic() + 60
-    while len(gained) < count:
-        assert time.monotonic() < give_up_at, f"{len(gained)} of {count} events came"
-        gained += inbox.take(1)
-    return gained
+    while len(found) < count:
+        assert time.monotonic() < give_up_at, f"{len(found)} of {count} events came"
+        found += inbox.next_events(1)
+    return found
 
 
-def test_events_arrive_in_order_and_stand_in_the_replay_list(
+def test_events_arrive_in_order_and_are_in_the_replay_list(
     sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
 ) -> None:
     inbox = router.open("r", "m")
@@ -69,7 +71,7 @@ def test_events_arrive_in_order_and_stand_in_the_replay_list(
     ]
     for event in told:
         sender.emit([("r", event)])
-    assert take(inbox, len(told)) == told
+    assert read(inbox, len(told)) == told
     assert inbox.incarnation_id == "cid:incarnation_id"
     assert inbox.ended
     replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
@@ -88,31 +90,31 @@ def test_requests_of_two_web_processes_are_kept_apart(
     sender.open("a", WEB, 100, ignore_end)
     sender.open("b", "web-2", 100, ignore_end)
     sender.emit([("a", Delta("A")), ("b", Delta("B")), ("unknown", Delta("dropped"))])
-    assert take(mine, 1) == [Delta("A")]
-    assert take(theirs, 1) == [Delta("B")]
+    assert read(mine, 1) == [Delta("A")]
+    assert read(theirs, 1) == [Delta("B")]
     other.stop()
 
 
-def test_doubles_are_dropped_and_a_gap_waits_for_the_replay() -> None:
+def test_duplicates_are_dropped_and_a_gap_waits_for_the_replay() -> None:
     inbox = Inbox("r", "m")
     for seq, text in ((0, "a"), (0, "a"), (2, "c"), (1, "b"), (1, "b")):
         inbox.feed(Envelope("r", seq, Delta(text)))
-    assert take(inbox, 2) == [Delta("a"), Delta("b")]
-    assert not inbox.take(0.01)
+    assert read(inbox, 2) == [Delta("a"), Delta("b")]
+    assert not inbox.next_events(0.01)
     inbox.feed(Envelope("r", 3, Delta("d")))
     assert inbox.gap_since is not None
     inbox.feed(Envelope("r", 2, Delta("c")))
     inbox.feed(Envelope("r", 3, Delta("d")))
-    assert take(inbox, 2) == [Delta("c"), Delta("d")]
+    assert read(inbox, 2) == [Delta("c"), Delta("d")]
     assert inbox.gap_since is None
 
 
 def test_nothing_passes_after_the_end() -> None:
     inbox = Inbox("r", "m")
-    inbox.fail(Failed("worker_lost", "gone"))
+    inbox.fail(Failed.of(WorkerLost()))
     inbox.feed(Envelope("r", 0, Delta("late")))
-    assert take(inbox, 1) == [Failed("worker_lost", "gone")]
-    assert not inbox.take(0.01)
+    assert read(inbox, 1) == [Failed.of(WorkerLost())]
+    assert not inbox.next_events(0.01)
 
 
 def test_a_replay_list_that_vanished_gives_the_request_up(
@@ -121,7 +123,7 @@ def test_a_replay_list_that_vanished_gives_the_request_up(
     inbox = router.open("r", "m")
     sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
-    take(inbox, 1)
+    read(inbox, 1)
     redis_client.delete(keys.replay("r"))
     sender.emit([("r", Delta("b"))])
     assert ends.get(timeout=30) is None
@@ -148,7 +150,7 @@ class Flaky:
         return failing
 
 
-def test_a_write_of_unknown_fate_is_repeated_and_nobody_sees_it_twice(
+def test_a_write_whose_answer_was_lost_is_repeated_and_read_once(
     router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
 ) -> None:
     sender = EventSender(cast(Any, Flaky(redis_client, 3)), keys, prepare=lambda event: event)
@@ -157,10 +159,10 @@ def test_a_write_of_unknown_fate_is_repeated_and_nobody_sees_it_twice(
     sender.open("r", WEB, 100, ends.put)
     sender.emit([("r", Delta("a"))])
     sender.emit([("r", Delta("b")), ("r", Finished())])
-    assert take(inbox, 3) == [Delta("a"), Delta("b"), Finished()]
+    assert read(inbox, 3) == [Delta("a"), Delta("b"), Finished()]
     assert ends.get(timeout=30) == Finished()
-    assert not inbox.take(0.01)
-    assert redis_client.llen(keys.replay("r")) > 3, "the test must have doubled something"
+    assert not inbox.next_events(0.01)
+    assert redis_client.llen(keys.replay("r")) > 3, "no write was repeated: the test tests nothing"
     sender.stop(5)
 
 
@@ -196,8 +198,8 @@ def test_emit_never_waits_for_redis(keys: Keys, ends: Ends) -> None:
 def test_what_has_ended_can_not_fail_any_more() -> None:
     inbox = Inbox("r", "model")
     inbox.feed(Envelope("r", 0, Finished(None)))
-    inbox.fail(Failed("worker_lost", "too late"))
-    assert inbox.take(0) == [Finished(None)]
+    inbox.fail(Failed.of(WorkerLost()))
+    assert inbox.next_events(0) == [Finished(None)]
 
 
 def test_what_an_acl_forbids_is_given_up_at_once(

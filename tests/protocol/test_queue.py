@@ -1,4 +1,4 @@
-"""Admission, claims and ends on a real Redis."""
+"""protocol.queue.JobQueue on a real Redis: admission, claims and ends of jobs."""
 
 import time
 from typing import Any
@@ -33,7 +33,7 @@ def admit(queue: JobQueue, job: Job, *, deadline_s: float = 60, max_waiting: int
     return queue.admit(job, web_id="w", deadline_s=deadline_s, max_waiting=max_waiting)
 
 
-def test_a_job_crosses_unchanged_with_its_pictures(queue: JobQueue) -> None:
+def test_a_job_arrives_unchanged_with_its_images(queue: JobQueue) -> None:
     job = ImageJob(
         id="p", model=MODEL, task="edit", prompt="é", image=b"\x00\xff", mask=b"m", width=64, seed=3
     )
@@ -45,14 +45,14 @@ def test_a_job_crosses_unchanged_with_its_pictures(queue: JobQueue) -> None:
     assert 50 < claimed.remaining_s <= 60
 
 
-def test_only_one_boot_gets_a_claim_and_may_ask_again(queue: JobQueue) -> None:
+def test_only_one_incarnation_gets_a_claim_and_may_repeat_it(queue: JobQueue) -> None:
     admit(queue, chat("a"))
     assert queue.claim("a", MODEL, "incarnation_id-1") is not None
     assert queue.claim("a", MODEL, "incarnation_id-2") is None
     assert queue.claim("a", MODEL, "incarnation_id-1") is not None
 
 
-def test_the_line_is_bounded_and_a_claim_makes_room(queue: JobQueue) -> None:
+def test_the_queue_is_bounded_and_a_claim_makes_room(queue: JobQueue) -> None:
     for name in "abc":
         admit(queue, chat(name))
     with pytest.raises(Overloaded) as refusal:
@@ -62,14 +62,14 @@ def test_the_line_is_bounded_and_a_claim_makes_room(queue: JobQueue) -> None:
     admit(queue, chat("d"))
 
 
-def test_what_a_dead_web_process_left_stops_counting_at_its_deadline(queue: JobQueue) -> None:
+def test_a_request_that_nobody_cancels_stops_counting_at_its_deadline(queue: JobQueue) -> None:
     for name in "abc":
         admit(queue, chat(name), deadline_s=0.05)
     time.sleep(0.06)
     admit(queue, chat("d"))
 
 
-def test_late_cancelled_and_ended_jobs_are_dropped_at_the_claim(queue: JobQueue) -> None:
+def test_late_cancelled_and_ended_jobs_can_not_be_claimed(queue: JobQueue) -> None:
     admit(queue, chat("late"), deadline_s=0.02)
     time.sleep(0.03)
     assert queue.claim("late", MODEL, "incarnation_id") is None
@@ -93,7 +93,7 @@ def test_the_estimate_refuses_only_after_measured_saturation(
         redis_client.set(f"{keys.completions(MODEL)}{now // RATE_BUCKET_S - back}", 1, ex=60)
     admit(queue, chat("a"), deadline_s=20, max_waiting=100)
     admit(queue, chat("b"), deadline_s=20, max_waiting=100)
-    # two tens of seconds with one completion each prove nothing; a third makes 10 s for each waiting request
+    # two buckets with one completion each are too few; four make a rate of 10 s for each waiting request
     for back in (1, 2, 3, 4):
         redis_client.set(f"{keys.completions(MODEL)}{now // RATE_BUCKET_S - back}", 1, ex=60)
     with pytest.raises(Overloaded) as refusal:
@@ -124,7 +124,7 @@ def test_every_key_has_a_ttl(queue: JobQueue, keys: Keys, redis_client: Any) -> 
         for name in redis_client.keys(keys.prefix + "*")
         if redis_client.ttl(name) < 0 and b"_kombu" not in name
     ]
-    assert lasting == [keys.queue_list(MODEL)], "only Celery's own list of ids lives without one"
+    assert lasting == [keys.queue_list(MODEL)], "only Celery's own list of ids has none"
 
 
 def test_the_message_in_the_queue_is_the_id_alone(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
@@ -137,7 +137,7 @@ def test_the_message_in_the_queue_is_the_id_alone(queue: JobQueue, keys: Keys, r
     assert b"s3cret" not in message
 
 
-def test_an_unreachable_redis_is_a_refusal(keys: Keys) -> None:
+def test_an_unreachable_redis_is_queue_unavailable(keys: Keys) -> None:
     from protocol.connections import connect_redis
 
     settings = Settings(redis_url=f"redis://127.0.0.1:{free_port()}/0")
