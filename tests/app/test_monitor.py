@@ -155,6 +155,22 @@ def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
     )
 
 
+def test_a_pause_of_the_web_process_fails_no_request(web: Web) -> None:
+    """A gap or a silence that was short before the pause has become long, and the worker's lease has expired."""
+    silent, with_gap = web.running("silent"), web.running("with gap")
+    web.monitor.tick()
+    with_gap.feed(Envelope("with gap", 2, ANSWER[2]))
+    assert with_gap.gap_since is not None
+    for inbox in (silent, with_gap):
+        inbox.last_event_at -= 60
+    with_gap.gap_since -= 60
+    web.redis.delete(web.keys.lease("gpu0"))
+    web.write("with gap", *envelopes("with gap", 0, 1, 2))
+    web.monitor.tick()
+    assert with_gap.next_events(0) == ANSWER[1:3] and not with_gap.ended
+    assert silent.next_events(0) == [] and not silent.ended
+
+
 def test_a_request_whose_claim_is_lost_fails(web: Web) -> None:
     inbox = web.running()
     web.redis.delete(web.keys.claim("r"))
