@@ -1,4 +1,7 @@
-"""The web process: validates, admits, queues, and turns workers' events into answers. Never imports torch or workers."""
+"""The web process: validates requests, queues jobs, and turns the events of workers into responses.
+
+It never imports torch or workers.
+"""
 
 import logging
 
@@ -8,8 +11,9 @@ from app.chat.routes import blueprint as chat_blueprint
 from app.http.errors import register_error_handlers
 from app.images.routes import blueprint as images_blueprint
 from app.operations.models import blueprint as models_blueprint
+from app.operations.openapi import describe
 from app.operations.routes import blueprint as operations_blueprint
-from app.services import Services, build_services
+from app.services import build_services
 from catalogue import Catalogue
 from config import Settings
 from node.cli import node_commands
@@ -20,29 +24,52 @@ EXTENSION = "modelservice"
 
 
 def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
-    """The Flask app. Nothing connects or starts before `app.extensions["modelservice"].start()`.
+    """Make the Flask app. Nothing connects or starts before `app.extensions["modelservice"].start()`.
 
     Raises ConfigurationError.
     """
     catalogue = catalogue or Catalogue.from_file(settings.models_file)
     services = build_services(settings, catalogue)
     app = Flask("modelservice", static_folder=None)
-    app.extensions[EXTENSION] = services
+    app.extensions[EXTENSION] = services.process
 
-    # the clock starts before the gate, so that refusals are counted too
+    # metrics before the gate, so that refused requests are counted too
     services.metrics.init_app(app)
     services.gate.init_app(app)
     register_error_handlers(app)
 
-    app.register_blueprint(chat_blueprint(services))
-    app.register_blueprint(images_blueprint(services))
-    app.register_blueprint(models_blueprint(services))
-    app.register_blueprint(operations_blueprint(services))
-    app.cli.add_command(node_commands(lambda: services))
-
+    app.register_blueprint(chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher))
+    app.register_blueprint(
+        images_blueprint(
+            catalogue=catalogue,
+            dispatcher=services.dispatcher,
+            fetcher=services.fetcher,
+            image_store=services.image_store,
+            image_ttl_s=settings.image_ttl_s,
+            public_url=settings.public_url,
+        )
+    )
+    app.register_blueprint(models_blueprint(catalogue=catalogue, public_url=settings.public_url))
+    app.register_blueprint(
+        operations_blueprint(
+            models=catalogue.models,
+            worker_view=services.worker_view,
+            metrics=services.metrics,
+            connected=services.process.connected,
+            has_key=services.gate.has_key,
+            warnings=settings.warnings(),
+            description=describe(settings.public_url, keyed=bool(settings.api_keys)),
+        )
+    )
+    app.cli.add_command(
+        node_commands(
+            settings,
+            project=catalogue.project,
+            namespace=services.namespace,
+            leases=services.leases,
+            lock=services.node_lock,
+        )
+    )
     for warning in settings.warnings():
         log.warning("%s", warning)
     return app
-
-
-__all__ = ["EXTENSION", "Services", "create_app"]

@@ -1,14 +1,13 @@
 """`flask --app wsgi node …`: what the node believes beside what is true, and the calls that no process makes by itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import click
 from flask.cli import AppGroup
 from redis.exceptions import RedisError
 
-from catalogue import Catalogue
 from config import Settings
 from node.client import (
     NodeClient,
@@ -19,9 +18,7 @@ from node.client import (
     registrations_of,
 )
 from node.lock import NodeLock
-from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
-from protocol.names import Keys
 
 Mark = Literal["ok", "missing", "changing", "stale", "foreign"]
 
@@ -32,21 +29,6 @@ MARKS: dict[Mark, str] = {
     "stale": "ours, but no living worker stands for it: `node prune` takes it off",
     "foreign": "somebody else's",
 }
-
-
-class NodeServices(Protocol):
-    """What the commands need of the web process's services."""
-
-    @property
-    def settings(self) -> Settings: ...
-    @property
-    def catalogue(self) -> Catalogue: ...
-    @property
-    def namespace(self) -> str: ...
-    @property
-    def leases(self) -> Leases: ...
-    @property
-    def redis(self) -> RedisClient: ...
 
 
 class Row(NamedTuple):
@@ -80,36 +62,45 @@ def compare(
     return rows + [Row("missing", entry, states[entry.cid]) for entry in lacking]
 
 
-def node_commands(get_services: Callable[[], NodeServices]) -> AppGroup:
-    """The group `node`. Nothing connects before a command runs."""
+def node_commands(
+    settings: Settings, *, project: str, namespace: str, leases: Leases, lock: NodeLock
+) -> AppGroup:
+    """Make the group `node`. Nothing connects before a command runs."""
     group = AppGroup(
         "node", help="What the network node believes, and how to correct it.", short_help="The network node."
     )
 
+    @contextmanager
+    def open_node() -> Iterator[_Node]:
+        if not settings.node_url:
+            raise click.ClickException("NODE_URL is empty: there is no node to talk to")
+        with _one_line_errors():
+            yield _Node(settings, project, namespace, leases, lock)
+
     @group.command("list")
     def list_entries() -> None:
         """Show what the node lists beside the workers that live."""
-        with _node_of(get_services()) as node:
+        with open_node() as node:
             _list(node)
 
     @group.command("register-project")
     @click.option("--yes", is_flag=True, help="Drop others' entries of the project without asking.")
     def register_project(yes: bool) -> None:
         """Replace the project's whole list by the workers that are ready now."""
-        with _node_of(get_services()) as node:
+        with open_node() as node:
             _register_project(node, yes)
 
     @group.command("unregister-project")
     @click.option("--yes", is_flag=True, help="Don't ask.")
     def unregister_project(yes: bool) -> None:
         """Remove the project with everybody's models. Workers that live register again within a minute."""
-        with _node_of(get_services()) as node:
+        with open_node() as node:
             _unregister_project(node, yes)
 
     @group.command("prune")
     def prune() -> None:
         """Take our stale entries off the node; the reconciler does the same by itself, more cautiously."""
-        with _node_of(get_services()) as node:
+        with open_node() as node:
             _prune(node)
 
     return group
@@ -118,30 +109,28 @@ def node_commands(get_services: Callable[[], NodeServices]) -> AppGroup:
 class _Node:
     """One command's view of the node and of the workers."""
 
-    def __init__(self, services: NodeServices) -> None:
-        settings = services.settings
-        self.project = services.catalogue.project
+    def __init__(
+        self, settings: Settings, project: str, namespace: str, leases: Leases, lock: NodeLock
+    ) -> None:
+        self.project = project
         self.client = NodeClient(settings.node_url, timeout_s=15.0)
-        self.lock = NodeLock(
-            services.redis, Keys.of(services.namespace), settings.node_url, settings.service_id
-        )
-        self._services = services
+        self.lock = lock
+        self._settings = settings
+        self._namespace = namespace
+        self._leases = leases
 
     def expected(self) -> list[Registration]:
-        return registrations_of(self._services.leases.workers(), self._services.settings)
+        return registrations_of(self._leases.workers(), self._settings)
 
     def rows(self) -> list[Row]:
-        services = self._services
-        return compare(self.client.models(), services.leases.workers(), services.settings, services.namespace)
+        return compare(self.client.models(), self._leases.workers(), self._settings, self._namespace)
 
 
 @contextmanager
-def _node_of(services: NodeServices) -> Iterator[_Node]:
-    """The node, with its and Redis' failures as one line and exit status 1."""
-    if not services.settings.node_url:
-        raise click.ClickException("NODE_URL is empty: there is no node to talk to")
+def _one_line_errors() -> Iterator[None]:
+    """Report the errors of the node and of Redis as one line, with exit status 1."""
     try:
-        yield _Node(services)
+        yield
     except NodeError as error:
         raise click.ClickException(str(error)) from error
     except RedisError as error:

@@ -7,30 +7,31 @@ from flask import Blueprint, Response, request
 
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream, completion
 from app.chat.schema import ChatCompletionRequest
-from app.dispatch.dispatcher import EventReader
+from app.dispatch.dispatcher import Dispatcher, EventReader
+from app.dispatch.models import find_model
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import ignored_params, read_json
 from app.http.sse import EventStream
 from app.http.validation import parse
-from app.services import Services
-from catalogue import CHAT
+from catalogue import CHAT, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
 
 
-def blueprint(services: Services) -> Blueprint:
+def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher) -> Blueprint:
+    """Make the blueprint of the chat endpoint."""
     routes = Blueprint("chat", __name__)
 
     @routes.post(CHAT.path)
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
-        asked, reader = _begin(services, connection)
+        params, reader = _submit(catalogue, dispatcher, connection)
         try:
-            response = _respond(asked, reader, connection)
-            if asked.ignored:
-                response.headers["X-Ignored-Params"] = asked.ignored
-            response.headers["X-Request-Id"] = asked.id
+            response = _respond(params, reader, connection)
+            if params.ignored:
+                response.headers["X-Ignored-Params"] = params.ignored
+            response.headers["X-Request-Id"] = params.id
         except BaseException:
             reader.close()
             raise
@@ -39,7 +40,7 @@ def blueprint(services: Services) -> Blueprint:
     return routes
 
 
-class _Asked(NamedTuple):
+class _ResponseParams(NamedTuple):
     """What a response needs of its request. No more is kept: thousands of streams are open at once."""
 
     id: str
@@ -50,11 +51,14 @@ class _Asked(NamedTuple):
     ignored: str
 
 
-def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventReader]:
+def _submit(
+    catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
+) -> tuple[_ResponseParams, EventReader]:
+    """Validate the request and queue its job. Nothing keeps its body after this returns."""
     raw = read_json(request, MAX_BODY_BYTES)
     body = parse(ChatCompletionRequest, raw)
-    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", services.dispatcher.entry(body.model, CHAT))
-    asked = _Asked(
+    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", find_model(catalogue, body.model, CHAT))
+    params = _ResponseParams(
         job.id,
         job.model,
         job.sampling.n,
@@ -62,15 +66,16 @@ def _begin(services: Services, connection: Connection) -> tuple[_Asked, EventRea
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored_params(ChatCompletionRequest, raw),
     )
-    return asked, services.dispatcher.begin(job, CHAT, connection)
+    return params, dispatcher.begin(job, CHAT, connection)
 
 
-def _respond(asked: _Asked, reader: EventReader, connection: Connection) -> Response:
-    events = ChatEventReader(reader, asked.n)
-    if asked.stream:
-        encoder = ChunkEncoder(asked.id, asked.model, n=asked.n, include_usage=asked.include_usage)
+def _respond(params: _ResponseParams, reader: EventReader, connection: Connection) -> Response:
+    """Wait for the first token of a stream, or for the whole completion."""
+    events = ChatEventReader(reader, params.n)
+    if params.stream:
+        encoder = ChunkEncoder(params.id, params.model, n=params.n, include_usage=params.include_usage)
         return _stream(ChunkStream(events, encoder), connection, reader)
-    response = json_response(completion(events, asked.id, asked.model, n=asked.n))
+    response = json_response(completion(events, params.id, params.model, n=params.n))
     reader.close()
     return response
 

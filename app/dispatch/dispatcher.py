@@ -8,13 +8,11 @@ from typing import Protocol, TypeVar
 from redis.exceptions import RedisError
 
 from app.dispatch.worker_view import WorkerView
-from catalogue import Catalogue, ModelEntry, TaskSpec
+from catalogue import ModelEntry, TaskSpec
 from config import Settings
 from protocol.errors import (
     Cancelled,
     DeadlineExceeded,
-    InvalidRequest,
-    ModelNotFound,
     NoWorker,
     QueueUnavailable,
     ShuttingDown,
@@ -124,36 +122,22 @@ class Dispatcher:
     def __init__(
         self,
         settings: Settings,
-        catalogue: Catalogue,
         *,
         web_id: str,
         queue: JobQueue,
         router: EventRouter,
         worker_view: WorkerView,
+        connected: Callable[[], bool],
         draining_for_s: Callable[[], float],
     ) -> None:
+        """`connected` and `draining_for_s` are those of app.process.WebProcess."""
         self._settings = settings
-        self._catalogue = catalogue
         self._web_id = web_id
         self._queue = queue
         self._router = router
         self._worker_view = worker_view
+        self._connected = connected
         self._draining_for_s = draining_for_s
-
-    def entry(self, name: str, task: TaskSpec[Entry]) -> Entry:
-        """Return a model's entry. Raises ModelNotFound, and InvalidRequest if it does not support `task`."""
-        entry = self._catalogue.get(name)
-        if entry is None:
-            known = ", ".join(model.name for model in self._catalogue.models if task.name in model.tasks)
-            raise ModelNotFound(
-                f"model {name!r} does not exist; this endpoint serves: {known or 'none'}", param="model"
-            )
-        if task.name not in entry.tasks or not isinstance(entry, task.entry):
-            raise InvalidRequest(
-                f"model {name!r} does not support {task.name!r}; it supports: {', '.join(entry.tasks)}",
-                param="model",
-            )
-        return entry
 
     def begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
@@ -179,7 +163,7 @@ class Dispatcher:
         return reader
 
     def _refuse_early(self, model: str) -> None:
-        if not self._worker_view.reachable or not self._router.subscribed.is_set():
+        if not self._connected():
             raise QueueUnavailable
         if not self._worker_view.has_ready(model, look_again=True):
             raise NoWorker(f"no worker serves model {model!r} at the moment; try again soon")

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from catalogue import ModelEntry
 from protocol.leases import Leases, Observation, WorkerRecord
@@ -54,7 +54,7 @@ class WorkerView:
         self.refresh()
         return self.has_ready(model)
 
-    def missing(self, models: tuple[ModelEntry, ...]) -> list[str]:
+    def missing(self, models: Sequence[ModelEntry]) -> list[str]:
         """Return the names of the models for which no worker is ready."""
         return [entry.name for entry in models if not self.has_ready(entry.name)]
 

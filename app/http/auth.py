@@ -48,7 +48,7 @@ class Gate:
         if self.through_node_listener():
             if request.method != "POST" or request.path not in NODE_PATHS:
                 raise NotFound(
-                    "this address is for the network node and serves only POST requests to the model endpoints"
+                    "this address is for the network node; it serves only POST requests of model endpoints"
                 )
             return
         if request.path in OPEN_PATHS or request.path.startswith(OPEN_PREFIXES):

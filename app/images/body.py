@@ -9,7 +9,7 @@ import base64
 import binascii
 from collections.abc import Callable, Mapping
 from io import BytesIO
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, cast
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 from flask import Request
@@ -19,6 +19,7 @@ from werkzeug.formparser import FormDataParser
 
 from app.http.request_body import read_body, read_json
 from app.images.schema import ABSENT_AS_ZERO
+from catalogue import EDIT, GENERATION, ImageModelEntry, TaskSpec
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
 from protocol.image_files import MAX_BYTES, open_image
 from protocol.jobs import ImageJob
@@ -38,7 +39,7 @@ _T = TypeVar("_T")
 class ImageBody(NamedTuple):
     """A body: `fields` for app.images.schema, and `image` and `mask` as files, URLs or base64."""
 
-    task: Literal["generation", "edit"]
+    task: TaskSpec[ImageModelEntry]
     fields: dict[str, Any]
     is_form: bool
     image: bytes | str | None = None
@@ -49,7 +50,7 @@ class ImageBody(NamedTuple):
 
         Call this last, when everything else in the body has been validated.
         """
-        if self.task == "generation":
+        if self.task is GENERATION:
             return job
         image, mask = self.load(fetch)
         return msgspec.structs.replace(job, image=image, mask=mask)
@@ -74,16 +75,16 @@ def read_image_body(request: Request, *, edit: bool) -> ImageBody:
         return _from_form(request, edit)
     fields = read_json(request, MAX_JSON_BYTES)
     if not edit:
-        return ImageBody("generation", fields, is_form=False)
+        return ImageBody(GENERATION, fields, is_form=False)
     image, mask = (_one_text(fields.pop(name, None), name) for name in ("image", "mask"))
-    return ImageBody("edit", fields, False, image, mask)
+    return ImageBody(EDIT, fields, False, image, mask)
 
 
 def _from_form(request: Request, edit: bool) -> ImageBody:
     form, files = _parse_form(request)
     image, mask = (_one_part(name, form, files) for name in ("image", "mask"))
     is_edit = edit or image is not None or mask is not None
-    return ImageBody("edit" if is_edit else "generation", _form_fields(form), True, image, mask)
+    return ImageBody(EDIT if is_edit else GENERATION, _form_fields(form), True, image, mask)
 
 
 def _parse_form(request: Request) -> tuple[MultiDict[str, str], MultiDict[str, Any]]:

@@ -6,71 +6,82 @@ from contextlib import closing
 
 from flask import Blueprint, Response, request
 
+from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.models import find_model, only_model
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import ignored_params
 from app.http.validation import parse
-from app.images.body import read_image_body
+from app.images.body import ImageBody, read_image_body
+from app.images.fetch import ImageFetcher
 from app.images.response import collect_images, images_response, images_response_base64
-from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
-from app.services import Services
-from catalogue import EDIT, GENERATION, ImageModelEntry, TaskSpec
+from app.images.schema import ImageEditRequest, ImageGenerationRequest, ImageRequest
+from catalogue import EDIT, GENERATION, Catalogue
 from protocol.errors import NotFound
-from protocol.jobs import ImageJob
+from protocol.image_store import ImageStore
 
 FILES = "/v1/images/files/"
 
 
-def blueprint(services: Services) -> Blueprint:
+def blueprint(
+    *,
+    catalogue: Catalogue,
+    dispatcher: Dispatcher,
+    fetcher: ImageFetcher,
+    image_store: ImageStore,
+    image_ttl_s: int,
+    public_url: str,
+) -> Blueprint:
+    """Make the blueprint of the image endpoints. `public_url` is the base of the links in responses."""
     routes = Blueprint("images", __name__)
+
+    def create(*, edit: bool) -> Response:
+        # a form with an image is an edit at both endpoints, because the node knows one URL for each model
+        body = read_image_body(request, edit=edit)
+        params = _parse(body, catalogue)
+        entry = find_model(catalogue, params.model, body.task)
+        # everything is validated before an image is downloaded for this request
+        job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
+        with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
+            images = collect_images(reader)
+        created = int(time.time())
+        if params.response_format == "b64_json":
+            content = images_response_base64(created, job, images, load=image_store.get)
+        else:
+            content = images_response(created, job, images, link=lambda name: public_url + FILES + name)
+        response = json_response(content)
+        response.headers["X-Request-Id"] = job.id
+        if ignored := ignored_params(type(params), body.fields):
+            response.headers["X-Ignored-Params"] = ignored
+        return response
 
     @routes.post(GENERATION.path)
     def create_image() -> Response:
-        return _create(services, edit=False)
+        return create(edit=False)
 
     @routes.post(EDIT.path)
     def create_image_edit() -> Response:
-        return _create(services, edit=True)
+        return create(edit=True)
 
     @routes.get(f"{FILES}<name>")
     def get_image_file(name: str) -> Response:
-        png = services.image_store.get(name)
+        png = image_store.get(name)
         if png is None:
-            ttl_s = services.settings.image_ttl_s
-            raise NotFound(f"no such image; links expire after {ttl_s} s, or earlier when the store is full")
+            raise NotFound(
+                f"no such image; links expire after {image_ttl_s} s, or earlier when the store is full"
+            )
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600, immutable"}
         return Response(png, content_type="image/png", headers=headers)
 
     return routes
 
 
-def _create(services: Services, *, edit: bool) -> Response:
-    """Answer either endpoint. A form with an image is an edit at both, as the node knows one URL a model."""
-    received = read_image_body(request, edit=edit)
-    fields = received.fields
-    task, schema = (
-        (EDIT, ImageEditRequest) if received.task == EDIT.name else (GENERATION, ImageGenerationRequest)
+def _parse(body: ImageBody, catalogue: Catalogue) -> ImageRequest:
+    """Validate the fields of a body. A form need not name the model if only one supports its task."""
+    schema = ImageEditRequest if body.task is EDIT else ImageGenerationRequest
+    if not body.is_form:
+        return parse(schema, body.fields)
+    fields = (
+        body.fields if "model" in body.fields else {**body.fields, "model": only_model(catalogue, body.task)}
     )
-    if received.is_form and "model" not in fields:
-        fields = {**fields, "model": only_model(services.catalogue, task)}
-    body = parse(schema, fields, strict=False if received.is_form else None)
-    entry = services.dispatcher.entry(body.model, task)
-    # everything is validated before an image is downloaded for this request
-    job = received.attach(body.to_job(f"img-{uuid.uuid4().hex}", entry), services.fetcher.fetch)
-    response = json_response(_answer(services, job, task, as_base64=body.response_format == "b64_json"))
-    response.headers["X-Request-Id"] = job.id
-    if ignored := ignored_params(schema, received.fields):
-        response.headers["X-Ignored-Params"] = ignored
-    return response
-
-
-def _answer(
-    services: Services, job: ImageJob, task: TaskSpec[ImageModelEntry], *, as_base64: bool
-) -> dict[str, object]:
-    with closing(services.dispatcher.begin(job, task, Connection(request.environ))) as reader:
-        images = collect_images(reader)
-    created = int(time.time())
-    if as_base64:
-        return images_response_base64(created, job, images, load=services.image_store.get)
-    link = services.settings.public_url + FILES
-    return images_response(created, job, images, link=lambda name: link + name)
+    return parse(schema, fields, strict=False)

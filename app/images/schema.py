@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from catalogue import Catalogue, ImageEngineOptions, ImageModelEntry, TaskSpec
+from catalogue import ImageEngineOptions, ImageModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
@@ -57,7 +57,7 @@ Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
 Factor = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
 
 
-class _ImageRequest(BaseModel):
+class ImageRequest(BaseModel):
     """The fields of both endpoints. None means not given: the defaults of the catalogue or pipeline apply."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
@@ -125,11 +125,11 @@ class _ImageRequest(BaseModel):
         return width, height
 
 
-class ImageGenerationRequest(_ImageRequest):
+class ImageGenerationRequest(ImageRequest):
     """The fields of POST /v1/images/generations."""
 
 
-class ImageEditRequest(_ImageRequest):
+class ImageEditRequest(ImageRequest):
     """The fields of POST /v1/images/edits, without the image files, which app.images.body reads."""
 
     strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
@@ -141,16 +141,6 @@ class ImageEditRequest(_ImageRequest):
         job = super().to_job(request_id, entry)
         strength = _first(self.strength, entry.defaults.strength)
         return msgspec.structs.replace(job, task="edit", strength=strength, image=image, mask=mask)
-
-
-def only_model(catalogue: Catalogue, task: TaskSpec[ImageModelEntry]) -> str:
-    """Return the only model with this task, for a form that names none. Raises InvalidRequest."""
-    names = [model.name for model in catalogue.models if task.name in model.tasks]
-    if len(names) != 1:
-        raise InvalidRequest(
-            f"model is required; this endpoint serves: {', '.join(names) or 'none'}", param="model"
-        )
-    return names[0]
 
 
 def _is_absent(name: str, value: Any) -> bool:

@@ -33,7 +33,7 @@ class Metrics:
         self._registry.register(_WorkerCollector(worker_view, router))
 
     def init_app(self, app: Flask) -> None:
-        """Count the responses of `app`. Call this first, so that responses of other before_request hooks count too."""
+        """Count the responses of `app`. Call this first, to count those of other hooks too."""
         app.before_request(_start_clock)
         app.after_request(self._count)
 

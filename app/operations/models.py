@@ -6,19 +6,18 @@ from typing import Any
 from flask import Blueprint, Response
 
 from app.http.errors import json_response
-from app.services import Services
-from catalogue import TASKS
+from catalogue import TASKS, Catalogue
 from protocol.errors import ModelNotFound
 
 
-def blueprint(services: Services) -> Blueprint:
+def blueprint(*, catalogue: Catalogue, public_url: str) -> Blueprint:
+    """Make the blueprint of the model endpoints. `public_url` is the base of the models' URLs."""
     routes = Blueprint("models", __name__)
-    catalogue = services.catalogue
     created = int(time.time())
     rows: list[dict[str, Any]] = [
         {
             "model": entry.name,
-            "url": services.settings.public_url + TASKS[task].path,
+            "url": public_url + TASKS[task].path,
             "object": "model",
             "id": entry.name,
             "created": created,

@@ -1,8 +1,8 @@
 """GET /openapi.json: the description of the API.
 
 tests/security/test_fuzz.py compares it with the running service: requests that the schemas allow are served,
-others are refused, and every response is as declared. What JSON Schema can't express is a 400 that names the field:
-a bound that depends on another field, the limits of one model, 1.0 where an integer is required.
+others are refused, and every response is as declared. What JSON Schema can't express is a 400 that names the
+field: a bound that depends on another field, the limits of one model, 1.0 where an integer is required.
 """
 
 from typing import Any
@@ -111,7 +111,7 @@ def _get(
     also: dict[int, str] | None = None,
     public: bool = False,
 ) -> dict[str, Any]:
-    """Return an operation. `content`: a schema's name, or content by type. `also`: more schemas, by status."""
+    """Return an operation. `content`: a schema's name, or content by type; `also`: schemas by status."""
     content = _json(content) if isinstance(content, str) else content
     operation: dict[str, Any] = {
         "summary": summary,

@@ -1,17 +1,32 @@
 """Endpoints for operators and monitoring: health, readiness, workers, metrics, the API's description."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flask import Blueprint, Response
 
+from app.dispatch.worker_view import WorkerView
 from app.http.errors import json_response
-from app.operations.openapi import describe
-from app.services import Services
+from app.operations.metrics import Metrics
+from catalogue import ModelEntry
 
 
-def blueprint(services: Services) -> Blueprint:
+def blueprint(
+    *,
+    models: Sequence[ModelEntry],
+    worker_view: WorkerView,
+    metrics: Metrics,
+    connected: Callable[[], bool],
+    has_key: Callable[[], bool],
+    warnings: Sequence[str],
+    description: dict[str, Any],
+) -> Blueprint:
+    """Make the blueprint.
+
+    `connected`: whether requests can be dispatched. `has_key`: whether the current request may see the details
+    of /readyz, among them the `warnings` of the settings. `description`: the OpenAPI document.
+    """
     routes = Blueprint("operations", __name__)
-    description = describe(services.settings.public_url, keyed=bool(services.settings.api_keys))
 
     @routes.get("/healthz")
     def healthz() -> Response:
@@ -19,18 +34,17 @@ def blueprint(services: Services) -> Blueprint:
 
     @routes.get("/readyz")
     def readyz() -> Response:
-        worker_view = services.worker_view
-        missing = worker_view.missing(services.catalogue.models)
-        listening = worker_view.reachable and services.router.subscribed.is_set()
-        ready = listening and not missing
+        missing = worker_view.missing(models)
+        redis_ok = connected()
+        ready = redis_ok and not missing
         body: dict[str, Any] = (
             {"code": 0, "message": "ready"} if ready else {"code": 503, "message": "not ready"}
         )
-        if services.gate.has_key():
+        if has_key():
             body |= {
-                "redis": "ok" if listening else "unreachable",
+                "redis": "ok" if redis_ok else "unreachable",
                 "models_without_worker": missing,
-                "warnings": services.settings.warnings(),
+                "warnings": warnings,
             }
         return json_response(body, 200 if ready else 503)
 
@@ -50,13 +64,13 @@ def blueprint(services: Services) -> Blueprint:
                 "registered": record.registered,
                 "last_error": record.last_error,
             }
-            for record in services.worker_view.records()
+            for record in worker_view.records()
         ]
         return json_response({"code": 0, "message": "success", "data": rows})
 
     @routes.get("/metrics")
-    def metrics() -> Response:
-        return Response(services.metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8")
+    def show_metrics() -> Response:
+        return Response(metrics.render(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     @routes.get("/openapi.json")
     def openapi() -> Response:

@@ -12,6 +12,7 @@ from flask import Flask, request
 from PIL import Image
 
 from app.images.body import MAX_JSON_BYTES, ImageBody, read_image_body
+from catalogue import EDIT, GENERATION
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
 from protocol.image_files import MAX_BYTES
 from protocol.jobs import ImageJob
@@ -58,7 +59,7 @@ def files_of(body: ImageBody) -> tuple[bytes, bytes | None]:
 
 def test_the_form_that_the_node_sends():
     body = form(image=PNG, mask=image_file("WEBP"), prompt="p", n="0", width="64", wallet="w", size="")
-    assert body.task == "edit" and body.is_form
+    assert body.task is EDIT and body.is_form
     assert body.fields == {"prompt": "p", "width": "64", "wallet": "w"}
     assert files_of(body) == (PNG, image_file("WEBP"))
 
@@ -77,15 +78,15 @@ def test_a_form_may_have_the_image_as_text():
 
 
 def test_a_form_with_an_image_is_an_edit_at_the_generations_endpoint():
-    assert form(edit=False, image=PNG, prompt="p").task == "edit"
-    assert form(edit=False, mask=PNG, prompt="p").task == "edit"
+    assert form(edit=False, image=PNG, prompt="p").task is EDIT
+    assert form(edit=False, mask=PNG, prompt="p").task is EDIT
     plain = form(edit=False, prompt="p", n="2")
-    assert (plain.task, plain.fields) == ("generation", {"prompt": "p", "n": "2"})
+    assert (plain.task, plain.fields) == (GENERATION, {"prompt": "p", "n": "2"})
 
 
 def test_json_at_the_generations_endpoint_is_always_a_generation():
     body = read(edit=False, json={"prompt": "p", "image": "https://h/p.png"})
-    assert body.task == "generation" and body.fields["image"] == "https://h/p.png"
+    assert body.task is GENERATION and body.fields["image"] == "https://h/p.png"
     job = ImageJob(id="i", model="m", task="generation", prompt="p")
     assert body.attach(job, no_fetch) is job
 
@@ -259,7 +260,7 @@ def check(data, param):
 app.images.body.open_image = check
 buffer = BytesIO()
 Image.new("RGB", (4, 4)).save(buffer, "PNG")
-body = app.images.body.ImageBody("edit", {}, False, buffer.getvalue())
+body = app.images.body.ImageBody(app.images.body.EDIT, {}, False, buffer.getvalue())
 assert body.load(None)[0] == buffer.getvalue()
 try:
     body._replace(image=b"broken").load(None)

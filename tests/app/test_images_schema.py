@@ -3,8 +3,8 @@
 import pytest
 
 from app.http.validation import parse
-from app.images.schema import ImageEditRequest, ImageGenerationRequest, only_model
-from catalogue import EDIT, Catalogue, ImageModelEntry
+from app.images.schema import ImageEditRequest, ImageGenerationRequest
+from catalogue import ImageModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
@@ -168,17 +168,3 @@ def test_an_edit_without_strength_uses_the_default_of_the_catalogue():
     with pytest.raises(InvalidRequest) as caught:
         parse(ImageEditRequest, {"model": "painter", "prompt": "p", "strength": 0})
     assert caught.value.param == "strength"
-
-
-def test_a_form_without_model_uses_the_only_model_for_edits():
-    def catalogue(*names: str) -> Catalogue:
-        models = [{"name": name, "tasks": ["edit"], "weights": "w"} for name in names]
-        chat = {"name": "chat", "tasks": ["chat"], "weights": "w"}
-        return Catalogue.model_validate({"project": "p", "models": [chat, *models]})
-
-    assert only_model(catalogue("one"), EDIT) == "one"
-    with pytest.raises(InvalidRequest, match="one, two") as caught:
-        only_model(catalogue("one", "two"), EDIT)
-    assert caught.value.param == "model"
-    with pytest.raises(InvalidRequest, match="none"):
-        only_model(catalogue(), EDIT)

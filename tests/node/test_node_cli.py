@@ -1,18 +1,18 @@
 """`flask --app wsgi node …` with a real Redis and the stand-in node."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import flask
 import pytest
 from click.testing import Result
 
-from catalogue import Catalogue
 from config import Settings
 from node.cli import compare, node_commands
 from node.client import NodeClient, Registration, default_cid, registrations_of
+from node.lock import NodeLock
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
+from protocol.names import Keys
 from tests.stand_in_node import StandInNode
 
 Make = Callable[..., WorkerRecord]
@@ -21,22 +21,11 @@ Run = Callable[..., Result]
 STALE = default_cid("host-1", "P", "gone")
 
 
-@dataclass(frozen=True)
-class Services:
-    settings: Settings
-    catalogue: Catalogue
-    namespace: str
-    leases: Leases
-    redis: RedisClient
-
-
 @pytest.fixture
 def run(settings: Settings, leases: Leases, client: RedisClient) -> Run:
-    catalogue = Catalogue.model_validate(
-        {"project": "P", "models": [{"name": "Chat", "tasks": ["chat"], "weights": "w"}]}
-    )
+    lock = NodeLock(client, Keys.of("P"), settings.node_url, settings.service_id)
     app = flask.Flask("test")
-    app.cli.add_command(node_commands(lambda: Services(settings, catalogue, "P", leases, client)))
+    app.cli.add_command(node_commands(settings, project="P", namespace="P", leases=leases, lock=lock))
     runner = app.test_cli_runner()
     return lambda *words, **options: runner.invoke(args=["node", *words], **options)
 

@@ -1,0 +1,68 @@
+"""What gunicorn starts and stops in a web process."""
+
+import time
+from typing import Any
+
+from app.dispatch.monitor import RequestMonitor
+from app.dispatch.worker_view import WorkerView
+from node.reconciler import Reconciler
+from protocol.event_router import EventRouter
+
+START_S = 5.0
+
+
+class WebProcess:
+    """The threads of a web process (greenlets under gunicorn), and whether it is connected or stopping."""
+
+    def __init__(
+        self,
+        *,
+        router: EventRouter,
+        worker_view: WorkerView,
+        monitor: RequestMonitor,
+        reconciler: Reconciler | None,
+    ) -> None:
+        self._router = router
+        self._worker_view = worker_view
+        self._monitor = monitor
+        self._reconciler = reconciler
+        self._gunicorn_worker: Any = None
+        self._stopping_since: float | None = None
+
+    def start(self, gunicorn_worker: Any = None) -> None:
+        """Start the threads. Call this after the fork, because threads do not survive one.
+
+        Returns when requests can be dispatched, or after `START_S` without Redis. gunicorn accepts connections
+        from then on, and a process that can't serve them yet would get as many as one that can.
+        """
+        self._gunicorn_worker = gunicorn_worker
+        self._router.start()
+        self._monitor.start()
+        if self._reconciler is not None:
+            self._reconciler.start()
+        give_up_at = time.monotonic() + START_S
+        while not self.connected() and time.monotonic() < give_up_at:
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """End the threads; the monitor then releases the lease of this process."""
+        if self._reconciler is not None:
+            self._reconciler.stop()
+        self._monitor.stop()
+        self._router.stop()
+
+    def connected(self) -> bool:
+        """Whether Redis answers and events are received, so that requests can be dispatched."""
+        return self._worker_view.reachable and self._router.subscribed.is_set()
+
+    def draining_for_s(self) -> float:
+        """Return the seconds since gunicorn told this process to stop was first seen; 0 before that.
+
+        gunicorn sets `alive` of its worker object to False at SIGTERM.
+        """
+        if self._gunicorn_worker is None or self._gunicorn_worker.alive:
+            return 0.0
+        now = time.monotonic()
+        if self._stopping_since is None:
+            self._stopping_since = now
+        return max(now - self._stopping_since, 0.001)
