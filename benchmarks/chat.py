@@ -1,9 +1,10 @@
-"""Chat, whole service, beside `transformers serve --continuous-batching` and a static batch: python -m benchmarks.chat
+"""Compares chat through the whole service with two others: python -m benchmarks.chat
 
-Same model (benchmarks/random_model.py), same prompts of 40 tokens, same client, 128 new tokens, greedy, no early stop.
-Contenders take turns within each round, because a shared machine drifts; ratios are taken within a round and the median
-round counts. The static batch is `model.generate` in this process: no server, no client, the line that nobody who serves
-can pass by much. Writes benchmarks/results/chat.json and chat.png.
+The others are `transformers serve --continuous-batching`, and `model.generate` on a static batch in this
+process, which has neither server nor client. All use the same model (benchmarks/random_model.py), the same
+prompts of 40 tokens, 128 new tokens, greedy, no early stop; both servers have the same client. The three take
+turns within each round, because the speed of a shared machine changes; ratios are taken within a round, and
+the result is the median round. Writes benchmarks/results/chat.json and chat.png.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,11 +35,11 @@ OURS, PEER, STATIC = "this service", "transformers serve (continuous batching)",
 RESULTS = ROOT / "benchmarks" / "results"
 
 Measure = Callable[[int], dict[str, float]]
-"""Takes the concurrency; gives tokens_per_s and, for servers, ttft_ms (p50)."""
+"""Takes the concurrency; returns tokens_per_s and, for servers, ttft_ms (p50)."""
 
 
 def measure_server(port: int, model: str, concurrency: int) -> dict[str, float]:
-    """One burst of streamed chats."""
+    """Measure one burst of streamed chats."""
     requests = [
         chat_request(
             f"127.0.0.1:{port}",
@@ -60,7 +62,7 @@ def measure_server(port: int, model: str, concurrency: int) -> dict[str, float]:
 
 @contextmanager
 def ours(folder: Path, weights: Path, threads: int) -> Iterator[Measure]:
-    """This service: gunicorn, one worker, Redis."""
+    """Run this service: gunicorn, one worker, Redis."""
     catalogue = f"""
 project = "Benchmark"
 [[models]]
@@ -79,7 +81,7 @@ prefix_cache = false
 
 @contextmanager
 def peer(folder: Path, weights: Path) -> Iterator[Measure]:
-    """transformers' own server with its own defaults."""
+    """Run transformers' own server with its defaults."""
     port = free_port()
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(weights)]
     command += ["--continuous-batching", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
@@ -87,13 +89,12 @@ def peer(folder: Path, weights: Path) -> Iterator[Measure]:
     with (folder / "peer.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
-        import urllib.request
 
         def answers() -> bool:
             assert process.poll() is None, (folder / "peer.log").read_text()[-3000:]
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-                    return bool(answer.status == 200)
+                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                    return bool(response.status == 200)
             except OSError:
                 return False
 
@@ -106,7 +107,7 @@ def peer(folder: Path, weights: Path) -> Iterator[Measure]:
 
 @contextmanager
 def static_batch(weights: Path) -> Iterator[Measure]:
-    """`generate` on one padded batch, with all of torch's threads."""
+    """Run `generate` on one padded batch, with all of torch's threads."""
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(weights)
 
@@ -126,7 +127,7 @@ def static_batch(weights: Path) -> Iterator[Measure]:
 
 
 def run(rounds: int, threads: int) -> dict[str, Any]:
-    """All rounds; figures by contender and concurrency, one for each round."""
+    """Run all rounds. The figures are listed by contender and concurrency, one for each round."""
     figures: dict[str, dict[int, list[dict[str, float]]]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -155,7 +156,7 @@ def run(rounds: int, threads: int) -> dict[str, Any]:
 
 
 def ratios(figures: dict[str, Any], other: str) -> dict[int, float]:
-    """Median over the rounds of our tokens/s by the other's, by concurrency."""
+    """Return our tokens/s divided by the other's, as the median over the rounds, by concurrency."""
     found = {}
     for concurrency in CONCURRENCIES:
         pairs = zip(figures[OURS][concurrency], figures[other][concurrency], strict=True)
@@ -174,14 +175,14 @@ def report(result: dict[str, Any]) -> None:
             first = [row["ttft_ms"] for row in rows[concurrency] if "ttft_ms" in row]
             cells.append(f"{speed:8.0f}" + (f" ({statistics.median(first):5.0f})" if first else " " * 8))
         print(f"{name:42}" + "  ".join(cells))
-    for other, targets in ((PEER, (1.3, 1.5, 3.0)), (STATIC, (0.7, 0.7, 0.75))):
+    for other, goals in ((PEER, (1.3, 1.5, 3.0)), (STATIC, (0.7, 0.7, 0.75))):
         found = ratios(figures, other)
-        cells = [f"{found[c]:.2f} (aim {aim})" for c, aim in zip(CONCURRENCIES, targets, strict=True)]
+        cells = [f"{found[c]:.2f} (goal {goal})" for c, goal in zip(CONCURRENCIES, goals, strict=True)]
         print(f"{'ratio to ' + other:54}" + "  ".join(cells))
 
 
-def draw(result: dict[str, Any], path: Path) -> None:
-    """Throughput and time to first token over concurrency."""
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Plot throughput and time to first token over concurrency."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,7 +195,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 values = [statistics.median(row[key] for row in rows[c]) for c in CONCURRENCIES]
                 axis.plot([str(c) for c in CONCURRENCIES], values, marker="o", label=name)
     for axis, label in zip(axes, ("tokens/s", "first token, ms (p50)"), strict=True):
-        axis.set_xlabel("streams at once")
+        axis.set_xlabel("concurrent streams")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
@@ -220,7 +221,7 @@ def main() -> None:
     report(result)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "chat.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(result, RESULTS / "chat.png")
+    plot(result, RESULTS / "chat.png")
 
 
 if __name__ == "__main__":

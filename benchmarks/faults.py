@@ -1,7 +1,7 @@
-"""What faults cost the others, in milliseconds: slow callers, a flood, a deaf reader. Run: python -m benchmarks.faults
+"""Measures how faulty clients slow down others: slow senders, overload, a stalled reader.
 
-The outcomes are asserted by tests/faults; these are the figures that a noisy machine may move. The engine counts aloud
-and takes the place of a GPU; web, Redis, worker and callers share the machine.
+Run: python -m benchmarks.faults. tests/faults assert the outcomes; these are the times, which depend on the
+machine. The echo engine stands in for a GPU; web process, Redis, worker and clients share the machine.
 """
 
 import argparse
@@ -31,14 +31,14 @@ def deployment(folder: str, step_ms: float, slots: int, **environment: str) -> D
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Milliseconds that `call` takes."""
+    """Return the milliseconds that `call` takes."""
     began = time.monotonic()
     call()
     return (time.monotonic() - began) * 1000
 
 
 def slowloris(rounds: int) -> Figures:
-    """GET /v1/models alone, then beside 200 connections that send heads and bodies by drops."""
+    """Measure GET /v1/models alone, then beside 200 connections that send their requests byte by byte."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20, 8) as service:
         service.start("echo")
         alone = [timed(lambda: service.get("/v1/models")) for _ in range(rounds)]
@@ -64,13 +64,13 @@ def slowloris(rounds: int) -> Figures:
 
 
 def overload() -> Figures:
-    """Ten times the capacity for twenty seconds."""
+    """Send ten times the capacity for twenty seconds."""
     limits = {"MAX_WAITING": str(MAX_WAITING), "CHAT_DEADLINE_S": str(DEADLINE_S)}
     with tempfile.TemporaryDirectory() as folder, deployment(folder, STEP_MS, SLOTS, **limits) as service:
         service.start("echo")
-        line = Line(service)
+        queue = Line(service)
         answers = flood(service)
-        longest = line.end()
+        longest = queue.end()
     refused = [answer.seconds * 1000 for answer in answers if answer.status == 503]
     served = [answer.seconds for answer in answers if answer.status == 200]
     return {
@@ -78,7 +78,7 @@ def overload() -> Figures:
         "flood_refused": len(refused),
         "flood_refusal_ms_p99": percentile(refused, 0.99),
         "flood_served_s_max": max(served),
-        "flood_longest_line": longest,
+        "flood_longest_queue": longest,
     }
 
 
@@ -90,28 +90,28 @@ def _gaps_ms(results: list[StreamResult]) -> list[float]:
     return [gap * 1000 for result in results for gap in result.gaps_s]
 
 
-def deaf_reader(streams: int) -> Figures:
-    """Gaps between the tokens of streams that are read, without and with one beside them that nobody reads."""
+def stalled_reader(streams: int) -> Figures:
+    """Measure the gaps between tokens of streams, without and with another stream that is not read."""
     requests = [chat_request("x", _body(1000))] * streams
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20, streams + 1) as service:
         service.start("echo")
         run_streams(service.port, [chat_request("x", _body(50))] * streams)
         without = _gaps_ms(run_streams(service.port, requests))
-        with closing(socket.socket()) as deaf:
-            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            deaf.connect(("127.0.0.1", service.port))
-            deaf.sendall(chat_request("x", _body(100_000)))
+        with closing(socket.socket()) as stalled:
+            stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            stalled.connect(("127.0.0.1", service.port))
+            stalled.sendall(chat_request("x", _body(100_000)))
             beside = _gaps_ms(run_streams(service.port, requests))
     before, after = percentile(without, 0.99), percentile(beside, 0.99)
     return {
         "gap_ms_p99": before,
-        "gap_beside_deaf_reader_ms_p99": after,
+        "gap_beside_stalled_reader_ms_p99": after,
         "gap_worse_percent": (after / before - 1) * 100,
     }
 
 
 def first_token_under_load(rounds: int) -> Figures:
-    """Time to the first token of one request beside 60 open streams with a free slot for it."""
+    """Measure the first token of one request beside 60 open streams, with a free slot for it."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20, 64) as service:
         service.start("echo")
 
@@ -140,7 +140,7 @@ def first_token_under_load(rounds: int) -> Figures:
 
 
 def cancel(rounds: int) -> Figures:
-    """From a caller's leaving to the end of the task in the worker."""
+    """Measure the time from a client's disconnect to the end of its task in the worker."""
     took = []
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20, 8) as service:
         service.start("echo")
@@ -149,7 +149,9 @@ def cancel(rounds: int) -> Figures:
             next(stream.events())
             assert in_hand(service) == 1 and not waiting(service)
             stream.close()
-            took.append(timed(lambda: wait_until(lambda: not in_hand(service), timeout_s=20, what="it ends")))
+            took.append(
+                timed(lambda: wait_until(lambda: not in_hand(service), timeout_s=20, what="the task ends"))
+            )
     return {"cancel_ms_p50": percentile(took, 0.5), "cancel_ms_max": max(took)}
 
 
@@ -157,7 +159,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Figures]] = {
         "slowloris": lambda: slowloris(options.rounds),
         "flood": overload,
-        "deaf": lambda: deaf_reader(options.streams),
+        "stalled": lambda: stalled_reader(options.streams),
         "first": lambda: first_token_under_load(options.rounds // 2),
         "cancel": lambda: cancel(options.rounds // 10),
     }

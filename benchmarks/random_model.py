@@ -1,4 +1,4 @@
-"""The model that performance.md's figures were taken with: a random Llama of 4.2 M parameters that never stops by itself."""
+"""The model of the chat benchmark: an untrained Llama of 4.2 M parameters without an end token."""
 
 from pathlib import Path
 
@@ -11,7 +11,10 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{%
 
 
 def write_model(folder: Path, seed: int = 0) -> None:
-    """4 layers, hidden 256, 8 heads of 4 key heads, float32. Its tokens are the words w0 … w2047."""
+    """Save a float32 model of 4 layers, hidden size 256, 8 query and 4 key-value heads.
+
+    The tokenizer's tokens are the words w0 to w2047.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -39,7 +42,7 @@ def write_model(folder: Path, seed: int = 0) -> None:
 
 
 def prompts(count: int, words: int = 40) -> list[str]:
-    """Different prompts of `words` tokens each; none is the beginning of another."""
+    """Return different prompts of `words` tokens each. None is a prefix of another."""
     return [
         " ".join(f"w{(7919 * (row + 1) + 31 * place) % 2000 + 2}" for place in range(words))
         for row in range(count)

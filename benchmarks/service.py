@@ -1,7 +1,9 @@
-"""What the way around an engine costs: first token, relay, open streams, import. Run: python -m benchmarks.service
+"""Measures the service around an engine: first token, relay, open streams, import. Run: python -m
+benchmarks.service
 
-The engine counts aloud and costs next to nothing (workers/engines/echo.py); everything else is the real service, with
-web, Redis, worker and client on the same machine. Figures of one run; only the ratios mean something elsewhere.
+The echo engine (workers/engines/echo.py) costs almost nothing; all else is the real service, with web
+process, Redis, worker and client on one machine. The results are figures of one run; only their ratios carry
+over to other machines.
 """
 
 import argparse
@@ -29,7 +31,7 @@ def deployment(folder: str, step_ms: float, slots: int) -> Deployment:
 
 
 def first_token(rounds: int) -> dict[str, float]:
-    """Milliseconds from request to first token, and of a plain Flask answer (/healthz), one after another."""
+    """Measure the time to the first token, in turns with that of a plain Flask response (/healthz)."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 0, 8) as service:
         service.start("echo")
         tokens, plain = [], []
@@ -44,7 +46,7 @@ def first_token(rounds: int) -> dict[str, float]:
 
 
 def relay(streams: int, tokens: int) -> dict[str, float]:
-    """Tokens a second through publish, pub/sub and SSE, client included."""
+    """Measure tokens per second through the worker's writes, pub/sub and SSE, including the client."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 0, streams) as service:
         service.start("echo")
         run_streams(service.port, [chat_request("x", body(50))] * streams)
@@ -55,7 +57,7 @@ def relay(streams: int, tokens: int) -> dict[str, float]:
 
 
 def idle_streams(count: int) -> dict[str, float]:
-    """Resident memory of the web process for each open stream that has begun and is silent, and its answers meanwhile."""
+    """Measure memory of the web process for each open, idle stream, and its response times meanwhile."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20_000, 1000) as service:
         service.start(*["echo"] * -(-count // 1000))
         assert service.web is not None
@@ -71,30 +73,30 @@ def idle_streams(count: int) -> dict[str, float]:
             what="all streams have begun",
         )
         after = _resident_kb(pid)
-        answers = []
+        times_ms = []
         for _ in range(100):
             began = time.monotonic()
             service.get("/v1/models")
-            answers.append((time.monotonic() - began) * 1000)
+            times_ms.append((time.monotonic() - began) * 1000)
         return {
             "idle_streams": count,
             "idle_kb_each": (after - before) / count,
-            "idle_models_ms_p99": percentile(answers, 0.99),
+            "idle_models_ms_p99": percentile(times_ms, 0.99),
         }
 
 
 def import_cost() -> dict[str, float]:
-    """Seconds and MB of `import wsgi` in a fresh process; the best of five."""
+    """Measure seconds and MB of `import wsgi` in a new process; the best of five."""
     code = (
         "import resource,time; t=time.perf_counter(); import wsgi;"
         "print(time.perf_counter()-t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)"
     )
     found = []
     for _ in range(5):
-        answer = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        seconds, megabytes = answer.stdout.split()
+        seconds, megabytes = process.stdout.split()
         found.append((float(seconds), float(megabytes)))
     return {"import_s": min(found)[0], "import_mb": min(found)[1]}
 

@@ -1,4 +1,7 @@
-"""A client that costs little: raw sockets and one selector, so that the server's share of the machine is what is measured."""
+"""A client for streams that uses little CPU time: raw sockets and one selector.
+
+Client and server share the machine, so the client's time would count against the server.
+"""
 
 import json
 import selectors
@@ -12,7 +15,7 @@ DONE = b"data: [DONE]"
 
 @dataclass
 class StreamResult:
-    """One stream: monotonic seconds. `gaps_s`: between arrivals of data that held tokens."""
+    """The times of one stream, in monotonic seconds. `gaps_s` are the times between arrivals of tokens."""
 
     sent_at: float
     first_token_at: float = 0.0
@@ -31,7 +34,7 @@ class _Open:
 
 
 def chat_request(host: str, body: dict[str, object]) -> bytes:
-    """A streamed chat as bytes to send. `body` without `stream`."""
+    """Return the bytes of a request for a streamed chat. `stream` is added to `body`."""
     data = json.dumps({**body, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     return head.encode() + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(data) + data
@@ -40,7 +43,10 @@ def chat_request(host: str, body: dict[str, object]) -> bytes:
 def run_streams(
     port: int, requests: list[bytes], timeout_s: float = 300, results: list[StreamResult] | None = None
 ) -> list[StreamResult]:
-    """Send all requests at once and read every stream to its end. `results`, when given, can be watched meanwhile."""
+    """Send all requests at once and read every stream to its end.
+
+    A list given as `results` is filled while the streams run, so that another thread can watch it.
+    """
     results = [] if results is None else results
     selector = selectors.DefaultSelector()
     for request in requests:
@@ -61,7 +67,7 @@ def run_streams(
 
 
 def _read(stream: _Open) -> bool:
-    """Take what has come; False at the end of the stream. Empty deltas (the last chunk's) don't count as tokens."""
+    """Read what has arrived. Returns False at the end of the stream."""
     data = stream.sock.recv(262144)
     now = time.monotonic()
     result = stream.result
@@ -82,10 +88,11 @@ def _read(stream: _Open) -> bool:
 
 
 def _count(data: bytes) -> int:
+    """Return the number of deltas with text; the last chunk of a stream has an empty one."""
     return data.count(TOKEN) - data.count(TOKEN + b'"')
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which `share` (0..1) of `values` lie; 0.0 for none."""
+    """Return the value below which `share` (0 to 1) of `values` lie, 0.0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

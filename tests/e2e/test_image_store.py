@@ -1,11 +1,12 @@
-"""Picture links: they work for IMAGE_TTL_S and then are 404; the store never outgrows IMAGE_STORE_MB."""
+"""Image links: they work for IMAGE_TTL_S and are 404 afterwards; the store never exceeds IMAGE_STORE_MB."""
 
 from pathlib import Path
 
 from tests.deployment import ECHO_CATALOGUE, Deployment, wait_until
 
 
-def picture_status(service: Deployment, path: str) -> int:
+def status_of(service: Deployment, path: str) -> int:
+    """Request an image link and return the status."""
     response, connection = service.request("GET", path)
     response.read()
     connection.close()
@@ -13,18 +14,18 @@ def picture_status(service: Deployment, path: str) -> int:
     return response.status
 
 
-def test_links_lapse(tmp_path: Path) -> None:
+def test_links_expire(tmp_path: Path) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_TTL_S="10") as service:
         service.start("echo-pictures")
         answer = service.post("/v1/images/generations", {"model": "echo-pictures", "prompt": "x", "n": 3})[1]
         paths = [row["url"].removeprefix(service.url) for row in answer["data"]]
         assert len(set(paths)) == 3
-        assert picture_status(service, paths[0]) == 200
-        wait_until(lambda: picture_status(service, paths[0]) == 404, timeout_s=30, what="the link lapses")
+        assert status_of(service, paths[0]) == 200
+        wait_until(lambda: status_of(service, paths[0]) == 404, timeout_s=30, what="the link expires")
 
 
-def test_the_store_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
+def test_the_store_is_bounded_and_the_oldest_images_are_removed_first(tmp_path: Path) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_STORE_MB="1") as service:
         service.start("echo-pictures")
@@ -35,7 +36,9 @@ def test_the_store_is_bounded_and_the_oldest_go_first(tmp_path: Path) -> None:
             assert status == 200, answer
             links += [row["url"].removeprefix(service.url) for row in answer["data"]]
         client = service.redis.client
-        held = sum(client.strlen(name) for name in client.keys("*image:*") if client.type(name) == b"string")
-        assert held <= 2**20
-        assert picture_status(service, links[0]) == 404
-        assert picture_status(service, links[-1]) == 200
+        stored = sum(
+            client.strlen(name) for name in client.keys("*image:*") if client.type(name) == b"string"
+        )
+        assert stored <= 2**20
+        assert status_of(service, links[0]) == 404
+        assert status_of(service, links[-1]) == 200
