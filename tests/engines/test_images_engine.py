@@ -140,18 +140,18 @@ def test_preparation_denoising_and_delivery_count_as_steps(loaded):
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "fields",
     [{"width": 48}, {"num_inference_steps": 1}, {"guidance_scale": 1.5}, {"negative_prompt": "x"}],
-    ids=lambda asked: next(iter(asked)),
+    ids=lambda fields: next(iter(fields)),
 )
-def test_requests_that_differ_are_not_mixed(loaded, calls, asked):
+def test_requests_that_differ_are_not_mixed(loaded, calls, fields):
     engine, collector = loaded
-    name = f"differs {asked}"
+    name = f"differs {fields}"
     with held(engine, collector):
         calls.clear()
         engine.submit(job(f"plain {name}"))
-        engine.submit(job(name, **asked))
-    assert collector.images(name)[0].size == (asked.get("width", SIDE), SIDE)
+        engine.submit(job(name, **fields))
+    assert collector.images(name)[0].size == (fields.get("width", SIDE), SIDE)
     assert collector.images(f"plain {name}")[0].size == (SIDE, SIDE)
     assert calls == [("text2image", 1), ("text2image", 1)]
 
@@ -181,7 +181,7 @@ def test_a_cancelled_request_does_not_disturb_the_others_of_its_batch(loaded, ca
         calls.clear()
         engine.submit(job("leaver"))
         engine.submit(job("stayer", seed=9))
-    engine.cancel("nobody", "cancelled")
+    engine.cancel("unknown", "cancelled")
     assert [type(e) for e in collector.until_ended("leaver")] == [Progress, Failed]
     assert collector.failure("leaver").code == "cancelled"
     engine.submit(job("stayer alone", seed=9))
@@ -273,7 +273,7 @@ def transparent_left(image: Image.Image) -> bytes:
 def test_inpainting_changes_the_marked_part_only(loaded, how):
     engine, collector = loaded
     source = noise()
-    asked = {
+    fields = {
         "white mask": {"image": png(source), "mask": left_half_mask()},
         "transparent mask": {
             "image": png(source),
@@ -281,7 +281,7 @@ def test_inpainting_changes_the_marked_part_only(loaded, how):
         },
         "transparent image": {"image": transparent_left(source)},
     }[how]
-    engine.submit(job(how, strength=1.0, **asked))
+    engine.submit(job(how, strength=1.0, **fields))
     result, original = as_array(collector.images(how)[0]), as_array(source)
     half = SIDE // 2
     assert (result[:, half:] == original[:, half:]).all()
@@ -308,7 +308,7 @@ def test_masked_edits_of_two_requests_share_a_call_and_keep_their_own_masks(load
 
 
 @pytest.mark.parametrize(
-    ("asked", "param"),
+    ("fields", "param"),
     [
         ({"image": b"not an image"}, "image"),
         ({"image": png(Image.new("RGB", (64, 64)))[:60]}, "image"),
@@ -317,10 +317,10 @@ def test_masked_edits_of_two_requests_share_a_call_and_keep_their_own_masks(load
         ({"image": png(noise()), "mask": png(Image.new("L", (SIDE, SIDE), 0))}, "mask"),
     ],
 )
-def test_a_bad_file_fails_with_the_name_of_its_field(loaded, asked, param):
+def test_a_bad_file_fails_with_the_name_of_its_field(loaded, fields, param):
     engine, collector = loaded
-    identity = f"bad {param} {sum(map(len, asked.values()))}"
-    engine.submit(job(identity, **asked))
+    identity = f"bad {param} {sum(map(len, fields.values()))}"
+    engine.submit(job(identity, **fields))
     failure = collector.failure(identity)
     assert (failure.code, failure.param) == ("invalid_image", param)
 

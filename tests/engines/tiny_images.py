@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -119,13 +119,11 @@ def entry(weights: Path, tasks: Sequence[str] = ("generation", "edit"), **engine
     )
 
 
-def job(id: str, **asked: object) -> ImageJob:
+def job(id: str, **fields: Any) -> ImageJob:
     """Make a job of two steps. It is an edit if it has an image."""
-    task = "edit" if "image" in asked else "generation"
-    fields: dict[str, Any] = {
-        "id": id, "model": "tiny", "task": task, "prompt": "p", "seed": 7, "num_inference_steps": 2, **asked
-    }  # fmt: skip
-    return ImageJob(**fields)
+    task: Literal["generation", "edit"] = "edit" if "image" in fields else "generation"
+    defaults: dict[str, Any] = {"prompt": "p", "seed": 7, "num_inference_steps": 2}
+    return ImageJob(id=id, model="tiny", task=task, **defaults | fields)
 
 
 def png(image: Image.Image, **options: object) -> bytes:

@@ -25,7 +25,7 @@ from workers.engines.images.pixels import encode_png, paste_back
 from workers.engines.images.request import Request, prepare, warm_up_requests
 
 _GATHER_S = 0.01
-"""How long a call with room left waits for more requests. It delays a request that comes alone."""
+"""How long a call that is not full waits for more requests. It delays a request that comes alone."""
 
 _SHUTTING_DOWN = Failed.of(ShuttingDown())
 _CANCELLED: dict[CancelReason, Failed] = {

@@ -1,0 +1,28 @@
+"""What becomes of the events of an engine before they are sent: images go into the store."""
+
+from typing import Any
+
+from protocol.events import Failed, Finished, ImageReady
+from protocol.image_store import ImageStore
+from protocol.names import Keys
+from workers.image_keeper import keep_image
+
+
+def test_an_image_is_stored_and_its_event_has_a_name_instead(redis_client: Any, keys: Keys) -> None:
+    store = ImageStore(redis_client, keys, ttl_s=60, capacity_bytes=1000)
+    sent = keep_image(store, ImageReady(index=2, seed=7, width=64, height=32, png=b"PNG"))
+    assert isinstance(sent, ImageReady) and store.get(sent.name) == b"PNG"
+    assert sent == ImageReady(index=2, seed=7, width=64, height=32, name=sent.name)
+    assert keep_image(store, sent) is sent
+
+
+def test_an_image_larger_than_the_store_fails_its_request(redis_client: Any, keys: Keys) -> None:
+    store = ImageStore(redis_client, keys, ttl_s=60, capacity_bytes=10)
+    sent = keep_image(store, ImageReady(index=0, seed=7, width=64, height=32, png=b"x" * 11))
+    assert isinstance(sent, Failed) and sent.code == "engine_error" and "smaller" in sent.message
+
+
+def test_other_events_are_not_changed(redis_client: Any, keys: Keys) -> None:
+    store = ImageStore(redis_client, keys, ttl_s=60, capacity_bytes=10)
+    event = Finished()
+    assert keep_image(store, event) is event
