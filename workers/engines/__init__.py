@@ -1,4 +1,4 @@
-"""Engines: loaded models that work on jobs. torch, transformers and diffusers are imported below here alone, and late."""
+"""Engines: loaded models that work on jobs. torch and other large libraries are imported when one is created."""
 
 from catalogue import ChatModelEntry, ImageModelEntry, ModelEntry
 from workers.engines.base import Engine
@@ -6,10 +6,10 @@ from workers.engines.echo import PREFIX, EchoEngine
 
 
 def create_engine(entry: ModelEntry) -> Engine:
-    """The engine for a catalogue entry, not yet loaded."""
+    """Make the engine for a catalogue entry. The caller loads it."""
     if entry.weights.startswith(PREFIX):
         return EchoEngine(entry)
-    # imported here: Flower and the command line load this package too, and must not load torch
+    # Imported here, because Flower and the command line import this package and must not import torch.
     match entry:
         case ChatModelEntry():
             from workers.engines.chat import ChatEngine

@@ -1,4 +1,4 @@
-"""What every engine is. An engine knows neither Celery nor Redis nor HTTP: it can be run from a test or a REPL."""
+"""The interface of an engine. It knows neither Celery nor Redis nor HTTP, so a test or a REPL can run one."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -7,13 +7,13 @@ from protocol.events import Event
 from protocol.jobs import Job
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
-"""Takes what requests gained in one step, as (request id, event), and returns at once. May be called from any thread."""
+"""Takes the events of one step as (request id, event) and returns at once. May be called from any thread."""
 
 CancelReason = Literal["cancelled", "deadline"]
 
 
 class EngineStatus(NamedTuple):
-    """What the watchdog and the lease want to know. `steps` grows with every piece of progress, whatever its size."""
+    """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress."""
 
     alive: bool
     running: int
@@ -22,30 +22,33 @@ class EngineStatus(NamedTuple):
 
 
 class EngineLoadError(Exception):
-    """The model can't be served: wrong weights, an architecture we refuse, too little memory. One line, for the operator."""
+    """The model can't be served: wrong weights, an unsupported architecture, too little memory.
+
+    The message is one line for the operator.
+    """
 
 
 class Engine(Protocol):
-    """A loaded model that works on several jobs at once, in threads of its own."""
+    """A loaded model that works on several jobs at once, in its own threads."""
 
     def load(self, emit: Emit) -> None:
         """Load the weights, warm up and start. Raises EngineLoadError."""
 
     def submit(self, job: Job) -> None:
-        """Take a job and return at once. Its events reach `emit`, ended by exactly one Finished or Failed, always.
+        """Take a job and return at once. Its events go to `emit`; exactly one Finished or Failed is the last.
 
-        Never raises for what the job asks: that is a Failed event made from a class of protocol.errors.
+        A job that can't be served does not raise: its Failed event is made from a class of protocol.errors.
         """
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
-        """Stop a job within two steps, from any thread; unknown ids are ignored.
+        """Stop a job within two steps. May be called from any thread; unknown ids are ignored.
 
-        "cancelled" fails it with Cancelled. "deadline" ends a chat that has a token properly, with finish_reason
-        "length", and fails anything else with DeadlineExceeded.
+        "cancelled" fails the job with Cancelled. "deadline" finishes a chat that has a token, with
+        finish_reason "length", and fails any other job with DeadlineExceeded.
         """
 
     def status(self) -> EngineStatus:
-        """A snapshot that never blocks, also while the device hangs."""
+        """Return a snapshot. Never blocks, not even while the device hangs."""
 
     def close(self) -> None:
-        """Stop the threads and free the device. What still runs fails with ShuttingDown."""
+        """Stop the threads and free the device. Open jobs fail with ShuttingDown."""

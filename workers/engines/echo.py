@@ -1,8 +1,9 @@
-"""An engine without a model: counts aloud at a chosen pace. It stands in for the GPU in fault tests and relay benchmarks.
+"""An engine without a model, which answers with numbers. Fault tests and relay benchmarks use it in place of
+a GPU.
 
-Chosen by `weights = "echo:"` in the catalogue, with options as a query string: `step_ms` (time of one step; 0: as fast
-as it goes) and `tokens` (length of an answer when the request sets no limit below it). A last message that is one of
-`FAULTS` makes it misbehave on purpose.
+`weights = "echo:"` in the catalogue selects it. Options follow as a query string: `step_ms` is the time of
+one step (0: as fast as possible), `tokens` the length of a response unless the request sets a lower limit. A
+last message that is one of `FAULTS` causes that fault.
 """
 
 import io
@@ -20,24 +21,25 @@ from workers.engines.base import CancelReason, Emit, EngineStatus
 
 PREFIX = "echo:"
 FAULTS = ("raise", "out of memory", "hang", "die")
-PICTURE_STEPS = 4
+IMAGE_STEPS = 4
 
 
 class _Running:
     def __init__(self, job: Job, tokens: int) -> None:
         self.job = job
-        self.total = min(job.sampling.max_tokens, tokens) if isinstance(job, ChatJob) else PICTURE_STEPS
+        self.total = min(job.sampling.max_tokens, tokens) if isinstance(job, ChatJob) else IMAGE_STEPS
         self.done = 0
         self.cancelled: CancelReason | None = None
 
 
 class EchoEngine:
-    """Implements workers.engines.base.Engine. One loop takes all jobs a step further together, as a batch would."""
+    """Implements workers.engines.base.Engine. One loop advances all jobs together, one step at a time."""
 
     def __init__(self, entry: ModelEntry) -> None:
         options = dict(parse_qsl(entry.weights.removeprefix(PREFIX)))
         self._step_s = float(options.get("step_ms", 0)) / 1000
         self._tokens = int(options.get("tokens", 100))
+        self._emit: Emit = lambda events: None
         self._lock = threading.Condition()
         self._jobs: dict[str, _Running] = {}
         self._steps = 0
@@ -89,7 +91,7 @@ class EchoEngine:
         if running.cancelled == "cancelled":
             return [Failed.of(Cancelled())]
         if isinstance(running.job, ImageJob):
-            return self._picture_step(running, running.job)
+            return self._image_step(running, running.job)
         fault = str(running.job.messages[-1]["content"])
         if fault in FAULTS:
             return self._misbehave(fault)
@@ -102,7 +104,7 @@ class EchoEngine:
             return [Delta(text)]
         return [Delta(text, finish_reason="length"), Finished(Usage(len(running.job.messages), running.done))]
 
-    def _picture_step(self, running: _Running, job: ImageJob) -> list[Event]:
+    def _image_step(self, running: _Running, job: ImageJob) -> list[Event]:
         if running.cancelled == "deadline":
             return [Failed.of(DeadlineExceeded())]
         running.done += 1
@@ -112,8 +114,8 @@ class EchoEngine:
         width, height = job.width or 64, job.height or 64
         png = io.BytesIO()
         Image.new("RGB", (width, height), "teal").save(png, "PNG")
-        pictures = [ImageReady(index, index, width, height, png.getvalue()) for index in range(job.n)]
-        return [progress, *pictures, Finished()]
+        images = [ImageReady(index, index, width, height, png.getvalue()) for index in range(job.n)]
+        return [progress, *images, Finished()]
 
     def _misbehave(self, fault: str) -> list[Event]:
         if fault == "raise":
