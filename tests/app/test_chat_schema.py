@@ -1,0 +1,286 @@
+"""app.chat.schema: the fields of a chat completion, their bounds, and the job that they become."""
+
+from typing import Any
+
+import pytest
+
+from app.chat.schema import (
+    MAX_LOGIT_BIAS,
+    MAX_MESSAGES,
+    MAX_N,
+    MAX_PARTS,
+    MAX_STOP_SEQUENCES,
+    ChatCompletionRequest,
+)
+from app.http.validation import parse
+from catalogue import ChatModelEntry
+from protocol.errors import InvalidRequest, UnsupportedParameter
+from protocol.jobs import ChatJob, SamplingParams
+
+USER = {"role": "user", "content": "hi"}
+
+
+def entry(**defaults: object) -> ChatModelEntry:
+    return ChatModelEntry.model_validate(
+        {"name": "chat", "tasks": ["chat"], "weights": "w", "defaults": defaults}
+    )
+
+
+def job(defaults: dict[str, Any] | None = None, **body: Any) -> ChatJob:
+    request = parse(ChatCompletionRequest, {"model": "chat", "messages": [USER], **body})
+    return request.to_job("id", entry(**defaults or {}))
+
+
+def sampling(defaults: dict[str, Any] | None = None, **body: Any) -> SamplingParams:
+    return job(defaults, **body).sampling
+
+
+def refusal(**body: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        job(**body)
+    return caught.value
+
+
+# where a value comes from
+
+
+def test_a_bare_request_leaves_everything_to_the_model_and_to_neutral_values():
+    assert sampling() == SamplingParams(max_tokens=2048)
+    assert job() == ChatJob(id="id", model="chat", messages=[USER], sampling=SamplingParams())
+
+
+DEFAULTED: dict[str, tuple[Any, Any]] = {
+    "temperature": (0.5, 0.0),
+    "top_p": (0.5, 0.9),
+    "top_k": (7, 3),
+    "min_p": (0.5, 0.0),
+    "repetition_penalty": (1.5, 1.0),
+    "presence_penalty": (0.5, 0.0),
+    "frequency_penalty": (0.5, 0.0),
+    "max_tokens": (100, 5),
+}
+"""Field: a default of the catalogue, and a value of a request."""
+
+
+@pytest.mark.parametrize("name", DEFAULTED)
+def test_a_value_of_the_request_wins_over_the_default_of_the_catalogue(name):
+    default, given = DEFAULTED[name]
+    assert getattr(sampling({name: default}), name) == default
+    assert getattr(sampling({name: default}, **{name: None}), name) == default
+    assert getattr(sampling({name: default}, **{name: given}), name) == given
+
+
+def test_zero_is_a_value_and_not_an_absent_field():
+    assert sampling({"temperature": 1.0}, temperature=0).temperature == 0
+    assert refusal(max_tokens=0).param == "max_tokens"
+
+
+def test_max_completion_tokens_wins_over_max_tokens():
+    assert sampling({"max_tokens": 100}, max_tokens=5, max_completion_tokens=7).max_tokens == 7
+    assert sampling({"max_tokens": 100}, max_completion_tokens=7).max_tokens == 7
+
+
+def test_template_arguments_are_merged_over_those_of_the_catalogue():
+    defaults = {"chat_template_kwargs": {"thinking": True, "tone": "dry"}}
+    made = job(defaults, chat_template_kwargs={"thinking": False})
+    assert made.chat_template_kwargs == {"thinking": False, "tone": "dry"}
+    assert job(defaults).chat_template_kwargs == {"thinking": True, "tone": "dry"}
+
+
+def test_every_sampling_field_reaches_the_job():
+    given = sampling(
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.5,
+        top_k=4,
+        min_p=0.5,
+        seed=-1,
+        n=2,
+        stop=["a", "b"],
+        stop_token_ids=[1, 2],
+        ignore_eos=True,
+        presence_penalty=-1,
+        frequency_penalty=1,
+        repetition_penalty=1.5,
+        logit_bias={"5": -100, "6": 2.5},
+        logprobs=True,
+        top_logprobs=3,
+    )
+    assert given == SamplingParams(
+        max_tokens=9,
+        min_tokens=2,
+        temperature=0.5,
+        top_p=0.5,
+        top_k=4,
+        min_p=0.5,
+        seed=-1,
+        n=2,
+        stop=("a", "b"),
+        stop_token_ids=(1, 2),
+        ignore_eos=True,
+        presence_penalty=-1,
+        frequency_penalty=1,
+        repetition_penalty=1.5,
+        logit_bias={5: -100, 6: 2.5},
+        logprobs=3,
+    )
+
+
+def test_top_k_minus_one_and_zero_both_mean_no_limit():
+    assert sampling({"top_k": 7}, top_k=-1).top_k == 0
+    assert sampling({"top_k": 7}, top_k=0).top_k == 0
+
+
+def test_one_stop_string_is_a_list_of_one():
+    assert sampling(stop="END").stop == ("END",)
+
+
+def test_logprobs_without_alternatives_report_the_chosen_token_only():
+    assert sampling(logprobs=True).logprobs == 0
+    assert sampling(logprobs=False).logprobs is None
+
+
+# bounds
+
+
+@pytest.mark.parametrize(
+    ("name", "valid", "invalid"),
+    [
+        ("temperature", [0, 2.0], [-0.1, 2.1, True, "1", float("nan"), float("inf")]),
+        ("top_p", [0.001, 1], [0, 1.001]),
+        ("top_k", [-1, 1_000_000], [-2, 1_000_001, 1.0]),
+        ("min_p", [0, 1], [-0.1, 1.1]),
+        ("seed", [-(2**63), 2**63 - 1], [-(2**63) - 1, 2**63, 1.0, "1"]),
+        ("n", [1, MAX_N], [0, MAX_N + 1, True]),
+        ("max_tokens", [1, 2**31], [0, -1, 2**31 + 1]),
+        ("max_completion_tokens", [1, 2**31], [0, 2**31 + 1]),
+        ("min_tokens", [0, 2048], [-1, 2**31 + 1]),
+        ("stop", ["x" * 1024, ["x"] * MAX_STOP_SEQUENCES, []], ["", "x" * 1025, [""], ["x"] * 17, 5]),
+        ("stop_token_ids", [[0, 2**31 - 1], [1] * 1024], [[-1], [2**31], [1] * 1025, ["1"]]),
+        ("presence_penalty", [-2, 2], [-2.1, 2.1]),
+        ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
+        ("repetition_penalty", [0.001, 2], [0, 2.1]),
+        ("logit_bias", [{}, {"1": 100}, {"1": -100}], [{"1": 100.1}, {"1": -101}, {"1": None}, []]),
+        ("logprobs", [True, False], [1, "true"]),
+        ("stream", [True, False], [1, "true"]),
+        ("stream_options", [{}, {"include_usage": True}], [[], {"include_usage": 1}]),
+        ("chat_template_kwargs", [{"a": [1]}], ["a", []]),
+    ],
+)
+def test_bounds(name, valid, invalid):
+    for value in [None, *valid]:
+        job(**{name: value})
+    for value in invalid:
+        found = refusal(**{name: value})
+        assert (found.param or "").split(".")[0] == name, (value, found.message)
+
+
+def test_the_number_of_biases_is_bounded_before_each_is_validated():
+    job(logit_bias={str(token): 1 for token in range(MAX_LOGIT_BIAS)})
+    found = refusal(logit_bias={str(token): "wrong" for token in range(MAX_LOGIT_BIAS + 1)})
+    assert found.message == f"logit_bias must have at most {MAX_LOGIT_BIAS} items"
+
+
+@pytest.mark.parametrize("token", ["", "-1", "1.0", "a", "٣", "²", "1234567890"])
+def test_keys_of_logit_bias_are_token_ids(token):
+    found = refusal(logit_bias={"1": 1, token: 1})
+    assert found.param == "logit_bias" and "token id" in found.message
+
+
+def test_min_tokens_is_at_most_max_tokens_wherever_that_comes_from():
+    assert sampling(min_tokens=5, max_tokens=5).min_tokens == 5
+    assert refusal(min_tokens=6, max_tokens=5).param == "min_tokens"
+    with pytest.raises(InvalidRequest, match=r"min_tokens must be at most max_tokens \(5\); it is 6"):
+        job({"max_tokens": 5}, min_tokens=6)
+
+
+def test_top_logprobs_requires_logprobs():
+    assert refusal(top_logprobs=3).param == "top_logprobs"
+    assert refusal(top_logprobs=3, logprobs=False).param == "top_logprobs"
+    assert refusal(top_logprobs=21, logprobs=True).param == "top_logprobs"
+
+
+def test_unknown_fields_are_ignored():
+    assert job(wallet="w", messages=[{**USER, "mood": "good"}]) == job()
+
+
+# messages
+
+
+def messages(*given: dict[str, Any], **body: Any) -> list[dict[str, Any]]:
+    return job(messages=list(given), **body).messages
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    assert messages({"role": "user", "content": parts}) == [{"role": "user", "content": "one two"}]
+    assert messages({"role": "user", "content": []}) == [{"role": "user", "content": ""}]
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "http://h/"}}, {"type": "text"}])
+def test_other_parts_are_refused_with_their_place(part):
+    content = [{"type": "text", "text": "one"}, part]
+    with pytest.raises(UnsupportedParameter) as caught:
+        messages(USER, {"role": "user", "content": content})
+    assert caught.value.param == "messages.1.content.1"
+    assert repr(part["type"]) in caught.value.message
+
+
+def test_the_developer_role_is_the_system_role_of_templates():
+    assert messages({"role": "developer", "content": "be brief"}, USER)[0]["role"] == "system"
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool", "function"])
+def test_other_roles_and_names_are_kept(role):
+    given = {"role": role, "content": "hi", "name": "Ann"}
+    assert messages(given) == [given]
+
+
+def test_only_an_assistant_may_have_no_content():
+    assert messages({"role": "assistant"}) == [{"role": "assistant", "content": ""}]
+    assert refusal(messages=[USER, {"role": "user"}]).param == "messages.1"
+    assert refusal(messages=[{"role": "system", "content": None}]).param == "messages.0"
+
+
+@pytest.mark.parametrize("given", [[], [USER] * (MAX_MESSAGES + 1), "hi", [{"role": "robot", "content": ""}]])
+def test_messages_are_bounded(given):
+    assert (refusal(messages=given).param or "").startswith("messages")
+
+
+def test_parts_are_bounded():
+    part = {"type": "text", "text": "x"}
+    assert messages({"role": "user", "content": [part] * MAX_PARTS})[0]["content"] == "x" * MAX_PARTS
+    assert refusal(messages=[{"role": "user", "content": [part] * (MAX_PARTS + 1)}]).param is not None
+
+
+def test_a_final_message_is_continued_only_if_it_is_an_assistants():
+    answer = {"role": "assistant", "content": "Once upon"}
+    assert job(messages=[USER, answer], continue_final_message=True).continue_final_message
+    assert not job(messages=[USER, answer]).continue_final_message
+    assert refusal(messages=[answer, USER], continue_final_message=True).param == "continue_final_message"
+
+
+# fields that are not supported
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "value"),
+    [
+        ("tools", [[]], [{"type": "function"}]),
+        ("tool_choice", ["none", "auto"], "required"),
+        ("functions", [[]], [{"name": "f"}]),
+        ("function_call", ["none", "auto"], {"name": "f"}),
+        ("response_format", [{"type": "text"}], {"type": "json_object"}),
+        ("audio", [], {"voice": "alloy"}),
+        ("modalities", [["text"]], ["text", "audio"]),
+        ("prediction", [], {"type": "content"}),
+        ("web_search_options", [], {}),
+    ],
+)
+def test_an_unsupported_field_is_refused_unless_it_requests_nothing(name, neutral, value):
+    for harmless in [None, *neutral]:
+        assert job(**{name: harmless}) == job()
+    found = refusal(**{name: value})
+    assert isinstance(found, UnsupportedParameter) and found.param == name
+    assert found.message == f"{name} is not supported by model 'chat'; leave it out"
