@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+VERSION = "0.2.0"
+"""Version of the service: pyproject.toml and CHANGELOG.md name the same."""
+
 EXIT_CONFIGURATION = 78
 """Exit status of a process whose configuration can't work (EX_CONFIG of sysexits.h). A supervisor must not retry it."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from app.operations.openapi_schemas import BINARY, STRING, component_schemas, edit_form, ref
 from catalogue import CHAT, EDIT, GENERATION
+from config import VERSION
 
 _EVENT = {
     "type": "object",
@@ -26,7 +27,7 @@ def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "Model service",
-            "version": "1",
+            "version": VERSION,
             "description": "OpenAI's API, with the additions of the network's model API standard.",
         },
         "servers": [{"url": server_url}],
