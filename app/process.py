@@ -9,6 +9,7 @@ from node.reconciler import Reconciler
 from protocol.event_router import EventRouter
 
 START_S = 5.0
+"""How long a start waits for Redis."""
 
 
 class WebProcess:
@@ -32,8 +33,8 @@ class WebProcess:
     def start(self, gunicorn_worker: Any = None) -> None:
         """Start the threads. Call this after the fork, because threads do not survive one.
 
-        Returns when requests can be dispatched, or after `START_S` without Redis. gunicorn accepts connections
-        from then on, and a process that can't serve them yet would get as many as one that can.
+        Returns when requests can be dispatched, or after `START_S` without Redis. gunicorn then accepts
+        connections, and a process that can't serve them yet would get as many as one that can.
         """
         self._gunicorn_worker = gunicorn_worker
         self._router.start()

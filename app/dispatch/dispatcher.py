@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from redis.exceptions import RedisError
 
@@ -23,12 +23,12 @@ from protocol.events import Event, Failed, Finished
 from protocol.jobs import Job
 from protocol.queue import JobQueue
 
-Entry = TypeVar("Entry", bound=ModelEntry)
-
 CHECK_S = 1.0
+"""How often a request checks its client, its deadline and this process."""
 DEADLINE_GRACE_S = 2.0
 """Time for the worker to end a request at its deadline with a proper last event, before this side ends it."""
 DRAIN_STREAMS_S = 18.0
+"""Time after SIGTERM for running requests; gunicorn kills the process after `graceful_timeout`, 27 s."""
 
 
 class Client(Protocol):
@@ -66,7 +66,7 @@ class EventReader:
         draining_for_s: Callable[[], float],
         on_close: Callable[[Inbox, bool], None],
     ) -> None:
-        """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and whether it finished."""
+        """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and `finished`."""
         self._inbox = inbox
         self._client = client
         self._ends_at = ends_at
@@ -163,6 +163,7 @@ class Dispatcher:
         return reader
 
     def _refuse_early(self, model: str) -> None:
+        """Refuse a job that could not be processed now, before anything is written for it."""
         if not self._connected():
             raise QueueUnavailable
         if not self._worker_view.has_ready(model, look_again=True):

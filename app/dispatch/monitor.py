@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 
 INTERVAL_S = 1.0
 SILENCE_S = 2.0
+"""A request without events for this long is checked."""
 GAP_LIMIT_S = 10.0
+"""A request fails when its replay list has not filled a gap for this long."""
 ORPHAN_S = 5.0
+"""An unclaimed id is sent again this long after its turn has passed."""
 
 
 class RequestMonitor(threading.Thread):
@@ -54,9 +57,11 @@ class RequestMonitor(threading.Thread):
         self._stopping = threading.Event()
 
     def stop(self) -> None:
+        """End the thread after the check that is running. Does not wait for it."""
         self._stopping.set()
 
     def run(self) -> None:
+        """Check until `stop` is called, then release the lease of this process."""
         while not self._stopping.is_set():
             try:
                 self.tick()

@@ -8,6 +8,7 @@ from catalogue import ModelEntry
 from protocol.leases import Leases, Observation, WorkerRecord
 
 LOOK_AGAIN_S = 0.1
+"""The shortest time between two snapshots that requests ask for."""
 
 
 class WorkerView:
@@ -39,6 +40,7 @@ class WorkerView:
         return not self._observation.interrupted
 
     def records(self) -> list[WorkerRecord]:
+        """Return the workers of the snapshot, by model and cid."""
         return self._records
 
     def has_ready(self, model: str, *, look_again: bool = False) -> bool:

@@ -148,8 +148,7 @@ def _load(source: bytes | str, param: str, fetch: Fetch) -> bytes:
         raise PayloadTooLarge(
             f"{param} has {len(source)} bytes; at most {MAX_BYTES} are accepted", param=param
         )
-    # Pillow decompresses text chunks, colour profiles and EXIF with the header, up to a second for hostile
-    # files
+    # Pillow decompresses text chunks, profiles and EXIF with the header: up to a second for hostile files
     _off_loop(open_image, source, param)
     return source
 

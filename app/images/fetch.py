@@ -113,8 +113,8 @@ class ImageFetcher:
             reason = str(error) if isinstance(error, _Refused) else type(error).__name__
             log.info("an image URL was not downloaded: %s", reason)
             raise InvalidImage(
-                f"{param} could not be downloaded; it must be a public http(s) URL on port 80 or 443 that returns"
-                " a PNG, JPEG or WEBP image of at most 10 MiB within 15 s",
+                f"{param} could not be downloaded; it must be a public http(s) URL on port 80 or 443"
+                " that returns a PNG, JPEG or WEBP image of at most 10 MiB within 15 s",
                 param=param,
             ) from None
         finally:

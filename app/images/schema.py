@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from catalogue import ImageEngineOptions, ImageModelEntry
 from protocol.errors import InvalidRequest
@@ -26,10 +26,10 @@ _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("must not be empty")
-    return _clean(text)
+    return _check_text(text)
 
 
-def _clean(text: str) -> str:
+def _check_text(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain the character NUL")
     try:
@@ -39,13 +39,6 @@ def _clean(text: str) -> str:
     return text
 
 
-def _no_boolean(value: object) -> object:
-    # when it reads a form, pydantic would accept true as the number 1
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
 def _check_size(size: str) -> str:
     if size != "auto" and not _SIZE.fullmatch(size):
         raise ValueError('must be "WIDTHxHEIGHT" in pixels, like "1024x1024"')
@@ -53,8 +46,8 @@ def _check_size(size: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
-Count = Annotated[int, BeforeValidator(_no_boolean), Field(ge=1)]
-Factor = Annotated[float, BeforeValidator(_no_boolean), Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Factor = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class ImageRequest(BaseModel):
@@ -64,7 +57,7 @@ class ImageRequest(BaseModel):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     prompt: Annotated[Text, AfterValidator(_not_blank)]
-    negative_prompt: Annotated[Text, AfterValidator(_clean)] | None = None
+    negative_prompt: Annotated[Text, AfterValidator(_check_text)] | None = None
     n: Count | None = None
     size: Annotated[str, AfterValidator(_check_size)] | None = None
     width: Count | None = None
@@ -73,7 +66,7 @@ class ImageRequest(BaseModel):
     num_inference_steps: Count | None = None
     steps: Count | None = None
     guidance_scale: Annotated[Factor, Field(ge=0, le=100)] | None = None
-    seed: Annotated[int, BeforeValidator(_no_boolean), Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     response_format: Literal["url", "b64_json"] | None = None
 
     @model_validator(mode="before")
@@ -119,7 +112,8 @@ class ImageRequest(BaseModel):
         if width and height and width * height > limits.max_pixels:
             param = "width" if self.width else "size"
             raise InvalidRequest(
-                f"{param}: {width}x{height} has {width * height} pixels; at most {limits.max_pixels} for this model",
+                f"{param}: {width}x{height} has {width * height} pixels; this model supports at most"
+                f" {limits.max_pixels}",
                 param=param,
             )
         return width, height
@@ -134,13 +128,11 @@ class ImageEditRequest(ImageRequest):
 
     strength: Annotated[Factor, Field(gt=0, le=1)] | None = None
 
-    def to_job(
-        self, request_id: str, entry: ImageModelEntry, image: bytes | None = None, mask: bytes | None = None
-    ) -> ImageJob:
-        """Make the job as for a generation. The image files are given here or put into the job later."""
+    def to_job(self, request_id: str, entry: ImageModelEntry) -> ImageJob:
+        """Make the job as for a generation; app.images.body adds the image files."""
         job = super().to_job(request_id, entry)
         strength = _first(self.strength, entry.defaults.strength)
-        return msgspec.structs.replace(job, task="edit", strength=strength, image=image, mask=mask)
+        return msgspec.structs.replace(job, task="edit", strength=strength)
 
 
 def _is_absent(name: str, value: Any) -> bool:
@@ -158,7 +150,8 @@ def _check_side(param: str, side_name: str, side: int, limits: ImageEngineOption
     multiple = limits.size_multiple
     if side == 0 or side > limits.max_side or side % multiple:
         raise InvalidRequest(
-            f"{param}: the {side_name} must be a multiple of {multiple} from {multiple} to {limits.max_side} pixels",
+            f"{param}: the {side_name} must be a multiple of {multiple}, from {multiple} to {limits.max_side}"
+            " pixels",
             param=param,
         )
 

@@ -23,8 +23,8 @@ def blueprint(
 ) -> Blueprint:
     """Make the blueprint.
 
-    `connected`: whether requests can be dispatched. `has_key`: whether the current request may see the details
-    of /readyz, among them the `warnings` of the settings. `description`: the OpenAPI document.
+    `connected`: whether requests can be dispatched. `has_key`: whether the current request may see the
+    details of /readyz, among them the `warnings` of the settings. `description`: the OpenAPI document.
     """
     routes = Blueprint("operations", __name__)
 

@@ -1,4 +1,4 @@
-"""Pydantic's findings in plain words."""
+"""app.http.validation: pydantic's errors as messages for clients."""
 
 from typing import Literal
 
@@ -54,7 +54,7 @@ GOOD = {"role": "user", "content": "SECRET"}
         ),
     ],
 )
-def test_the_first_complaint_names_the_place_in_the_callers_data(body, param, message):
+def test_the_first_error_names_the_path_in_the_body(body, param, message):
     with pytest.raises(InvalidRequest) as caught:
         parse(Body, body)
     assert (caught.value.param, caught.value.message) == (param, message)

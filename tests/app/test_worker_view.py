@@ -1,4 +1,4 @@
-"""app.dispatch.worker_view.WorkerView: when it answers from its snapshot, when it refreshes it, and who is lost."""
+"""app.dispatch.worker_view.WorkerView: when its snapshot is used, when it is refreshed, and who is lost."""
 
 from typing import Any, cast
 
