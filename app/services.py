@@ -12,8 +12,10 @@ from app.operations.metrics import Metrics
 from app.process import WebProcess
 from catalogue import Catalogue
 from config import Settings
+from node.client import NodeClient
+from node.election import Election
 from node.lock import NodeLock
-from node.reconciler import build_reconciler
+from node.reconciler import ELECTION_TTL_S, Reconciler
 from protocol.connections import (
     RedisClient,
     connect_redis,
@@ -55,13 +57,25 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
     router = EventRouter(client, keys, web_id)
+    node_lock = NodeLock(client, keys, settings.node_url, settings.service_id)
+    reconciler = None
+    if settings.node_url:
+        reconciler = Reconciler(
+            Election(client, keys.reconciler(settings.node_url, settings.service_id), ELECTION_TTL_S),
+            leases,
+            NodeClient(settings.node_url),
+            node_lock,
+            settings=settings,
+            namespace=namespace,
+            project=catalogue.project,
+        )
     process = WebProcess(
         router=router,
         worker_view=worker_view,
         monitor=RequestMonitor(
             client, keys, web_id=web_id, leases=leases, worker_view=worker_view, router=router, queue=queue
         ),
-        reconciler=build_reconciler(settings, catalogue, namespace, client, keys, leases),
+        reconciler=reconciler,
     )
     image_store = ImageStore(
         client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
@@ -88,7 +102,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             read_own=image_store.get,
         ),
         leases=leases,
-        node_lock=NodeLock(client, keys, settings.node_url, settings.service_id),
+        node_lock=node_lock,
     )
 
 

@@ -1,33 +1,53 @@
-"""One of several processes, chosen through a lease in Redis."""
+"""Elects one of several processes, by a lease in Redis."""
 
 import uuid
-from typing import Literal
+from enum import Enum
 
 from protocol.connections import RedisClient
 
-# a lease is only prolonged or given back by its holder: a process that slept must not take what another has won
-_RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
-_RESIGN = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('del', KEYS[1]) end return 0"
+# KEYS: the lease. ARGV: the candidate's id, TTL in milliseconds. Returns 1 if the candidate holds it: only its holder
+# may prolong a lease, since another process may have won it while this one was paused.
+_RENEW = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[2])
+"""
+
+# KEYS: the lease. ARGV: the candidate's id. Deletes the lease if the candidate holds it.
+_RESIGN = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])
+"""
+
+
+class Result(Enum):
+    """What `Election.hold` found."""
+
+    KEPT = "kept"
+    """This process held the lease without a gap since its last call."""
+    WON = "won"
+    """The lease was free: the first time, or because this process was paused or Redis lost its data."""
+    OTHER = "other"
+    """Another process holds the lease."""
 
 
 class Election:
-    """Candidate for the lease `key`, which lapses after `ttl_s` unless held again. Methods raise redis.RedisError."""
+    """A candidate for the lease `key`, which expires `ttl_s` after its last `hold`. Methods raise redis.RedisError."""
 
     def __init__(self, client: RedisClient, key: str, ttl_s: float) -> None:
         self._redis = client
         self._key = key
         self._ttl_ms = int(ttl_s * 1000)
-        self._me = uuid.uuid4().hex
+        self._id = uuid.uuid4().hex
+        self._renew = client.register_script(_RENEW)
+        self._resign = client.register_script(_RESIGN)
 
-    def hold(self) -> Literal["kept", "won", "other"]:
-        """Prolong the lease, or take it when nobody has it.
-
-        "won" after a "kept" means that the lease was gone in between: this process slept, or Redis forgot.
-        """
-        if self._redis.eval(_RENEW, 1, self._key, self._me, str(self._ttl_ms)):
-            return "kept"
-        return "won" if self._redis.set(self._key, self._me, nx=True, px=self._ttl_ms) else "other"
+    def hold(self) -> Result:
+        """Prolong the lease if this process holds it, take it if nobody does."""
+        if self._renew(keys=[self._key], args=[self._id, self._ttl_ms]):
+            return Result.KEPT
+        won = self._redis.set(self._key, self._id, nx=True, px=self._ttl_ms)
+        return Result.WON if won else Result.OTHER
 
     def resign(self) -> None:
-        """Let another take over at once."""
-        self._redis.eval(_RESIGN, 1, self._key, self._me)
+        """Let another process take over at once."""
+        self._resign(keys=[self._key], args=[self._id])

@@ -1,4 +1,4 @@
-"""Takes turns at the node: one call at a time from all processes of a deployment on one machine."""
+"""One call to the node at a time, from all processes of a deployment."""
 
 import logging
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from protocol.names import Keys
 
 log = logging.getLogger(__name__)
 
-HOLD_S = 20
-"""A holder that died gives its turn back after this. Above a call that takes PATIENT_TIMEOUT_S."""
+LOCK_TTL_S = 20
+"""A lock whose holder was killed is free again after this. Longer than a call with the client's patient timeout."""
 WAIT_S = 1.0
 
 
 class NodeLock:
-    """The node is told things one after another, or its list is saved twice at once. A courtesy, never a condition."""
+    """A lock in Redis for calls to one node, which handles parallel registrations badly. Advisory: see `turn`."""
 
     def __init__(self, client: RedisClient, keys: Keys, node_url: str, service_id: str) -> None:
         self._redis = client
@@ -26,26 +26,26 @@ class NodeLock:
 
     @contextmanager
     def turn(self, wait_s: float = WAIT_S) -> Iterator[bool]:
-        """Whether it is our turn, after waiting `wait_s` at most (longer only while Redis itself stalls).
+        """Hold the lock; yields False if it was not free within `wait_s` (longer only while Redis stalls).
 
-        True also when Redis can't be reached: the node must be told even then, and a register that meets another
-        does less harm than none.
+        Yields True without the lock when Redis can't be reached: calls must go on then, and two at once do less harm
+        than none.
         """
-        lock = self._redis.lock(self._name, timeout=HOLD_S, blocking_timeout=wait_s, thread_local=False)
+        lock = self._redis.lock(self._name, timeout=LOCK_TTL_S, blocking_timeout=wait_s, thread_local=False)
         try:
-            mine = bool(lock.acquire())
+            acquired = bool(lock.acquire())
         except RedisError as error:
-            log.warning("calling the node out of turn, Redis can't be reached: %s", error)
+            log.warning("calling the node without its lock, Redis can't be reached: %s", error)
             yield True
             return
         try:
-            yield mine
+            yield acquired
         finally:
-            if mine:
-                self._give_back(lock)
+            if acquired:
+                self._release(lock)
 
-    def _give_back(self, lock: "redis.lock.Lock") -> None:
+    def _release(self, lock: "redis.lock.Lock") -> None:
         try:
             lock.release()
         except (LockError, RedisError) as error:
-            log.info("the turn at the node was not given back, it ends by itself: %s", error)
+            log.info("the node's lock was not released, it expires: %s", error)

@@ -1,318 +1,251 @@
-"""Keeps this worker's one entry at the node true: registered ⇔ loaded ∧ web answering ∧ not draining ∧ engine healthy.
+"""Keeps one worker's entry at the node: registered while the worker serves, the web process answers and nothing drains.
 
-One daemon thread compares what should be with what the node is believed to have, and makes one call at a time to bring
-both together, for ever, without anybody waiting for it. Only the worker itself registers; entries of workers that died
-without a word are removed by node/reconciler.py.
+One daemon thread compares what should be with what is known of the node, and makes one call at a time until they agree,
+without end and without anybody waiting for it. Only the worker registers itself; entries of workers that were killed are
+removed by node/reconciler.py.
 """
 
 import logging
 import math
-import random
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
 
-from redis.exceptions import RedisError
-
-from catalogue import ModelEntry
-from config import Settings
-from node.client import (
-    NodeClient,
-    NodeError,
-    Registration,
-    Siblings,
-    registration_for,
-    registrations_of,
-)
-from node.lock import NodeLock
-from node.web_watch import WebWatch, http_probe
-from protocol.connections import RedisClient
-from protocol.leases import Leases
-from protocol.names import Keys
+from node.backoff import Backoff
+from node.client import NodeClient, NodeError
+from node.entry_state import AtNode, EntryState, Step
+from node.registration import Registration
+from node.web_watch import WebWatch
 
 log = logging.getLogger(__name__)
-
-Step = Literal["register", "unregister", "look"]
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Periods in seconds. `look_every_s`: of reading the node's list; `backoff_*`: of trying again after a failure."""
+    """Periods in seconds. `drain_s`: the longest that `Registrar.drain` takes."""
 
     first_probe_every_s: float = 1.0
     probe_every_s: float = 5.0
-    look_every_s: float = 60.0
+    read_list_every_s: float = 60.0
     backoff_first_s: float = 0.5
-    backoff_most_s: float = 30.0
+    backoff_max_s: float = 30.0
     drain_s: float = 2.0
 
 
 class Registrar:
-    """The owner of one registration. `node` or `registration` None (NODE_URL empty; a task the node does not know): does
-    nothing and never fails.
+    """The owner of one entry.
 
-    `probe` says whether the web process answers and never raises; `turn` gives the node to one caller at a time;
-    `on_change` is called, from any thread and outside of locks, when `registered` or `last_error` has changed.
+    `probe` says whether the web process answers and never raises; `take_turn` gives the node to one process at a time;
+    `on_change` is called, from any thread and without locks held, when `registered` or `last_error` has changed.
     """
 
     def __init__(
         self,
-        registration: Registration | None,
-        node: NodeClient | None,
+        registration: Registration,
+        node: NodeClient,
         probe: Callable[[], bool],
-        turn: Callable[[], AbstractContextManager[bool]],
+        take_turn: Callable[[], AbstractContextManager[bool]],
         on_change: Callable[[], None],
         *,
-        siblings: Siblings | None = None,
         timing: Timing | None = None,
     ) -> None:
         self._registration = registration
-        self._node = node if registration is not None else None
+        self._node = node
         self._probe = probe
-        self._turn = turn
+        self._take_turn = take_turn
         self._on_change = on_change
-        self._siblings = siblings
         self._timing = timing or Timing()
+        self._entry = EntryState(
+            self._timing.read_list_every_s,
+            Backoff(self._timing.backoff_first_s, self._timing.backoff_max_s),
+        )
         self._web = WebWatch()
+        self._probe_at = 0.0
+        self._changed = threading.Condition()
+        """Guards the attributes below and the entry's state; notified when any of them changes."""
         self._thread: threading.Thread | None = None
-        self._wake = threading.Condition()
-        self._doing: Step | Literal["probe"] | None = None
-        self._serving = self._draining = self._ended = False
-        self._wanted_before = False
-        # None: nobody can say. So at the start, when an earlier incarnation may have left the entry behind.
-        self._at_node: bool | None = None
-        self._list_unreadable = False
-        self._drain_failed = False
-        self._failures = 0
-        self._try_at = self._look_at = self._probe_at = 0.0
-        self._last_error = ""
+        self._step: Step | None = None
+        self._ended = False
         self._shown = (False, "")
-
-    # ----- what others ask and say
 
     @property
     def registered(self) -> bool:
-        """The node has said yes and was not told otherwise since. Goes into the lease's record."""
-        return self._at_node is True
+        """Whether the node has accepted the registration and was not told otherwise since."""
+        return self._entry.at_node is AtNode.PRESENT
 
     @property
     def maybe_registered(self) -> bool:
-        """The node has the entry or may have it (a call without an answer): somebody must still take it off."""
-        return self._node is not None and self._at_node is not False
+        """Whether the node has the entry, or may have it: then somebody must still remove it."""
+        return self._entry.at_node is not AtNode.ABSENT
 
     @property
     def last_error(self) -> str:
-        """Why the node isn't told what it should be told, in one line; "" when all is well."""
-        return self._last_error
+        """Why the node's list isn't as it should be, in one line; "" when it is."""
+        return self._entry.last_error
 
     def start(self) -> None:
-        """Begin. The entry of an earlier incarnation is taken off until this one serves."""
-        if self._node is not None and self._thread is None:
+        """Begin. The entry of an earlier incarnation is removed until this one serves."""
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="registrar", daemon=True)
             self._thread.start()
 
     def set_serving(self, serving: bool) -> None:
-        """Whether the model is loaded and its engine healthy."""
-        with self._wake:
-            self._serving = serving
-            self._wake.notify_all()
+        """Whether the model is loaded and its engine works."""
+        with self._changed:
+            self._entry.serving = serving
+            self._changed.notify_all()
 
     def lease_was_lost(self) -> None:
-        """This worker's lease had lapsed and stands again: the reconciler may have taken it off meanwhile."""
-        with self._wake:
-            self._look_at = 0.0
-            self._wake.notify_all()
+        """This worker's lease had expired and is renewed: the reconciler may have removed the entry meanwhile."""
+        with self._changed:
+            self._entry.read_list_soon()
+            self._changed.notify_all()
 
     def drain(self) -> bool:
-        """Never register again, and take the entry off; returns after `drain_s` whatever the node does.
+        """Remove the entry and never register again; returns within `drain_s`. Whether the entry is gone by then.
 
-        False: the node could not be told so far. It is told for as long as the process lives, then by the reconciler.
+        If not, the call is repeated while the process lives; after that the reconciler removes the entry.
         """
         give_up_at = time.monotonic() + self._timing.drain_s
-        with self._wake:
-            self._draining = True
-            self._try_at = 0.0
-            self._wake.notify_all()
+        with self._changed:
+            self._entry.start_draining()
+            self._changed.notify_all()
             if self._thread is None or self._ended:
                 return not self.maybe_registered
-            # the loop does it, unless a call under way, a probe or a stalled Redis uses up the time: then beside it
-            if not self._wake.wait_for(self._is_drained, self._timing.drain_s * 0.6):
+            # the thread does it, unless a call in progress, a probe or a stalled Redis takes the time: then another
+            if not self._changed.wait_for(self._drain_has_ended, self._timing.drain_s * 0.6):
                 threading.Thread(target=self._unregister_out_of_turn, name="unregister", daemon=True).start()
-                self._wake.wait_for(self._is_drained, max(0.0, give_up_at - time.monotonic()))
-            return self._at_node is False
+                self._changed.wait_for(self._drain_has_ended, max(0.0, give_up_at - time.monotonic()))
+            return not self.maybe_registered
 
     def abandon(self) -> None:
-        """End without a word to the node: a newer incarnation with the same cid owns the entry now."""
-        with self._wake:
-            self._ended = self._draining = True
-            self._at_node = False
-            self._wake.notify_all()
+        """End without a call: a newer incarnation with the same cid owns the entry now."""
+        with self._changed:
+            self._ended = self._entry.draining = True
+            self._entry.at_node = AtNode.ABSENT
+            self._changed.notify_all()
 
-    # ----- the loop
+    def _drain_has_ended(self) -> bool:
+        """Unregistered, or that failed. A register in progress may undo the first."""
+        unregistered = self._entry.at_node is AtNode.ABSENT and self._step is not Step.REGISTER
+        return unregistered or self._entry.drain_failed
+
+    # ----- the thread
 
     def _run(self) -> None:
         while True:
-            with self._wake:
-                now = time.monotonic()
-                if self._ended or (self._draining and self._at_node is False):
+            with self._changed:
+                entry, now = self._entry, time.monotonic()
+                if self._ended or (entry.draining and entry.at_node is AtNode.ABSENT):
                     return
-                step, due = self._next_step(now)
-                probe_at = math.inf if self._draining else self._probe_at
-                if min(due, probe_at) > now:
-                    wait_s = min(due, probe_at) - now
-                    self._wake.wait(None if wait_s == math.inf else wait_s)
+                step, due_at = entry.next_step(now)
+                probe_at = math.inf if entry.draining else self._probe_at
+                wait_s = min(due_at, probe_at) - now
+                if wait_s > 0:
+                    self._changed.wait(None if wait_s == math.inf else wait_s)
                     continue
-                # the probe first: what it finds may change the step
-                self._doing = "probe" if probe_at <= now else step
-            if self._doing == "probe":
-                self._look_at_web()
-            elif self._doing is not None:
-                self._take(self._doing)
-            with self._wake:
-                self._doing = None
-                self._wake.notify_all()
+                # the probe first: its result may change the step
+                probing = probe_at <= now
+                self._step = None if probing else step
+            if probing:
+                self._probe_web()
+            elif step is not None:
+                self._take(step)
+            with self._changed:
+                self._step = None
+                self._changed.notify_all()
 
-    def _next_step(self, now: float) -> tuple[Step | None, float]:
-        """What brings the node's list closer to the truth, and from when on it may be tried."""
-        wanted = self._serving and self._web.up and not self._draining
-        if wanted != self._wanted_before:
-            # news is told at once, whatever the failures of the past
-            self._wanted_before = wanted
-            self._failures, self._try_at = 0, now
-        if not wanted:
-            return ("unregister", self._try_at) if self._at_node is not False else (None, math.inf)
-        if self._at_node is not True:
-            return "register", self._try_at
-        # a list that can't be read is replaced by saying the same again: an update, harmless at this pace
-        return "register" if self._list_unreadable else "look", max(self._look_at, self._try_at)
-
-    def _look_at_web(self) -> None:
-        self._probe_at = time.monotonic() + (
-            self._timing.probe_every_s if self._web.ever_up else self._timing.first_probe_every_s
-        )
-        before = self._web.up
-        self._web.saw(self._probe())
-        if self._web.up != before:
+    def _probe_web(self) -> None:
+        timing = self._timing
+        every_s = timing.probe_every_s if self._web.ever_up else timing.first_probe_every_s
+        self._probe_at = time.monotonic() + every_s
+        was_up = self._web.up
+        self._web.add(self._probe())
+        with self._changed:
+            self._entry.web_up = self._web.up
+        if self._web.up != was_up:
             log.info("the web process %s", "answers" if self._web.up else "does not answer")
 
     def _take(self, step: Step) -> None:
         try:
-            with self._turn() as mine:
-                with self._wake:
-                    # waiting for the turn took a while: is it still what should be done?
-                    if not (mine or self._draining) or self._next_step(time.monotonic())[0] != step:
+            with self._take_turn() as mine:
+                with self._changed:
+                    now = time.monotonic()
+                    # waiting for the turn took a while, in which the step may have changed
+                    if not (mine or self._entry.draining) or self._entry.next_step(now)[0] is not step:
                         return
-                    # set before the call: a lease that is lost during it asks for another look
-                    self._look_at = time.monotonic() + self._timing.look_every_s
-                self._succeeded(step, self._perform(step))
+                    self._entry.started(now)
+                self._succeeded(step, self._call(step))
         except NodeError as error:
             self._failed(step, error)
         except Exception as error:
-            # nobody else would tell the node: this thread outlives whatever its collaborators throw
-            log.exception("the registrar failed to %s", step)
-            self._failed(step, NodeError("unreachable", f"the registrar failed: {type(error).__name__}"))
+            # no other thread keeps the entry, so this one must go on
+            log.exception("the registrar failed: %s", step.value)
+            self._failed(step, NodeError(f"the registrar failed: {type(error).__name__}"))
 
-    def _perform(self, step: Step) -> bool:
-        """Make the call. Whether the node has the entry afterwards. Raises NodeError."""
-        assert self._node is not None and self._registration is not None
-        ours, timeout_s = self._registration, self._timing.drain_s if self._draining else None
-        if step == "look":
-            return ours in self._node.models()
-        if step == "register":
-            self._node.register_model(ours, siblings=self._siblings)
-            return True
-        self._node.unregister_model(
-            ours.project, ours.model, ours.cid, siblings=self._siblings, timeout_s=timeout_s
-        )
-        return False
+    def _call(self, step: Step) -> AtNode:
+        """Make the call; whether the node has the entry afterwards. Raises NodeError."""
+        ours = self._registration
+        if step is Step.READ_LIST:
+            return AtNode.PRESENT if ours in self._node.models() else AtNode.ABSENT
+        if step is Step.REGISTER:
+            self._node.register_model(ours)
+            return AtNode.PRESENT
+        timeout_s = self._timing.drain_s if self._entry.draining else None
+        self._node.unregister_model(ours.project, ours.model, ours.cid, timeout_s=timeout_s)
+        return AtNode.ABSENT
 
     def _unregister_out_of_turn(self) -> None:
         try:
-            self._succeeded("unregister", self._perform("unregister"))
+            self._succeeded(Step.UNREGISTER, self._call(Step.UNREGISTER))
         except NodeError as error:
-            self._failed("unregister", error)
+            self._failed(Step.UNREGISTER, error)
 
-    # ----- what came of it
-
-    def _succeeded(self, step: Step, at_node: bool) -> None:
-        with self._wake:
+    def _succeeded(self, step: Step, at_node: AtNode) -> None:
+        with self._changed:
             if self._ended:
-                return  # abandoned during the call: what the node has is another's
-            if at_node != self._at_node:
-                log.info("%s at the node", "registered" if at_node else "not registered")
-            self._at_node = at_node
-            self._failures, self._try_at, self._last_error = 0, 0.0, ""
-            if step == "register":
-                self._list_unreadable = False
-            self._wake.notify_all()
-        self._tell()
+                return  # abandoned during the call: the entry belongs to another incarnation
+            if at_node is not self._entry.at_node:
+                log.info("%s is %s at the node", self._registration.cid, at_node.value)
+            self._entry.succeeded(step, at_node)
+            self._changed.notify_all()
+        self._report_change()
 
     def _failed(self, step: Step, error: NodeError) -> None:
-        with self._wake:
+        with self._changed:
             if self._ended:
                 return
-            answered = error.kind in ("refused", "too_old")
-            self._look_at = 0.0
-            if step == "look" and answered:
-                self._list_unreadable = True
-                return
-            if step == "register" and (self._at_node is False or answered):
-                self._at_node = None
-            if step == "unregister" and self._draining:
-                self._drain_failed = True
-            if str(error) != self._last_error:
-                log.warning("could not %s: %s", "read the node's list" if step == "look" else step, error)
-            self._last_error = str(error)
-            longest = min(
-                self._timing.backoff_most_s, self._timing.backoff_first_s * 2 ** min(self._failures, 16)
-            )
-            self._failures += 1
-            self._try_at = time.monotonic() + longest * random.uniform(0.5, 1.0)
-            self._wake.notify_all()
-        self._tell()
+            before = self._entry.last_error
+            self._entry.failed(step, error, time.monotonic())
+            if self._entry.last_error != before:
+                log.warning("could not %s: %s", step.value, error)
+            self._changed.notify_all()
+        self._report_change()
 
-    def _is_drained(self) -> bool:
-        """Off the node, or the node can't be told at the moment. A register still under way may undo the first."""
-        return self._drain_failed or (self._at_node is False and self._doing != "register")
-
-    def _tell(self) -> None:
-        shown = (self.registered, self._last_error)
-        if shown != self._shown:
-            self._shown = shown
-            try:
-                self._on_change()
-            except Exception:
-                log.exception("telling of a change at the node failed")
-
-
-def build_registrar(
-    settings: Settings,
-    entry: ModelEntry,
-    *,
-    project: str,
-    cid: str,
-    redis: RedisClient,
-    keys: Keys,
-    on_change: Callable[[], None],
-) -> Registrar:
-    """The registrar of the worker `cid`, as the settings have it. Nothing starts yet."""
-    leases = Leases(redis, keys)
-
-    def siblings() -> list[Registration]:
+    def _report_change(self) -> None:
+        shown = (self.registered, self.last_error)
+        if shown == self._shown:
+            return
+        self._shown = shown
         try:
-            return [entry for entry in registrations_of(leases.workers(), settings) if entry.cid != cid]
-        except RedisError as error:
-            # an old node would drop those that we can't name
-            raise NodeError("unreachable", f"the other workers are not known: {error}") from error
+            self._on_change()
+        except Exception:
+            log.exception("reporting a change at the node failed")
 
-    return Registrar(
-        registration_for(entry, settings, project, cid),
-        NodeClient(settings.node_url) if settings.node_url else None,
-        http_probe(settings.service_url),
-        NodeLock(redis, keys, settings.node_url, settings.service_id).turn,
-        on_change,
-        siblings=siblings,
-    )
+
+class NoRegistrar:
+    """Stands for a Registrar where NODE_URL is empty, or the node has no type for the model. Its methods do nothing."""
+
+    registered = False
+    maybe_registered = False
+    last_error = ""
+
+    def start(self) -> None: ...
+    def set_serving(self, serving: bool) -> None: ...
+    def lease_was_lost(self) -> None: ...
+    def abandon(self) -> None: ...
+
+    def drain(self) -> bool:
+        return True

@@ -1,4 +1,4 @@
-"""Whether the web process of this machine answers: the node calls it, so a worker behind a dead one must not be advertised."""
+"""Whether the web process of this machine answers. The node calls it, so without it no worker may be registered."""
 
 from collections.abc import Callable
 
@@ -10,13 +10,14 @@ PROBE_TIMEOUT_S = 2.0
 def http_probe(service_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Callable[[], bool]:
     """A probe of `GET {service_url}/healthz`. Never raises.
 
-    Any answer below 500 is a sign of life: the listener that only the node uses (NODE_BIND) has no /healthz, a 404
-    from it is as good. A 502 is a front whose service is gone.
+    Any status below 500 counts as an answer: the listener for the node alone (NODE_BIND) has no /healthz and answers
+    404. A 502 comes from a proxy whose service is down.
     """
 
     def probe() -> bool:
         try:
             with requests.Session() as session:
+                # proxies of the environment are for other hosts
                 session.trust_env = False
                 answer = session.get(
                     f"{service_url}/healthz", timeout=timeout_s, allow_redirects=False, stream=True
@@ -29,23 +30,26 @@ def http_probe(service_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Callable
 
 
 class WebWatch:
-    """Judges the probes: down after `downs` failed ones in a row, up after `ups` good ones. At the start one suffices."""
+    """Decides from probes: down after `max_failed` failures in a row, up after `min_succeeded` successes in a row.
 
-    def __init__(self, downs: int = 3, ups: int = 2) -> None:
+    Before it was ever up, one success is enough.
+    """
+
+    def __init__(self, max_failed: int = 3, min_succeeded: int = 2) -> None:
         self.up = False
         self.ever_up = False
-        self._downs = downs
-        self._ups = ups
-        self._against = 0
+        self._max_failed = max_failed
+        self._min_succeeded = min_succeeded
+        self._contrary = 0
 
-    def saw(self, good: bool) -> None:
-        """One more probe. What agrees with the present judgement forgives what spoke against it."""
-        if good == self.up:
-            self._against = 0
+    def add(self, succeeded: bool) -> None:
+        """Take one more probe into account."""
+        if succeeded == self.up:
+            self._contrary = 0
             return
-        self._against += 1
-        needed = self._downs if self.up else self._ups if self.ever_up else 1
-        if self._against >= needed:
-            self.up = good
-            self.ever_up = self.ever_up or good
-            self._against = 0
+        self._contrary += 1
+        needed = self._max_failed if self.up else self._min_succeeded if self.ever_up else 1
+        if self._contrary >= needed:
+            self.up = succeeded
+            self.ever_up = self.ever_up or succeeded
+            self._contrary = 0

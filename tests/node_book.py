@@ -1,6 +1,6 @@
-"""What the node does with what it is told (v0.2.3 of the real one): the order of its checks, its codes, its shapes.
+"""How the node (v0.2.3) handles its calls: the order of its checks, its codes, its shapes.
 
-No sockets here: tests/stand_in_node.py serves it.
+Without sockets: tests/stand_in_node.py serves it.
 """
 
 import ipaddress
@@ -9,18 +9,19 @@ from collections.abc import Callable
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from tests.go_json import Spoiled, decode
+from tests.go_json import GoDecodeError, decode
 
-Mode = Literal["ok", "slow", "refusing", "old"]
+Mode = Literal["ok", "slow", "refusing", "old", "unlisted"]
+"""See StandInNode.behave."""
 
 PEER_ID = "16Uiu2HAmStandInNodeOfTheTests"
 MODEL = {"model": str, "api": str, "type": int, "cid": str}
 PROJECT = {"project": str, "models": [MODEL]}
-NOT_COLLECTING = 1010
+NOT_COLLECTING = 500, {"code": 1010, "message": "unsupported", "data": []}
 
 
 class NodeBook:
-    """The node's registrations and its answers. `projects`: project → entries {model, api, type, cid}, in order."""
+    """The node's registrations and its answers. `projects`: project -> entries {model, api, type, cid}, in order."""
 
     def __init__(self) -> None:
         self.projects: dict[str, list[dict[str, Any]]] = {}
@@ -36,15 +37,9 @@ class NodeBook:
             ("POST", "ai/project/unregister"): self._project_unregister,
             ("POST", "ai/project/peer"): self._projects_of_node,
             ("GET", "id"): lambda _: (200, {"peer_id": PEER_ID, "agent_version": "v0.2.3"}),
-            # the network's lists, kept only by nodes that collect their peers: not by this one, as most
-            ("GET", "ai/projects/list"): lambda _: (
-                500,
-                {**_failure(NOT_COLLECTING, "unsupported"), "data": []},
-            ),
-            ("GET", "ai/projects/models"): lambda _: (
-                500,
-                {**_failure(NOT_COLLECTING, "unsupported"), "data": []},
-            ),
+            # lists of the whole network: only nodes that collect their peers have them, and most, like this one, don't
+            ("GET", "ai/projects/list"): lambda _: NOT_COLLECTING,
+            ("GET", "ai/projects/models"): lambda _: NOT_COLLECTING,
         }
         name = path.partition("?")[0].removeprefix("/api/v0/")
         if self.mode == "old" and name.startswith("ai/model/"):
@@ -57,9 +52,9 @@ class NodeBook:
             return (500 if self.code == 5000 else 400), _failure(self.code, "the test says no")
         try:
             return route(raw)
-        except Spoiled as error:
+        except GoDecodeError as error:
             return 400, _failure(1002, f"body not understood: {error}")
-        except _Bad as error:
+        except _InvalidField as error:
             return 400, _failure(1001, str(error))
 
     def _model_register(self, raw: bytes) -> tuple[int, Any]:
@@ -92,11 +87,9 @@ class NodeBook:
         told = decode(raw, PROJECT, trailing=True)
         _need(told["project"], "project is empty")
         for model in told["models"]:
-            _check_model(model, cid_needed=self.mode != "old")
-            if self.mode == "old":
-                model["cid"] = ""
+            _check_model(model)
         self.projects[told["project"]] = told["models"]
-        return 200, {"message": "ok"} if self.mode != "old" else {"code": 0, "message": "ok"}
+        return 200, {"message": "ok"}
 
     def _project_unregister(self, raw: bytes) -> tuple[int, Any]:
         told = decode(raw, PROJECT, trailing=True)
@@ -109,12 +102,8 @@ class NodeBook:
         _need(told["node_id"], "node_id is empty")
         if told["node_id"] != PEER_ID:
             return 504, _failure(1004, "that peer did not answer")
-        if self.mode == "old":
-            listed = [
-                {"project": name, "models": [e["model"] for e in entries]}
-                for name, entries in self.projects.items()
-            ]
-            return 200, {"code": 0, "message": "ok", "data": listed}
+        if self.mode == "unlisted":
+            return NOT_COLLECTING
         spelled = {"model": "Model", "api": "API", "type": "Type", "cid": "CID"}
         return 200, {
             "data": {
@@ -124,8 +113,8 @@ class NodeBook:
         }
 
 
-class _Bad(Exception):
-    """A field that the node refuses: 400, code 1001."""
+class _InvalidField(Exception):
+    """Raised for a field that the node refuses: 400, code 1001."""
 
 
 def _failure(code: int, message: str) -> dict[str, Any]:
@@ -134,21 +123,20 @@ def _failure(code: int, message: str) -> dict[str, Any]:
 
 def _need(value: str, complaint: str) -> None:
     if not value:
-        raise _Bad(complaint)
+        raise _InvalidField(complaint)
 
 
-def _check_model(told: dict[str, Any], *, cid_needed: bool = True) -> None:
-    """The order of the real node: model, api, URL of api, cid. `type` is not looked at."""
+def _check_model(told: dict[str, Any]) -> None:
+    """Checks in the node's order: model, api, URL of api, cid. It does not look at `type`."""
     _need(told["model"], "model is empty")
     _need(told["api"], "api is empty")
     try:
         host = urlsplit(told["api"]).hostname or ""
     except ValueError as error:
-        raise _Bad(f"api is no URL: {error}") from error
+        raise _InvalidField(f"api is not a URL: {error}") from error
     if host != "localhost" and not _is_own_address(host):
-        raise _Bad(f"api: {host!r} is neither localhost nor an address of this machine")
-    if cid_needed:
-        _need(told["cid"], "cid is empty")
+        raise _InvalidField(f"api: {host!r} is neither localhost nor an address of this machine")
+    _need(told["cid"], "cid is empty")
 
 
 def _is_own_address(host: str) -> bool:

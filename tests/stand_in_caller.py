@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.go_json import Spec, Spoiled, decode
+from tests.go_json import GoDecodeError, Spec, decode
 
 CHAT_LIMIT_S, IMAGE_LIMIT_S, EDIT_LIMIT_S = 180.0, 300.0, 180.0
 RELAY_LIMIT_BYTES = 2**20
@@ -260,7 +260,7 @@ def _judge(response: http.client.HTTPResponse, raw: bytes, spec: Spec, needs: st
     try:
         seen = decode(raw, spec)
         body = decode(raw, object)
-    except Spoiled as error:
+    except GoDecodeError as error:
         raise AssertionError(f"the node can't read the answer: {error}; it was {raw[:300]!r}") from error
     answer = Answer(response.status, dict(response.getheaders()), body, seen)
     if answer.code == 0 and needs:

@@ -1,9 +1,9 @@
-"""A stand-in for the network node, true to what the real one does (v0.2.3), not to what the standard says of it.
+"""A stand-in for the network node that behaves as v0.2.3 of the real one does, also where its documentation differs.
 
-    python -m tests.stand_in_node --port 6000        # for a human: prints what it is told
+    python -m tests.stand_in_node --port 6000        # by hand: prints the calls it gets
 
-In a test: `with StandInNode() as node:`; `node.stop()` and `node.start(forget=True)` are the node going away and coming
-back, `node.behave("slow")` makes it hard to talk to. Its calling side is tests/stand_in_caller.py.
+In a test: `with StandInNode() as node:`; `node.stop()` and `node.start(forget=True)` take the node down and up again,
+`node.behave("slow")` makes it slow. Its calling side is tests/stand_in_caller.py.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from tests.node_book import PEER_ID, Mode, NodeBook
 from tests.stand_in_caller import Answer, NodeCaller, Stream
@@ -52,10 +52,8 @@ class StandInNode:
         self._verbose = verbose
         self._server: _Server | None = None
 
-    # ----- its life
-
     def start(self, *, forget: bool = False) -> Self:
-        """Listen (on the same port as before). `forget`: it lost its configuration file."""
+        """Listen, on the same port as before. `forget`: without its registrations, as if its configuration file was lost."""
         if forget:
             self.book.projects = {}
         self._server = _Server(("127.0.0.1", self.port), self)
@@ -64,14 +62,17 @@ class StandInNode:
         return self
 
     def stop(self) -> None:
-        """Down: connections break, new ones are refused."""
+        """Go down: connections break, new ones are refused."""
         if self._server is not None:
             self._server.close()
             self._server = None
 
     def behave(self, mode: Mode, *, delay_s: float = 10.0, code: int = 1001) -> None:
-        """`slow`: every answer (and what it does) comes after `delay_s`. `refusing`: registering fails with `code`.
-        `old`: a node before v0.2.1."""
+        """Behave differently from now on.
+
+        `slow`: every call is handled after `delay_s`. `refusing`: registering and unregistering fail with `code`.
+        `old`: there are no calls for single models, as before v0.2.1. `unlisted`: the node's own list can't be read.
+        """
         self.delay_s, self.book.mode, self.book.code = delay_s, mode, code
 
     def __enter__(self) -> Self:
@@ -80,8 +81,6 @@ class StandInNode:
     def __exit__(self, *_: object) -> None:
         self.stop()
         self.caller.close()
-
-    # ----- what a test asks
 
     @property
     def url(self) -> str:
@@ -106,23 +105,23 @@ class StandInNode:
             return [call for call in self.calls if not names or call.name in names]
 
     def wait_for(self, predicate: Callable[["StandInNode"], object], timeout_s: float = 10.0) -> None:
-        """Wait until `predicate(node)` holds, looked at after each call. Raises AssertionError with what came instead."""
+        """Wait until `predicate(node)` holds; it is evaluated after each call. Raises AssertionError with the calls so far."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout_s):
                 told = "\n".join(
                     f"  {call.at:.2f} {call.name} {call.body} -> {call.answer}" for call in self.calls
                 )
                 raise AssertionError(
-                    f"not so within {timeout_s} s; the node was told:\n{told or '  nothing'}"
+                    f"not so within {timeout_s} s; the node was called:\n{told or '  never'}"
                 )
 
     def add(self, project: str, model: str, api: str, kind: int = 0, cid: str = "") -> None:
-        """Put an entry on the list as if somebody had registered it."""
+        """Put an entry on the list, as if somebody else had registered it."""
         with self._changed:
             entry = {"model": model, "api": api, "type": kind, "cid": cid}
             self.book.projects.setdefault(project, []).append(entry)
 
-    # ----- its calling side
+    # ----- its calling side: requests of users
 
     @contextmanager
     def picked(self, project: str, model: str, cid: str = "") -> Iterator[str]:
@@ -172,7 +171,7 @@ class StandInNode:
             fields = {"node_id": PEER_ID, "project": project, "cid": cid, "model": model, **fields}
             return self.caller.call_edit(api, image, mask=mask, **fields)
 
-    # ----- what it is told
+    # ----- calls to it
 
     def answer(self, method: str, path: str, raw: bytes) -> tuple[int, Any]:
         with self._changed:
@@ -209,7 +208,7 @@ class _Server(ThreadingHTTPServer):
                 continue  # it closed by itself meanwhile
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A caller that went away is no news."""
+        """Silent: clients that disconnect are expected."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -235,7 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
             told = json.loads(raw) if raw else None
         except ValueError:
             told = raw.decode(errors="replace")
-        # noted before it is answered: who has the answer must find the call in the list
+        # noted before it is answered: a test that has the answer must find the call in the list
         node.note(Call(arrived, self.command, self.path, told, status, answer))
         self._send(status, answer)
 
@@ -251,15 +250,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """Silent: `note` tells more."""
+        """Silent: `note` reports calls."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="A stand-in for the network node that prints what it is told."
+        description="A stand-in for the network node that prints the calls it gets."
     )
     parser.add_argument("--port", type=int, default=6000)
-    parser.add_argument("--mode", choices=("ok", "slow", "refusing", "old"), default="ok")
+    parser.add_argument("--mode", choices=get_args(Mode), default="ok")
     options = parser.parse_args()
     with StandInNode(options.port, verbose=True) as node:
         node.behave(options.mode)

@@ -10,7 +10,7 @@ from catalogue import CHAT, EDIT, GENERATION, TASKS, Catalogue, ChatModelEntry, 
 from catalogue.entries import ModelEntry
 from catalogue.options import EngineOptions, Table
 from config import ConfigurationError, Settings
-from node.client import registration_for
+from node.registration import registration_for
 from protocol.jobs import ChatJob, ImageJob
 from workers.canary import JOBS
 

@@ -21,8 +21,11 @@ from redis.exceptions import RedisError
 
 from catalogue import Catalogue, ModelEntry
 from config import EXIT_CONFIGURATION, Settings
-from node.client import default_cid
-from node.registrar import build_registrar
+from node.client import NodeClient
+from node.lock import NodeLock
+from node.registrar import NoRegistrar, Registrar
+from node.registration import default_cid, registration_for
+from node.web_watch import http_probe
 from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
 from protocol.errors import WorkerLost
 from protocol.event_sender import EventSender
@@ -115,15 +118,16 @@ class WorkerProcess:
             ttl_s=settings.image_ttl_s,
             capacity_bytes=settings.image_store_mb * 2**20,
         )
-        self._registrar = build_registrar(
-            settings,
-            entry,
-            project=self._catalogue.project,
-            cid=self._cid,
-            redis=redis,
-            keys=self._keys,
-            on_change=lambda: self._heartbeat.beat_now(),
-        )
+        registration = registration_for(entry, settings, self._catalogue.project, self._cid)
+        self._registrar: Registrar | NoRegistrar = NoRegistrar()
+        if settings.node_url and registration is not None:
+            self._registrar = Registrar(
+                registration,
+                NodeClient(settings.node_url),
+                http_probe(settings.service_url),
+                NodeLock(redis, self._keys, settings.node_url, settings.service_id).turn,
+                on_change=lambda: self._heartbeat.beat_now(),
+            )
         self._heartbeat = Heartbeat(
             self._leases,
             self._queue,

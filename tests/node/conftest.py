@@ -41,7 +41,7 @@ class RedisServer:
         client.close()
 
     def kill(self) -> None:
-        """SIGKILL: whatever it held is gone."""
+        """SIGKILL: its data is lost."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()

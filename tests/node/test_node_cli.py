@@ -8,8 +8,9 @@ from click.testing import Result
 
 from config import Settings
 from node.cli import compare, node_commands
-from node.client import NodeClient, Registration, default_cid, registrations_of
+from node.client import NodeClient
 from node.lock import NodeLock
+from node.registration import Registration, default_cid, registrations_of
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
@@ -22,9 +23,9 @@ STALE = default_cid("host-1", "P", "gone")
 
 
 @pytest.fixture
-def run(settings: Settings, leases: Leases, client: RedisClient) -> Run:
-    lock = NodeLock(client, Keys.of("P"), settings.node_url, settings.service_id)
+def run(settings: Settings, leases: Leases, client: RedisClient, keys: Keys) -> Run:
     app = flask.Flask("test")
+    lock = NodeLock(client, keys, settings.node_url, settings.service_id)
     app.cli.add_command(node_commands(settings, project="P", namespace="P", leases=leases, lock=lock))
     runner = app.test_cli_runner()
     return lambda *words, **options: runner.invoke(args=["node", *words], **options)
@@ -48,7 +49,7 @@ def marks(output: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("mixed")
-def test_list_shows_belief_beside_truth(run: Run) -> None:
+def test_list_compares_entries_with_workers(run: Run) -> None:
     result = run("list")
 
     assert result.exit_code == 0
@@ -61,12 +62,12 @@ def test_list_shows_belief_beside_truth(run: Run) -> None:
     }
 
 
-def test_an_empty_list_is_said_so(run: Run) -> None:
+def test_an_empty_list_is_one_line(run: Run) -> None:
     assert "lists nothing" in run("list").output
 
 
 @pytest.mark.usefixtures("mixed")
-def test_prune_takes_off_the_stale_ones_alone(run: Run, node: StandInNode) -> None:
+def test_prune_removes_only_stale_entries(run: Run, node: StandInNode) -> None:
     result = run("prune")
 
     assert result.exit_code == 0
@@ -119,7 +120,7 @@ def test_an_entry_with_another_url_is_corrected_by_its_worker(settings: Settings
     assert [(row.mark, row.state) for row in rows] == [("changing", "ready")]
 
 
-def test_the_entry_of_a_lost_worker_is_stale_whatever_its_cid(settings: Settings, record: Make) -> None:
+def test_the_entry_of_a_lost_worker_is_stale_with_any_cid(settings: Settings, record: Make) -> None:
     entry = Registration("P", "Chat", "http://127.0.0.1:1088/v1", 0, "by-hand")
 
     rows = compare([entry], [record("by-hand", state="lost")], settings, "P")

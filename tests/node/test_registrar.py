@@ -1,4 +1,4 @@
-"""node.registrar against the stand-in node: one entry's whole life, under every way a node can be hard to talk to."""
+"""node.registrar against the stand-in node: an entry from its start to its end, with a node that fails in every way."""
 
 import contextlib
 import threading
@@ -8,9 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from node.client import NodeClient, Registration
+from node.client import NodeClient
 from node.lock import NodeLock
-from node.registrar import Registrar, Timing
+from node.registrar import NoRegistrar, Registrar, Timing
+from node.registration import Registration
 from node.web_watch import WebWatch, http_probe
 from protocol.connections import RedisClient
 from protocol.names import Keys
@@ -21,15 +22,15 @@ OURS = Registration("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", 0,
 QUICK = Timing(
     first_probe_every_s=0.02,
     probe_every_s=0.05,
-    look_every_s=0.3,
+    read_list_every_s=0.3,
     backoff_first_s=0.05,
-    backoff_most_s=0.2,
+    backoff_max_s=0.2,
     drain_s=2.0,
 )
 
 
 class Worker:
-    """A registrar with a web process that can be switched off, and a memory of what it told."""
+    """A registrar with a web process that can be switched off, and a record of what it reported."""
 
     def __init__(
         self,
@@ -68,7 +69,9 @@ class Worker:
 
     def wait_for(self, predicate: Callable[["Worker"], object], timeout_s: float = 10.0) -> None:
         with self.changed:
-            assert self.changed.wait_for(lambda: predicate(self), timeout_s), f"not so; it told {self.shown}"
+            assert self.changed.wait_for(lambda: predicate(self), timeout_s), (
+                f"not so; it reported {self.shown}"
+            )
 
     def serve(self) -> "Worker":
         self.registrar.start()
@@ -103,7 +106,7 @@ def test_it_registers_once_when_it_can_serve_and_unregisters_when_it_cannot(
     assert not node.seen("project/register", "project/unregister")
 
 
-def test_an_entry_of_an_earlier_incarnation_is_taken_off_while_the_model_loads(
+def test_an_entry_of_an_earlier_incarnation_is_removed_while_the_model_loads(
     node: StandInNode, worker: Worker
 ) -> None:
     NodeClient(node.url).register_model(OURS)
@@ -115,18 +118,20 @@ def test_an_entry_of_an_earlier_incarnation_is_taken_off_while_the_model_loads(
     node.wait_for(lambda n: n.cids() == ["c-1"])
 
 
-def test_without_a_node_it_does_nothing(node: StandInNode) -> None:
-    registrar = Registrar(OURS, None, lambda: True, lambda: contextlib.nullcontext(True), lambda: None)
+def test_without_a_node_nothing_is_registered_and_nothing_is_missing() -> None:
+    registrar = NoRegistrar()
     registrar.start()
     registrar.set_serving(True)
     registrar.lease_was_lost()
 
     assert registrar.drain()
+    registrar.abandon()
     assert (registrar.registered, registrar.maybe_registered, registrar.last_error) == (False, False, "")
-    assert not node.calls
 
 
-def test_a_node_that_is_down_at_the_start_is_told_when_it_comes(node: StandInNode, worker: Worker) -> None:
+def test_a_node_that_is_down_at_the_start_is_called_until_it_answers(
+    node: StandInNode, worker: Worker
+) -> None:
     node.stop()
     worker.serve()
     worker.wait_for(lambda w: "Connection refused" in w.registrar.last_error)
@@ -138,12 +143,14 @@ def test_a_node_that_is_down_at_the_start_is_told_when_it_comes(node: StandInNod
     assert worker.registrar.last_error == ""
 
 
-def test_a_node_that_comes_back_with_nothing_is_told_again(node: StandInNode, worker: Worker) -> None:
+def test_a_node_that_comes_back_without_its_list_gets_the_entry_again(
+    node: StandInNode, worker: Worker
+) -> None:
     worker.serve()
     worker.wait_for(is_registered)
     node.stop()
     worker.wait_for(lambda w: "unreachable" in w.registrar.last_error)
-    # nobody has told us that the entry is gone
+    # as far as is known: the list could not be read
     assert worker.registrar.registered
 
     node.start(forget=True)
@@ -162,18 +169,18 @@ def test_an_entry_that_somebody_else_removed_or_changed_is_restored(
     node.wait_for(lambda n: n.entries()[0]["api"] == OURS.api)
 
 
-def test_the_list_is_looked_at_rarely_and_nothing_is_told_twice(node: StandInNode, worker: Worker) -> None:
+def test_the_list_is_read_rarely_and_nothing_is_registered_twice(node: StandInNode, worker: Worker) -> None:
     began = time.monotonic()
     worker.serve()
     node.wait_for(lambda n: len(n.seen("project/peer")) == 3)
 
     # counted from before the registration, with which the first period begins
-    assert node.seen("project/peer")[2].at - began >= 3 * QUICK.look_every_s
+    assert node.seen("project/peer")[2].at - began >= 3 * QUICK.read_list_every_s
     assert len(node.seen("model/register")) == 1
 
 
-def test_a_lease_that_was_lost_makes_it_look_at_once(node: StandInNode) -> None:
-    worker = Worker(node, timing=Timing(first_probe_every_s=0.02, look_every_s=3600)).serve()
+def test_after_a_lost_lease_the_list_is_read_at_once(node: StandInNode) -> None:
+    worker = Worker(node, timing=Timing(first_probe_every_s=0.02, read_list_every_s=3600)).serve()
     worker.wait_for(is_registered)
     NodeClient(node.url).unregister_model("P", "Chat", "c-1")
 
@@ -191,7 +198,7 @@ def hasty(node: StandInNode) -> Iterator[Worker]:
     worker.registrar.abandon()
 
 
-def test_a_slow_node_works_in_the_end(node: StandInNode, hasty: Worker) -> None:
+def test_a_slow_node_is_registered_with_in_the_end(node: StandInNode, hasty: Worker) -> None:
     worker = hasty
     node.behave("slow", delay_s=3600)
     worker.serve()
@@ -213,28 +220,37 @@ def test_a_refusal_is_shown_and_tried_again(node: StandInNode, worker: Worker, c
     worker.wait_for(is_registered)
 
 
-def test_trying_again_backs_off(node: StandInNode, worker: Worker) -> None:
+def test_retries_back_off(node: StandInNode, worker: Worker) -> None:
     node.behave("refusing")
     worker.serve()
     node.wait_for(lambda n: len(n.seen("model/register")) >= 6)
 
     tries = [call.at for call in node.seen("model/register")]
-    assert tries[5] - tries[4] >= 0.5 * QUICK.backoff_most_s > QUICK.backoff_first_s
+    assert tries[5] - tries[4] >= 0.5 * QUICK.backoff_max_s > QUICK.backoff_first_s
 
 
-def test_an_old_node_is_told_of_all_of_us_and_told_again_now_and_then(node: StandInNode) -> None:
-    sibling = Registration("P", "Draw", "http://127.0.0.1:1088/v1/images/generations", 1, "c-2")
+def test_a_node_that_is_too_old_is_named_in_last_error(node: StandInNode, worker: Worker) -> None:
     node.behave("old")
-    worker = Worker(node, siblings=lambda: [sibling]).serve()
+    worker.serve()
+    worker.wait_for(lambda w: "v0.2.1 or newer is needed" in w.registrar.last_error)
+    assert not node.seen("project/register")
+
+    # it was upgraded
+    node.behave("ok")
     worker.wait_for(is_registered)
-    assert [entry["model"] for entry in node.entries("P")] == ["Draw", "Chat"]
 
-    node.stop()
-    node.start(forget=True)
-    node.wait_for(lambda n: len(n.entries("P")) == 2)
 
-    assert worker.registrar.drain()
-    assert [entry["model"] for entry in node.entries("P")] == ["Draw"]
+def test_where_the_list_cannot_be_read_the_entry_is_registered_again(
+    node: StandInNode, worker: Worker
+) -> None:
+    node.behave("unlisted")
+    worker.serve()
+    worker.wait_for(is_registered)
+    node.wait_for(lambda n: len(n.seen("model/register")) >= 2)
+    assert worker.registrar.last_error == ""
+
+    NodeClient(node.url).unregister_model("P", "Chat", "c-1")
+    node.wait_for(lambda n: n.cids() == ["c-1"])
 
 
 # ----- the web process
@@ -248,7 +264,7 @@ def test_one_good_probe_suffices_at_the_start_then_three_bad_and_two_good_count(
 
 
 def seen(watch: WebWatch, good: bool) -> bool:
-    watch.saw(good)
+    watch.add(good)
     return watch.up
 
 
@@ -269,17 +285,17 @@ def test_it_waits_for_the_web_process_and_follows_it_down_and_up(node: StandInNo
 def test_a_single_failed_probe_changes_nothing(node: StandInNode, worker: Worker) -> None:
     worker.serve()
     worker.wait_for(is_registered)
-    told = len(node.seen("model/unregister"))
+    before = len(node.seen("model/unregister"))
 
     probes = worker.probes
     worker.fail_next = True
     worker.wait_for(lambda w: w.probes > probes + 5)
     assert not worker.fail_next
 
-    assert len(node.seen("model/unregister")) == told
+    assert len(node.seen("model/unregister")) == before
 
 
-def test_a_probe_takes_any_answer_below_500_for_life(node: StandInNode) -> None:
+def test_a_probe_counts_any_status_below_500_as_an_answer(node: StandInNode) -> None:
     # the stand-in answers 404 there, as the listener of NODE_BIND does
     assert http_probe(node.url)()
     node.stop()
@@ -302,10 +318,10 @@ def test_drain_takes_two_seconds_at_most_and_nothing_is_registered_afterwards(
         node.behave(mode, delay_s=3600, code=5000)  # type: ignore[arg-type]
 
     started = time.monotonic()
-    told = worker.registrar.drain()
+    removed = worker.registrar.drain()
     assert time.monotonic() - started < 15
 
-    assert told == (mode == "ok")
+    assert removed == (mode == "ok")
     assert worker.registrar.maybe_registered == (mode != "ok")
     worker.registrar.set_serving(True)
     worker.registrar.lease_was_lost()
@@ -313,13 +329,13 @@ def test_drain_takes_two_seconds_at_most_and_nothing_is_registered_afterwards(
         node.start()
     node.behave("ok")
     if mode != "slow":
-        # for as long as the process lives the node is told again
+        # the call is repeated while the process lives
         node.wait_for(lambda n: not n.cids())
         worker.wait_for(lambda w: not w.registrar.maybe_registered)
     assert len(node.seen("model/register")) == 1
 
 
-def test_drain_during_a_registration_that_the_node_is_slow_to_take(node: StandInNode, hasty: Worker) -> None:
+def test_drain_during_a_register_that_the_node_answers_slowly(node: StandInNode, hasty: Worker) -> None:
     worker = hasty
     node.behave("slow", delay_s=1.5)
     worker.serve()
@@ -343,7 +359,7 @@ def test_drain_before_start_and_twice_is_harmless(node: StandInNode, worker: Wor
     assert not node.seen("model/register")
 
 
-def test_an_abandoned_entry_is_left_to_its_new_owner(node: StandInNode, worker: Worker) -> None:
+def test_an_abandoned_entry_stays_for_its_new_owner(node: StandInNode, worker: Worker) -> None:
     worker.serve()
     worker.wait_for(is_registered)
 
@@ -353,10 +369,10 @@ def test_an_abandoned_entry_is_left_to_its_new_owner(node: StandInNode, worker: 
     assert node.cids() == ["c-1"]
 
 
-def test_abandoned_during_a_call_it_knows_of_no_entry_afterwards(node: StandInNode, worker: Worker) -> None:
+def test_abandoned_during_a_call_it_ignores_the_result(node: StandInNode, worker: Worker) -> None:
     worker.serve()
     worker.wait_for(is_registered)
-    told = len(node.seen("model/unregister"))
+    before = len(node.seen("model/unregister"))
     node.behave("slow", delay_s=0.5)
     calls = len(node.calls)
     worker.registrar.lease_was_lost()
@@ -368,7 +384,7 @@ def test_abandoned_during_a_call_it_knows_of_no_entry_afterwards(node: StandInNo
 
     assert not worker.registrar.maybe_registered
     assert worker.registrar.drain()
-    assert len(node.seen("model/unregister")) == told
+    assert len(node.seen("model/unregister")) == before
 
 
 # ----- taking turns
@@ -388,7 +404,7 @@ def test_calls_wait_for_their_turn(node: StandInNode, client: RedisClient, keys:
     worker.registrar.abandon()
 
 
-def test_at_the_end_the_turn_is_skipped(node: StandInNode, client: RedisClient, keys: Keys) -> None:
+def test_drain_does_not_wait_for_its_turn(node: StandInNode, client: RedisClient, keys: Keys) -> None:
     lock = NodeLock(client, keys, node.url, "host-1")
     worker = Worker(node, lock.turn, timing=replace(QUICK, drain_s=15)).serve()
     worker.wait_for(is_registered)
@@ -399,7 +415,9 @@ def test_at_the_end_the_turn_is_skipped(node: StandInNode, client: RedisClient, 
     assert node.cids() == []
 
 
-def test_without_redis_it_calls_out_of_turn(node: StandInNode, redis_server: RedisServer, keys: Keys) -> None:
+def test_without_redis_it_calls_without_the_lock(
+    node: StandInNode, redis_server: RedisServer, keys: Keys
+) -> None:
     client = redis_server.client()
     redis_server.kill()
     try:

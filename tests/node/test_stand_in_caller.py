@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.go_json import Spoiled, decode
+from tests.go_json import GoDecodeError, decode
 from tests.stand_in_caller import CHAT, Answer, NodeCaller, Stream
 from tests.stand_in_node import StandInNode
 
@@ -187,7 +187,7 @@ def test_names_match_in_any_case_and_null_is_harmless() -> None:
     seen = decode(b'{"Code": 7, "MESSAGE": null, "choices": null, "other": {}}', CHAT)
 
     assert (seen["code"], seen["message"], seen["choices"]) == (7, "", [])
-    with pytest.raises(Spoiled, match="follows"):
+    with pytest.raises(GoDecodeError, match="follows"):
         decode(b"{} {}", CHAT)
-    with pytest.raises(Spoiled):
+    with pytest.raises(GoDecodeError):
         decode(b'{"code": true}', CHAT)
