@@ -87,7 +87,7 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         task_publish_retry=False,
-        # only JSON: with pickle, whoever can write to Redis could execute code
+        # only JSON: a pickle from a Redis that others can write to would execute code
         task_serializer="json",
         accept_content=["json"],
         result_backend=None,

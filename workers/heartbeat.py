@@ -1,4 +1,4 @@
-"""The worker's pulse: keeps the lease, learns of cancelled requests, and ends a process whose engine is dead or stuck."""
+"""A worker's heartbeat: renews its lease, cancels requests that nobody waits for, watches the engine."""
 
 import logging
 import threading
@@ -15,14 +15,16 @@ from workers.runner import Runner
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
-STOP_S = 5.0  # above the time limit of a command to Redis
+STOP_S = 5.0
+"""Above the time limit of a command to Redis."""
 
 
 class Heartbeat(threading.Thread):
     """Runs from before the model is loaded until the process ends.
 
-    `describe()` gives the record as it is now. `on_lapsed()`: the lease had lapsed, others took this worker for lost.
-    `on_replaced()`: another incarnation of this cid lives. `on_hung(reason)`: the engine is dead or stuck.
+    `describe()` returns the current record. `on_expired()` is called when the lease had expired, so that this
+    worker looked lost; `on_replaced()` when another incarnation holds the lease; `on_hung(reason)` when the
+    engine's thread has died or the engine makes no progress.
     """
 
     def __init__(
@@ -31,7 +33,7 @@ class Heartbeat(threading.Thread):
         queue: JobQueue,
         *,
         describe: Callable[[], WorkerRecord],
-        on_lapsed: Callable[[], None],
+        on_expired: Callable[[], None],
         on_replaced: Callable[[], None],
         on_hung: Callable[[str], None],
         hang_s: float,
@@ -41,7 +43,7 @@ class Heartbeat(threading.Thread):
         self._leases = leases
         self._queue = queue
         self._describe = describe
-        self._on_lapsed = on_lapsed
+        self._on_expired = on_expired
         self._on_replaced = on_replaced
         self._on_hung = on_hung
         self._hang_s = hang_s
@@ -57,21 +59,21 @@ class Heartbeat(threading.Thread):
         self._progress = (0, clock())
 
     def watch(self, engine: Engine, runner: Runner) -> None:
-        """Begin to judge the engine: it has loaded and passed its canary."""
+        """Begin to watch the engine. Called after it has loaded and passed its canary."""
         self._progress = (engine.status().steps, self._clock())
         self._watched = (engine, runner)
 
     def spare_engine(self) -> None:
-        """Judge the engine no more: it is being closed."""
+        """Stop watching the engine, because it is being closed."""
         self._judging = False
 
     def beat_now(self) -> None:
-        """Renew the lease at once: what the record says has changed."""
+        """Renew the lease at once, because the record has changed."""
         self._renew_at = 0.0
         self._wake.set()
 
     def stop(self) -> None:
-        """Renew no more. Returns once no renewal is under way, which would undo a release; after STOP_S at most."""
+        """End the thread. Waits, for at most STOP_S, for a renewal under way: it would undo a release."""
         self._stopping = True
         self._wake.set()
         if self._renewing.acquire(timeout=STOP_S):
@@ -84,7 +86,7 @@ class Heartbeat(threading.Thread):
             self._wake.wait(TICK_S)
 
     def tick(self) -> None:
-        """Check the engine, renew the lease when it is due, and cancel what nobody waits for. Never raises."""
+        """Check the engine, renew the lease when it is due, cancel what nobody waits for. Never raises."""
         self._judge_engine()
         try:
             self._beat()
@@ -108,8 +110,8 @@ class Heartbeat(threading.Thread):
             if before and before != record.incarnation_id and self._renewed_once:
                 self._on_replaced()
             elif not before and self._renewed_once:
-                log.warning("the lease had lapsed")
-                self._on_lapsed()
+                log.warning("the lease had expired")
+                self._on_expired()
             self._renewed_once = True
             self._cancel_for_lost_webs()
         if self._watched is not None:
@@ -120,8 +122,8 @@ class Heartbeat(threading.Thread):
     def _cancel_for_lost_webs(self) -> None:
         """Cancel the requests of web processes whose lease has expired: nobody reads their events any more.
 
-        A missing lease counts only after leases have been watched for long enough (`Observation`). While the model
-        loads there is no request yet; the renewal itself is the look.
+        A missing lease counts only after leases have been watched for long enough (`Observation`). While the
+        model loads there are no requests, and the renewal itself is the look.
         """
         if self._watched is None:
             self._observation.seen()
@@ -142,6 +144,6 @@ class Heartbeat(threading.Thread):
         if status.steps != steps or status.running + status.waiting == 0:
             self._progress = (status.steps, now)
         elif now - since > self._hang_s:
-            self._on_hung(f"the engine made no progress for {self._hang_s:g} s with work in hand")
+            self._on_hung(f"the engine made no progress for {self._hang_s:g} s with requests running")
         if not status.alive:
             self._on_hung("the engine's thread has died")

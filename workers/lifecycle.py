@@ -132,7 +132,7 @@ class WorkerProcess:
             self._leases,
             self._queue,
             describe=self._describe,
-            on_lapsed=self._registrar.lease_was_lost,
+            on_expired=self._registrar.lease_was_lost,
             on_replaced=self._make_way,
             on_hung=lambda reason: self._die(reason, EXIT_HUNG),
             hang_s=settings.hang_s,

@@ -13,7 +13,7 @@ from workers.heartbeat import Heartbeat
 
 
 def nothing(*_: object) -> None:
-    raise AssertionError("neither lapsed nor replaced nor hung")
+    raise AssertionError("neither expired nor replaced nor hung")
 
 
 class Bench:
@@ -30,7 +30,7 @@ class Bench:
             cast(Any, self),
             cast(Any, self),
             describe=self.describe,
-            on_lapsed=lambda: None,
+            on_expired=lambda: None,
             on_replaced=nothing,
             on_hung=nothing,
             hang_s=60,
@@ -135,7 +135,7 @@ def test_a_stop_waits_for_a_renewal_under_way_which_would_undo_the_release() -> 
         cast(Any, SlowLeases()),
         cast(Any, None),
         describe=lambda: cast(Any, object()),
-        on_lapsed=nothing,
+        on_expired=nothing,
         on_replaced=nothing,
         on_hung=nothing,
         hang_s=60,
