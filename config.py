@@ -1,7 +1,7 @@
 """The settings of every process, read from the environment. The only module that reads it.
 
-Imports nothing of this project, nor Flask, Celery, Redis or torch, so that every process can import it first. Each
-setting has its help beside its default; docs/settings.md and `scripts/run --help` are made from both.
+Imports nothing of this project, nor Flask, Celery, Redis or torch, so that every process can import it first.
+Each setting has its help beside its default; docs/settings.md and `scripts/run --help` are made from both.
 """
 
 import re
@@ -17,7 +17,7 @@ VERSION = "0.2.0"
 """Version of the service: pyproject.toml and CHANGELOG.md name the same."""
 
 EXIT_CONFIGURATION = 78
-"""Exit status of a process whose configuration can't work (EX_CONFIG of sysexits.h). A supervisor must not retry it."""
+"""Exit status for a wrong configuration (EX_CONFIG of sysexits.h). A supervisor must not retry it."""
 
 
 class ConfigurationError(Exception):
@@ -158,7 +158,7 @@ class Settings(BaseSettings):
             raise ConfigurationError(f"environment: {'.'.join(place).upper()}: {message}") from error
 
     def warnings(self) -> list[str]:
-        """Return what works but may surprise the operator. It is logged at the start and shown by `/readyz`."""
+        """Return what works but may surprise the operator; logged at the start and shown by `/readyz`."""
         found = []
         if self.node_url and _host(self.public_url) in _LOOPBACK:
             found.append(

@@ -1,6 +1,6 @@
 """Flower's settings. `celery -A workers flower` reads this file from the working directory.
 
-Flower takes user and password from FLOWER_BASIC_AUTH. Without them it would serve everyone, so it does not start.
+User and password come from FLOWER_BASIC_AUTH. Without them Flower would serve everyone, so it does not start.
 """
 
 import sys

@@ -15,10 +15,10 @@ except ConfigurationError as error:
 
 bind = [_settings.bind]
 if _settings.api_keys:
-    # The network node can't send a key. It has its own listener, which serves only the endpoints that the node calls.
+    # The network node can't send a key, so it has its own listener with only the endpoints that it calls.
     bind.append(_settings.node_bind)
 
-# The number of processes is gunicorn's own WEB_CONCURRENCY (default 1). They share only the listeners and Redis.
+# gunicorn takes the number of processes from WEB_CONCURRENCY. They share only the listeners and Redis.
 worker_class = "gunicorn_worker.Worker"
 worker_connections = 4096  # open connections of a process; each takes about 15 KiB
 preload_app = False  # the application must be imported after gevent has patched the standard library
@@ -37,8 +37,8 @@ loglevel = "info"
 def post_fork(server: Any, worker: Any) -> None:
     """Let SIGTERM end a process that is still importing.
 
-    Until the worker installs its own handlers it has the master's, which would ignore the signal: the master would then
-    wait for `graceful_timeout`.
+    Until the worker installs its own handlers it has the master's, which would lose the signal: the master
+    would then wait for `graceful_timeout`.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,7 +1,7 @@
 """The gunicorn worker class of the web process.
 
-gunicorn's master imports this module, so nothing here may import the application before gevent has patched the standard
-library. That happens in each worker, after the fork.
+gunicorn's master imports this module, so nothing here may import the application before gevent has patched
+the standard library. That happens in each worker, after the fork.
 """
 
 import json
@@ -32,14 +32,14 @@ _MESSAGES: list[tuple[type[Exception], int, str]] = [
     (errors.ConfigurationProblem, 500, ""),
     (errors.ParseException, 400, "this is not a well-formed HTTP/1.1 request"),
 ]
-"""Status and message for gunicorn's parser errors; subclasses stand before their bases. 5xx have a default message."""
+"""Status and message for gunicorn's parser errors, subclasses before their bases. "": the default message."""
 
 
 class Worker(GeventWorker):
-    """gunicorn's gevent worker, changed where gunicorn would answer, wait or continue without the application.
+    """gunicorn's gevent worker, changed where gunicorn answers or waits without the application.
 
     - Requests that are not valid HTTP get this service's JSON error body instead of HTML.
-    - A connection whose request body is never read to its end is closed after `LINGER_S` instead of after `keepalive`.
+    - A connection whose request body never ends is closed after `LINGER_S` instead of after `keepalive`.
     - At SIGTERM idle connections are closed at once, so that the process need not wait for them.
     """
 
@@ -98,7 +98,7 @@ class Worker(GeventWorker):
         gevent.spawn(self._close_idle)
 
     def _close_idle(self) -> None:
-        """Close idle connections until the process ends: others become idle when their response is complete."""
+        """Close idle connections until the process ends; more become idle when their response is complete."""
         while True:
             for greenlet, since in list(self._idle_since.items()):
                 client = self._clients[greenlet]
@@ -120,7 +120,7 @@ def _has_data(client: Any) -> bool:
 
 
 def _read_to_end(body: Any) -> bool:
-    """Read what the application left of a body. False if its end, and so the next request's start, was not found."""
+    """Read the rest of a body. Returns False if it has no end, so that the next request can't be found."""
     with gevent.Timeout(LINGER_S, False):  # type: ignore[arg-type]  # False: ends the block silently
         try:
             while body.read(65536):
@@ -145,5 +145,10 @@ def _json_response(status: int, message: str) -> bytes:
     error = InvalidRequest(message) if message else InternalError()
     error.status = status
     body = json.dumps(error_body(error)).encode()
-    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    head = (
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+        "Connection: close\r\n"
+        "Content-Type: application/json\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body

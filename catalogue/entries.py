@@ -26,7 +26,7 @@ class ModelEntry(Table):
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]{0,127}$",
-        description="what requests send as `model`, unique in the file: letters, digits, spaces and `._:/@+-`",
+        description="what requests send as `model`, unique in the file; letters, digits, spaces, `._:/@+-`",
     )
     tasks: tuple[str, ...] = Field(description="the endpoints that the model serves")
     weights: str = Field(
@@ -83,9 +83,10 @@ Entry_co = TypeVar("Entry_co", bound=ModelEntry, covariant=True)
 class TaskSpec(Generic[Entry_co]):
     """One row of TASKS.
 
-    `path`: its end point. `node_type`: what the network node calls it (0 text to text, 1 text to image, 2 image to
-    image), None for a task the node does not know. `deadline`: the setting that bounds a request. `job`: tag of its
-    job class in protocol/jobs.py. `entry`: class of the models that serve it, with their engine options and defaults.
+    `path`: its endpoint. `node_type`: the task at the network node (0 text to text, 1 text to image, 2 image
+    to image), None if the node does not know it. `deadline`: the setting that limits a request. `job`: the
+    tag of its job class in protocol/jobs.py. `entry`: the class of models that serve it, with their options
+    and defaults.
     """
 
     name: str
@@ -127,7 +128,7 @@ EDIT = TaskSpec(
 )
 
 TASKS: dict[str, TaskSpec[ModelEntry]] = {task.name: task for task in (CHAT, GENERATION, EDIT)}
-"""Every task, by name. A model that serves several is registered at the network node under the first of them here."""
+"""Every task, by name. A model that serves several is registered at the network node under the first one."""
 
 
 def _combinations() -> list[tuple[type[ModelEntry], tuple[str, ...]]]:

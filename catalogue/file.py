@@ -28,7 +28,7 @@ class Catalogue(Table):
     project: str = Field(
         min_length=1,
         max_length=128,
-        description="the project under which the models are registered at the node; also the default of NAMESPACE",
+        description="the project of the models at the node; also the default of NAMESPACE",
     )
     models: tuple[Annotated[ModelEntry, BeforeValidator(_entry_of)], ...] = Field(min_length=1)
 

@@ -53,7 +53,7 @@ class ChatEngineOptions(EngineOptions):
     torch_threads: int | None = Field(
         default=None,
         ge=1,
-        description="CPU threads of torch. Default: on a CPU all cores but one, with a GPU torch's own number",
+        description="CPU threads of torch. Default: all cores but one on a CPU, torch's own number with a GPU",
     )
 
 

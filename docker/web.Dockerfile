@@ -1,4 +1,4 @@
-# The web process and Flower: no torch, a small image. Build from the repository's root (docker compose does).
+# The web process and Flower, without torch. The build context is the repository's root.
 FROM python:3.12-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -11,7 +11,7 @@ COPY app/ app/
 COPY catalogue/ catalogue/
 COPY node/ node/
 COPY protocol/ protocol/
-# Flower looks through the workers' Celery app; importing it loads no torch
+# Flower uses the workers' Celery app, whose import does not load torch
 COPY workers/ workers/
 
 RUN useradd --system --uid 10001 --home-dir /srv service

@@ -1,5 +1,6 @@
-"""What `scripts/run` runs: every process of the service in the foreground of one terminal (docs/adr/0005-supervision.md).
+"""The supervisor that `scripts/run` starts: every process of the service in one terminal.
 
-Reads bottom up: `process` keeps one process running, `plan` says which ones there are, `preflight` what must hold before
-any is started, `service` in which order they come and go.
+`process` keeps one process running, `plan` lists the processes, `preflight` checks the configuration before
+any is started, `service` starts and stops them in order. docs/adr/0005-supervision.md says why no other
+supervisor is used.
 """

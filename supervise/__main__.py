@@ -1,4 +1,8 @@
-"""`python -m supervise [MODELS_FILE]`. Exits with 0 after an orderly stop, 78 for a configuration error, else 1."""
+"""The command line of the supervisor: `python -m supervise [MODELS_FILE]`.
+
+The exit status is 0 after a stop that was requested, EXIT_CONFIGURATION for a configuration error, 1 for a
+failure that may pass, and 130 for a Ctrl-C before anything was started.
+"""
 
 import argparse
 import asyncio
@@ -23,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/run",
-        description="Run the whole service in the foreground. Ctrl-C stops it in order, a second one within seconds.",
+        description="Run the whole service in the foreground. Ctrl-C stops it in order, twice: in seconds.",
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -41,7 +45,7 @@ def main() -> int:
     except Unavailable as error:
         return _fail(str(error), 1)
     except KeyboardInterrupt:
-        return 130  # before there was anything to stop
+        return 130
     return 0
 
 
@@ -60,7 +64,10 @@ async def _run(settings: Settings, models_file: Path) -> None:
 
 
 def _runtime_folder(settings: Settings) -> Path:
-    """A folder for each listening port, so that two deployments in one checkout don't meet."""
+    """Create the folder for the files of the embedded Redis.
+
+    There is one for each port of BIND, so that two deployments in one checkout use different ones.
+    """
     folder = ROOT / ".run" / settings.bind.rpartition(":")[2]
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

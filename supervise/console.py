@@ -1,4 +1,4 @@
-"""The one terminal that all processes share: whose line it is stands before each."""
+"""The terminal that all processes share. Each line begins with the name of its process."""
 
 import sys
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import TextIO
 SUPERVISOR = "run"
 _COLOURS = ("36", "33", "32", "35", "34", "96", "93", "92", "95", "94")
 
-Say = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 class Console:
-    """Prints `name | line`, the name in a colour of its own where the output is a terminal."""
+    """Prints `name | line`, on a terminal with a different colour for each name."""
 
     def __init__(self, out: TextIO = sys.stdout) -> None:
         self._out = out
@@ -19,8 +19,8 @@ class Console:
         self._width = len(SUPERVISOR)
         self._colour_of: dict[str, str] = {SUPERVISOR: "1"}
 
-    def sayer(self, name: str) -> Say:
-        """A function that prints lines under this name."""
+    def printer(self, name: str) -> PrintLine:
+        """Return a function that prints lines with this name."""
         self._width = max(self._width, len(name))
         self._colour_of.setdefault(name, _COLOURS[(len(self._colour_of) - 1) % len(_COLOURS)])
         return lambda line: self._print(name, line)
@@ -33,5 +33,5 @@ class Console:
             self._out.write(f"{label} {line}\n")
             self._out.flush()
         except OSError:
-            # the terminal or the reader of the pipe is gone: the service goes on and is stopped by its own signals
+            # The terminal or the reader of the pipe is gone. The service continues until a signal stops it.
             pass

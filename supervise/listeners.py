@@ -1,4 +1,4 @@
-"""The addresses that the service listens on, and whether they are free."""
+"""Checks that the addresses the service listens on are free."""
 
 import errno
 import socket
@@ -10,11 +10,17 @@ FLOWER_ADDRESS = "127.0.0.1:5555"
 
 
 class Unavailable(Exception):
-    """Something outside the configuration is in the way; another time it may not be. The message is one line."""
+    """Raised where something other than the configuration prevents the start, such as a port in use.
+
+    The message is one line.
+    """
 
 
 def split_address(name: str, address: str) -> tuple[str, int]:
-    """Host and port of `127.0.0.1:1088` or `[::1]:1088`. Raises ConfigurationError that says which setting `name` it is."""
+    """Split `127.0.0.1:1088` or `[::1]:1088` into host and port.
+
+    Raises ConfigurationError, which names the setting.
+    """
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -23,17 +29,20 @@ def split_address(name: str, address: str) -> tuple[str, int]:
 
 
 def check_free(settings: Settings) -> None:
-    """Raises Unavailable for a taken port, ConfigurationError for an address that can't be listened on."""
+    """Check every address.
+
+    Raises Unavailable for a port in use, ConfigurationError for an address of another machine.
+    """
     for name, address in _listeners(settings):
         host, port = split_address(name, address)
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            # as gunicorn does: connections of an earlier run that still linger are in nobody's way
+            # gunicorn sets this too: connections of an earlier run in TIME_WAIT don't matter.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
-                    raise Unavailable(f"{name}: {address} is taken by another program") from error
+                    raise Unavailable(f"{name}: {address} is in use by another program") from error
                 raise ConfigurationError(f"{name}: {address}: {error.strerror or error}") from error
 
 

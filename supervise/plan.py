@@ -1,4 +1,4 @@
-"""Which processes make up the service, each with its command and environment."""
+"""The processes that make up the service, each with its command and environment."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from supervise.listeners import FLOWER_ADDRESS
 from supervise.process import Spec
 from supervise.redis_server import EmbeddedRedis
 
-# gunicorn: its worker could not be booted, the application could not be loaded
+# gunicorn's statuses for a worker that did not boot and an application that could not be loaded
 _GUNICORN_BOOT_FAILED = frozenset({3, 4})
-_WORKER_STOP_MARGIN_S = 15.0  # unregistering, and what comes after DRAIN_S
+_WORKER_STOP_MARGIN_S = 15.0  # for what a worker does before and after DRAIN_S
 _WEB_STOP_S = 30.0  # above gunicorn's graceful_timeout
 _FLOWER_STOP_S = 5.0
 _REDIS_STOP_S = 10.0
@@ -24,7 +24,7 @@ _REDIS_STOP_S = 10.0
 
 @dataclass(frozen=True)
 class Plan:
-    """The processes, in groups that start in this order and stop in the opposite one."""
+    """The processes, in groups that start in this order and stop in the reverse order."""
 
     redis: tuple[Spec, ...]
     web: tuple[Spec, ...]
@@ -33,14 +33,15 @@ class Plan:
 
     @property
     def groups(self) -> tuple[tuple[Spec, ...], ...]:
-        # workers leave first, while Redis and web still live: they unregister, and what runs reaches its callers
+        # Workers stop first: they unregister and finish their requests, which needs Redis and the web
+        # process.
         return (self.redis, self.web, self.flower, self.workers)
 
 
 def make_plan(
     settings: Settings, catalogue: Catalogue, models_file: Path, redis: EmbeddedRedis | None
 ) -> Plan:
-    """Everything that runs for this catalogue; `redis` only where the service brings its own."""
+    """Make the plan for a catalogue. `redis` is None where the service uses a Redis that already runs."""
     redis_url = redis.url if redis else settings.redis_url
     env = child_environment(REDIS_URL=redis_url, MODELS_FILE=str(models_file), PYTHONUNBUFFERED="1")
     python = (sys.executable, "-m")
@@ -57,7 +58,8 @@ def make_plan(
         (*python, "celery", "-q", "-A", "workers", "flower", f"--address={host}", f"--port={port}"),
         env,
         _FLOWER_STOP_S,
-        orphan_signal=signal.SIGKILL,  # it keeps nothing, and would ask for a Redis that went with it for ever
+        # It has no state, and would try to reach the stopped Redis indefinitely.
+        orphan_signal=signal.SIGKILL,
     )
     return Plan(
         redis=(Spec("redis", redis.argv, env, _REDIS_STOP_S),) if redis else (),
@@ -76,12 +78,15 @@ def _workers(settings: Settings, catalogue: Catalogue, env: dict[str, str]) -> I
             command = (sys.executable, "-m", "celery", "-q", "-A", "workers", "worker", "-n", f"{name}@%h")
             own = {"WORKER_MODEL": model.name} | _cuda(settings, gpus)
             if not only_one:
-                own["WORKER_CID"] = ""  # one cid can't name several workers: each derives its own
+                own["WORKER_CID"] = ""  # one cid can't name several workers, so each makes its own
             yield Spec(name, command, {**env, **own}, settings.drain_s + _WORKER_STOP_MARGIN_S)
 
 
 def _cuda(settings: Settings, gpus: tuple[int, ...] | None) -> dict[str, str]:
-    """The variable that binds a worker before torch is imported. A list that the operator set is what indices count in."""
+    """Return the variable that binds a worker to its GPUs.
+
+    Indices count in the operator's own list where there is one.
+    """
     visible = visible_gpus(settings)
     if gpus is None:
         first = visible[0] if visible else ("0" if visible is None else "")
@@ -91,14 +96,14 @@ def _cuda(settings: Settings, gpus: tuple[int, ...] | None) -> dict[str, str]:
 
 
 def visible_gpus(settings: Settings) -> list[str] | None:
-    """What the operator's own CUDA_VISIBLE_DEVICES lists; None where it is unset."""
+    """Return the items of the operator's CUDA_VISIBLE_DEVICES, None where it is unset."""
     if settings.cuda_visible_devices is None:
         return None
     return [part.strip() for part in settings.cuda_visible_devices.split(",") if part.strip()]
 
 
 def slug(name: str) -> str:
-    """A model's name as a part of a Celery node name: letters, digits, dots and dashes."""
+    """Make a model's name fit for a Celery node name: letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-") or "model"
 
 
@@ -110,9 +115,9 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def child_environment(**own: str) -> dict[str, str]:
-    """The supervisor's environment with `own` on top.
+    """Return the supervisor's environment, with the variables in `own` replaced.
 
-    The one place beside config.py that touches the environment: children need PATH, HOME, proxies, HF_HOME and whatever
-    else the operator set, unread, and a child's Settings can only be given this way.
+    The only place beside config.py that reads the environment: a child needs PATH, HOME, HF_HOME, proxies and
+    all else that the operator has set, and its own settings can only be passed this way.
     """
     return {**os.environ, **own}  # noqa: TID251

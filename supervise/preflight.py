@@ -1,4 +1,4 @@
-"""What must hold before anything is started. Each check raises with one line that says what is wrong, and where."""
+"""Checks before anything is started. Each raises an error of one line that says what is wrong and where."""
 
 import re
 from pathlib import Path
@@ -11,13 +11,16 @@ from supervise.listeners import Unavailable, check_free
 from supervise.plan import visible_gpus
 
 REDIS_TIMEOUT_S = 3.0
-_ECHO = "echo:"  # the engine of tests and benchmarks; it has no weights
+_ECHO = "echo:"  # the engine of tests and benchmarks, which has no weights
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.1-8B-Instruct"
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 def check(settings: Settings, catalogue: Catalogue, models_file: Path, *, own_redis: bool) -> None:
-    """Raises ConfigurationError or Unavailable."""
+    """Check weights, GPUs, addresses and, unless it is the embedded one, Redis.
+
+    Raises ConfigurationError or Unavailable.
+    """
     for model in catalogue.models:
         _check_weights(model, models_file)
         _check_gpus(model, settings, models_file)
@@ -34,27 +37,27 @@ def _check_weights(model: ModelEntry, models_file: Path) -> None:
     if folder.is_dir():
         wanted = model.weights_file
         if not (folder / wanted).is_file():
-            raise ConfigurationError(f"{where}: the folder {model.weights} holds no {wanted}")
+            raise ConfigurationError(f"{where}: the folder {model.weights} has no {wanted}")
     elif folder.exists():
-        raise ConfigurationError(f"{where}: {model.weights} is a file; a folder or a hub id is wanted")
+        raise ConfigurationError(f"{where}: {model.weights} is a file; weights must be a folder or a hub id")
     elif not _HUB_ID.fullmatch(model.weights) or model.weights.startswith("."):
         raise ConfigurationError(
-            f"{where}: there is no folder {model.weights}, and a hub id looks like owner/name"
+            f"{where}: there is no folder {model.weights}; a hub id would look like owner/name"
         )
 
 
 def _check_gpus(model: ModelEntry, settings: Settings, models_file: Path) -> None:
     visible = visible_gpus(settings)
     if visible is not None:
-        count, which = len(visible), f"CUDA_VISIBLE_DEVICES={','.join(visible)} leaves"
+        count, which = len(visible), f"CUDA_VISIBLE_DEVICES={','.join(visible)} lists"
     elif _NVIDIA_GPUS.is_dir():
         count, which = len(list(_NVIDIA_GPUS.iterdir())), "this machine has"
     else:
-        return  # no GPU: its workers run on the CPU
+        return  # there is no GPU, and workers run on the CPU
     for gpu in (gpu for gpus in model.workers or () for gpu in gpus):
         if not 0 <= gpu < count:
             raise ConfigurationError(
-                f"{models_file}: workers of {model.name!r}: GPU {gpu}, but {which} {count}"
+                f"{models_file}: workers of {model.name!r}: GPU {gpu} does not exist, {which} {count}"
             )
 
 

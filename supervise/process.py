@@ -1,4 +1,4 @@
-"""One process that is kept running: in a session of its own, restarted with backoff, ended within a bounded time."""
+"""Keeps one process running: in its own session, restarted with backoff, stopped within a bounded time."""
 
 import asyncio
 import contextlib
@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 from config import EXIT_CONFIGURATION
-from supervise.console import Say
+from supervise.console import PrintLine
 
 LONGEST_BACKOFF_S = 30.0
-RESET_AFTER_S = 60.0  # a life this long was a success: the next backoff starts from the beginning
+RESET_AFTER_S = 60.0  # after a run this long the backoff starts at 1 s again
 HURRIED_STOP_S = 2.0
-LAST_OUTPUT_S = 1.0  # how long an ended process's last lines may take through the pipe
-LONGEST_LINE = 65536  # bytes; a longer one is printed in pieces
+LAST_OUTPUT_S = 1.0  # how long to read on after a process has exited
+LONGEST_LINE = 65536  # bytes; longer lines are split
 
 _TETHER = (sys.executable, "-S", "-E", str(Path(__file__).with_name("tether.py")), str(os.getpid()))
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What to run.
+    """A process to run.
 
-    `fatal_at_start`: exit statuses that fail a whole start; later only EXIT_CONFIGURATION is final. `orphan_signal`: what
-    the kernel sends when the supervisor dies; SIGTERM where there is something to tidy up.
+    `fatal_at_start`: exit statuses that fail the start of the service; afterwards only EXIT_CONFIGURATION is
+    final. `orphan_signal`: what the kernel sends the process when the supervisor dies.
     """
 
     name: str
@@ -40,35 +40,35 @@ class Spec:
 
 
 def backoff_s(failures: int) -> float:
-    """Seconds to wait after this many failures in a row (1, 2, …): 1, 2, 4 … 30."""
+    """Return the seconds to wait after this many consecutive failures: 1, 2, 4 … 30."""
     return min(LONGEST_BACKOFF_S, 2.0 ** (failures - 1))
 
 
 class Process:
     """Keeps `spec` running from `run()` until `stop()`.
 
-    `on_exit(process, status)` hears of every unasked end and says whether to start again.
+    `on_exit(process, status)` is called when the process exits by itself, and returns whether to restart it.
     """
 
-    def __init__(self, spec: Spec, say: Say, on_exit: Callable[["Process", int], bool]) -> None:
+    def __init__(self, spec: Spec, print_line: PrintLine, on_exit: Callable[["Process", int], bool]) -> None:
         self.spec = spec
-        self.last_words = ""
-        self._say = say
+        self.last_line = ""
+        self._print = print_line
         self._on_exit = on_exit
         self._child: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
-        self._over = asyncio.Event()
-        self._over.set()
+        self._ended = asyncio.Event()
+        self._ended.set()
 
     @property
     def pid(self) -> int | None:
-        """The process id while one runs."""
+        """The process id, None while none runs."""
         return self._child.pid if self._child is not None and self._child.returncode is None else None
 
     async def run(self) -> None:
-        """Start, and start again after each end, until stopped or until an end that a restart can't mend."""
+        """Start the process and restart it whenever it exits, until `stop()` or `on_exit` returning False."""
         failures = 0
-        self._over.clear()
+        self._ended.clear()
         try:
             while not self._stopping.is_set():
                 started = time.monotonic()
@@ -76,30 +76,33 @@ class Process:
                 if self._stopping.is_set():
                     return
                 if not self._on_exit(self, status):
-                    self._say(f"{describe_status(status)}; not restarted")
+                    self._print(f"{describe_status(status)}; not restarted")
                     return
                 failures = 1 if time.monotonic() - started >= RESET_AFTER_S else failures + 1
-                self._say(f"{describe_status(status)}; restarting in {backoff_s(failures):g} s")
+                self._print(f"{describe_status(status)}; restarting in {backoff_s(failures):g} s")
                 await _within(backoff_s(failures), self._stopping.wait())
         finally:
-            self._over.set()
+            self._ended.set()
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """SIGTERM, then SIGKILL after the spec's time (or HURRIED_STOP_S from when `hurry` is set). Ends when all is over."""
+        """Send SIGTERM, then SIGKILL after the spec's time, or HURRIED_STOP_S after `hurry` is set.
+
+        Returns when the process is gone.
+        """
         self._stopping.set()
         self._signal(signal.SIGTERM)
         hurried = asyncio.create_task(hurry.wait())
-        over = asyncio.create_task(self._over.wait())
+        ended = asyncio.create_task(self._ended.wait())
         await asyncio.wait(
-            {hurried, over}, timeout=self.spec.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            {hurried, ended}, timeout=self.spec.stop_timeout_s, return_when=asyncio.FIRST_COMPLETED
         )
-        if hurried.done() and not over.done():
-            await _within(HURRIED_STOP_S, self._over.wait())
+        if hurried.done() and not ended.done():
+            await _within(HURRIED_STOP_S, self._ended.wait())
         hurried.cancel()
         if self.pid is not None:
-            self._say("did not end in time: killed")
+            self._print("did not stop in time and was killed")
             self._kill_group(self.pid)
-        await over
+        await ended
 
     async def _run_once(self) -> int:
         read_end, write_end = os.pipe()
@@ -112,7 +115,8 @@ class Process:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=write_end,
                 stderr=write_end,
-                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor alone, which stops in order
+                # so that Ctrl-C reaches only the supervisor, which stops the processes in order
+                start_new_session=True,
             )
         finally:
             os.close(write_end)
@@ -120,17 +124,17 @@ class Process:
             lambda: _Lines(self._take_line), os.fdopen(read_end, "rb")
         )
         if self._stopping.is_set():
-            self._signal(signal.SIGTERM)  # stopped while it was being started
+            self._signal(signal.SIGTERM)  # stop() was called while the process was being created
         status = await self._child.wait()
-        self._kill_group(self._child.pid)  # what it started itself goes with it
+        self._kill_group(self._child.pid)  # its own children
         await _within(LAST_OUTPUT_S, lines.closed.wait())
         output.close()
         return status
 
     def _take_line(self, line: str) -> None:
         if line.strip():
-            self.last_words = line.strip()
-            self._say(line)
+            self.last_line = line.strip()
+            self._print(line)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._child is not None:
@@ -144,10 +148,10 @@ class Process:
 
 
 def describe_status(status: int) -> str:
-    """An exit status as asyncio gives it, in words."""
+    """Describe an exit status as asyncio gives it: negative for a signal."""
     if status == EXIT_CONFIGURATION:
-        return f"ended with status {status}, a configuration error"
-    return f"ended with status {status}" if status >= 0 else f"ended by {signal.Signals(-status).name}"
+        return f"exited with status {status}, a configuration error"
+    return f"exited with status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
 
 
 async def _within(seconds: float, waiting: Coroutine[Any, Any, object]) -> None:
@@ -156,9 +160,12 @@ async def _within(seconds: float, waiting: Coroutine[Any, Any, object]) -> None:
 
 
 class _Lines(asyncio.Protocol):
-    """Cuts what a pipe brings into lines. A progress bar redraws its line with \\r: only its last state counts."""
+    """Splits a process's output into lines.
 
-    def __init__(self, take: Say) -> None:
+    Of a line that a progress bar redraws with \\r only the last state is kept.
+    """
+
+    def __init__(self, take: PrintLine) -> None:
         self.closed = asyncio.Event()
         self._take = take
         self._rest = b""

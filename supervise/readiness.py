@@ -1,4 +1,4 @@
-"""What the web process tells about the service: ready or not, and how far each worker is."""
+"""Asks the web process whether the service is ready, and in which state its workers are."""
 
 import http.client
 import json
@@ -12,7 +12,7 @@ ANSWER_TIMEOUT_S = 3.0
 
 
 class Probe:
-    """Asks the web process that `settings` describes. Blocking: call it from a thread."""
+    """A client of the web process that `settings` describe. It blocks, so call it from a thread."""
 
     def __init__(self, settings: Settings) -> None:
         host, self._port = split_address("BIND", settings.bind)
@@ -21,14 +21,16 @@ class Probe:
 
     @property
     def base_url(self) -> str:
+        """The web process's URL as seen from this machine."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
     def ready(self) -> bool:
+        """Whether `/readyz` answers 200."""
         return self._get("/readyz")[0] == 200
 
     def progress(self) -> str:
-        """One line: how many workers of each model are in which state."""
+        """Return one line with the number of workers of each model in each state."""
         rows = self._get("/v1/workers")[1].get("data", [])
         if not rows:
             return "no worker has reported yet"
@@ -40,7 +42,7 @@ class Probe:
         )
 
     def _get(self, path: str) -> tuple[int, dict[str, Any]]:
-        """Status and body; (0, {}) while nothing answers there."""
+        """Return status and body, or (0, {}) without an answer."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_TIMEOUT_S)
         try:
             connection.request("GET", path, headers=self._headers)

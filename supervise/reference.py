@@ -1,6 +1,6 @@
 """The reference of all settings, made from the help beside each default.
 
-`python -m supervise.reference > docs/settings.md` writes the page; `scripts/run --help` prints its first part.
+`python -m supervise.reference > docs/settings.md` writes the page. `scripts/run --help` prints the variables.
 """
 
 import shutil
@@ -21,21 +21,21 @@ NONE = "–"
 _INTRODUCTION = """\
 # Settings
 
-Made by `python -m supervise.reference > docs/settings.md` from `config.py` and `catalogue/`, which hold each default with its
-help.
+Made by `python -m supervise.reference > docs/settings.md` from `config.py` and `catalogue/`, where each
+default has its help.
 
 ## Environment
 
-Every process reads these variables when it starts; `scripts/run` passes its own environment on to the processes that it
-starts. Other programs read theirs: the number of web processes is gunicorn's `WEB_CONCURRENCY` (default 1), `HF_TOKEN` and
-`HF_HOME` are the hub's. A – stands for an empty default.
+Every process reads these variables when it starts; `scripts/run` passes its own environment on to the
+processes that it starts. Other programs read theirs: the number of web processes is gunicorn's
+`WEB_CONCURRENCY` (default 1), `HF_TOKEN` and `HF_HOME` are the hub's. A – stands for an empty default.
 """
 
 _CATALOGUE = """\
 ## Catalogue
 
-`MODELS_FILE` names a TOML file. An unknown key is an error. [models.example.toml](../models.example.toml) is a catalogue of
-real models.
+`MODELS_FILE` names a TOML file. An unknown key is an error. [models.example.toml](../models.example.toml) is
+a catalogue of real models.
 """
 
 
@@ -85,7 +85,7 @@ def _catalogue() -> Iterator[str]:
     yield from _table("key", rows_of(Catalogue, ("models",)))
     yield "\n### `[[models]]`: one for each model\n"
     yield from _table("key", rows_of(ModelEntry, ("engine", "defaults")))
-    yield "\nTasks of the same kind of model can be combined. The kind decides which keys `engine` and `defaults` have.\n"
+    yield "\nTasks of the same kind of model can be combined. The kind decides on the keys of `engine` and `defaults`.\n"
     yield "| task | endpoint | deadline | kind of model |"
     yield "|---|---|---|---|"
     for task in TASKS.values():

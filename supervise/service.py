@@ -1,4 +1,4 @@
-"""The whole service in one foreground: start order, the wait until it is ready, stop order."""
+"""Starts the processes in order, waits until the service is ready, and stops them in order."""
 
 import asyncio
 import contextlib
@@ -17,11 +17,14 @@ from supervise.redis_server import EmbeddedRedis
 
 POLL_S = 0.5
 PROGRESS_EVERY_S = 15.0
-_LOG_PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # Celery's and gunicorn's time and level
+_LOG_PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # time and level in the logs of Celery and gunicorn
 
 
 class StartFailed(Exception):
-    """The service can't come up. The message is one line; `status` is what the supervisor exits with."""
+    """Raised where the service can't start.
+
+    The message is one line; `status` is the supervisor's exit status.
+    """
 
     def __init__(self, reason: str, status: int) -> None:
         super().__init__(reason)
@@ -29,7 +32,7 @@ class StartFailed(Exception):
 
 
 class Service:
-    """`run()` starts the plan, reports READY, and returns once everything has been stopped in order."""
+    """The processes of a plan, from `run()` until they have stopped."""
 
     def __init__(
         self, plan: Plan, probe: Probe, redis: EmbeddedRedis | None, console: Console, ready_line: str
@@ -38,7 +41,7 @@ class Service:
         self._probe = probe
         self._redis = redis
         self._console = console
-        self._say = console.sayer(SUPERVISOR)
+        self._print = console.printer(SUPERVISOR)
         self._ready_line = ready_line
         self._ready = False
         self._stop_asked = asyncio.Event()
@@ -48,7 +51,10 @@ class Service:
         self._running: list[asyncio.Task[None]] = []
 
     async def run(self) -> None:
-        """Returns after an orderly stop that was asked for. Raises StartFailed, everything stopped, if READY never came."""
+        """Start everything, print READY, and stop everything when a signal or `ask_to_stop` requests it.
+
+        Raises StartFailed, after stopping everything, if the service did not become ready.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             asyncio.get_running_loop().add_signal_handler(number, self.ask_to_stop)
         try:
@@ -59,15 +65,18 @@ class Service:
             await self._stop()
 
     def ask_to_stop(self) -> None:
-        """The first time: stop in order. The second: hurry."""
+        """Stop in order; when called again, without waiting for running requests."""
         if not self._stop_asked.is_set():
             self._stop_asked.set()
         elif not self._hurry.is_set():
-            self._say("hurrying")
+            self._print("stopping without waiting for running requests")
             self._hurry.set()
 
     async def _until_stopped(self, work: Coroutine[Any, Any, None]) -> None:
-        """Do `work`, but no longer than until a stop is asked for or a process ends the start. Raises StartFailed."""
+        """Do `work` until it is done, a stop is requested, or a process fails the start.
+
+        Raises StartFailed.
+        """
         doing = asyncio.create_task(work)
         stop = asyncio.create_task(self._stop_asked.wait())
         try:
@@ -91,40 +100,45 @@ class Service:
                 raise StartFailed("the embedded Redis did not start", 1)
         await self._wait_until_ready(started)
         self._ready = True
-        self._say(f"{self._ready_line} (after {time.monotonic() - started:.1f} s)")
+        self._print(f"{self._ready_line} (after {time.monotonic() - started:.1f} s)")
 
     def _launch(self, spec: Spec) -> Process:
-        process = Process(spec, self._console.sayer(spec.name), self._on_exit)
+        process = Process(spec, self._console.printer(spec.name), self._on_exit)
         self._running.append(asyncio.create_task(process.run()))
         return process
 
     async def _wait_until_ready(self, started: float) -> None:
-        said, say_again_at = "", 0.0
+        printed, print_again_at = "", 0.0
         while not await asyncio.to_thread(self._probe.ready):
             progress = await asyncio.to_thread(self._probe.progress)
             now = time.monotonic()
-            if progress != said or now >= say_again_at:
-                self._say(f"starting ({now - started:.0f} s): {progress}")
-                said, say_again_at = progress, now + PROGRESS_EVERY_S
+            if progress != printed or now >= print_again_at:
+                self._print(f"starting ({now - started:.0f} s): {progress}")
+                printed, print_again_at = progress, now + PROGRESS_EVERY_S
             await asyncio.sleep(POLL_S)
 
     def _on_exit(self, process: Process, status: int) -> bool:
-        """Whether to try again. What can't work at the start ends the start; the first reason is the one told."""
+        """Return whether to restart a process.
+
+        During the start, a fatal status fails the start; the first one counts.
+        """
         if self._ready or status not in process.spec.fatal_at_start:
             return status != EXIT_CONFIGURATION
         if self._failed.done():
             return False
         if status == EXIT_CONFIGURATION:
-            reason = _LOG_PREFIX.sub("", process.last_words) or describe_status(status)
+            reason = _LOG_PREFIX.sub("", process.last_line) or describe_status(status)
             self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", EXIT_CONFIGURATION))
         else:
-            reason = f"{describe_status(status)} while starting; its lines above say why"
+            reason = f"{describe_status(status)} while starting; its output above says why"
             self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", 1))
         return False
 
     async def _stop(self) -> None:
-        self._say("stopping: workers finish what runs, then web and Redis end (Ctrl-C again to hurry)")
+        self._print(
+            "stopping: workers finish their requests, then web and Redis stop (Ctrl-C again to hurry)"
+        )
         for group in reversed(self._groups):
             await asyncio.gather(*(process.stop(self._hurry) for process in group))
         await asyncio.gather(*self._running)
-        self._say("stopped")
+        self._print("stopped")

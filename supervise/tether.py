@@ -1,8 +1,8 @@
-"""`python -S -E tether.py SUPERVISOR_PID SIGNAL COMMAND…`: becomes COMMAND, to which the kernel sends SIGNAL when the
-supervisor dies.
+"""Runs a command that must not outlive the supervisor.
 
-A process image of its own, not a `preexec_fn`: that one runs Python between fork and exec, where another thread's lock
-may be held for ever.
+`python -S -E tether.py SUPERVISOR_PID SIGNAL COMMAND…` asks the kernel to send SIGNAL when the supervisor
+dies, then replaces itself by COMMAND. A `preexec_fn` would run Python between fork and exec, where a lock of
+another thread may be held indefinitely.
 """
 
 import os
@@ -18,7 +18,7 @@ def main() -> None:
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
         if os.getppid() != int(supervisor):
-            return  # it died before the kernel knew that we care
+            return  # the supervisor died before the prctl call
     try:
         os.execvp(command[0], command)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The catalogue: one class of entry for each kind of model, one row for each task, and errors that name their place."""
+"""The catalogue: a class of entry for each kind of model, a row for each task, errors with their place."""
 
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def test_the_table_holds_every_task_and_names_what_exists() -> None:
 
 
 def test_a_task_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the catalogue, the limits and the registration at the node know of a task comes from its row alone."""
+    """The catalogue, the deadline and the registration at the node use nothing of a task but its row."""
 
     class Options(EngineOptions):
         max_batch_size: int = 32

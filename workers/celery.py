@@ -1,7 +1,7 @@
 """The Celery app of the worker processes, which `celery -A workers` finds here. Flower uses it too.
 
-Without WORKER_MODEL the app can be inspected, but no worker starts. A wrong configuration ends the process with
-EXIT_CONFIGURATION, after which a supervisor does not restart it.
+Without WORKER_MODEL the app can be inspected, but no worker starts. A wrong configuration ends the process
+with EXIT_CONFIGURATION, after which the supervisor does not restart it.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Small real processes that behave as the supervisor's tests need."""
+"""Small real processes for the tests of the supervisor."""
 
 import asyncio
 import os
@@ -36,12 +36,17 @@ def stand_in(
     *,
     body: str = "",
     stop_s: float = 0,
-    stubborn: bool = False,
+    ignores_sigterm: bool = False,
     stop_timeout_s: float = 60,
     fatal_at_start: frozenset[int] = frozenset({78}),
 ) -> Spec:
-    """A process that notes its life in `log`: "NAME started", "NAME stopping", "NAME stopped"."""
-    script = _STAND_IN.format(stop_s=stop_s, handler="signal.SIG_IGN" if stubborn else "on_term", body=body)
+    """Make a process that writes to `log`: "NAME started", "NAME stopping", "NAME stopped".
+
+    `body` is Python code that it runs after "started"; `stop_s` is how long it takes to stop.
+    """
+    script = _STAND_IN.format(
+        stop_s=stop_s, handler="signal.SIG_IGN" if ignores_sigterm else "on_term", body=body
+    )
     argv = (sys.executable, "-S", "-c", script, str(log), name)
     return Spec(name, argv, dict(os.environ), stop_timeout_s, fatal_at_start)
 
@@ -51,7 +56,7 @@ def noted(log: Path) -> list[str]:
 
 
 async def until_noted(log: Path, line: str, *, times: int = 1, timeout_s: float = 20) -> None:
-    """Returns once `line` stands in the log that often."""
+    """Wait until the log has `line` that often."""
     give_up_at = time.monotonic() + timeout_s
     while noted(log).count(line) < times:
         assert time.monotonic() < give_up_at, f"no {line!r} in {noted(log)}"
@@ -63,8 +68,8 @@ def retry_all_but_78(_: Process, status: int) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; one that ended and waits to be reaped doesn't."""
+    """Whether the process runs. A zombie counts as gone."""
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # the second: it went between open and read
+    except (FileNotFoundError, ProcessLookupError):  # the second: it exited between open and read
         return False

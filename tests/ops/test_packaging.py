@@ -1,4 +1,4 @@
-"""Files that nobody runs here: pins, the compose file, Dockerfiles, gunicorn's settings."""
+"""Files that the other tests don't run: pins, the compose file, Dockerfiles, gunicorn's settings."""
 
 import re
 import runpy
@@ -36,7 +36,7 @@ def test_every_requirement_is_pinned_exactly(path: Path) -> None:
     assert lines
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
-        assert not line.startswith(("nvidia-", "triton")), "torch names its own platform packages"
+        assert not line.startswith(("nvidia-", "triton")), "torch requires its own platform packages"
 
 
 def test_the_compose_file_is_valid() -> None:
@@ -61,7 +61,7 @@ def test_everything_stays_on_the_loopback(compose: dict[str, Any]) -> None:
     assert "--address=127.0.0.1" in compose["services"]["flower"]["command"]
 
 
-def test_only_flower_waits_for_its_profile(compose: dict[str, Any]) -> None:
+def test_only_flower_is_in_a_profile(compose: dict[str, Any]) -> None:
     assert {name for name, service in compose["services"].items() if "profiles" in service} == {"flower"}
 
 
@@ -94,7 +94,7 @@ def test_dockerfiles_copy_what_exists(name: str) -> None:
     allowed = (ROOT / ".dockerignore").read_text()
     for path in copied:
         assert (ROOT / path).exists(), path
-        assert f"!{path}" in allowed or path.startswith("requirements"), f"{path} is in .dockerignore"
+        assert f"!{path}" in allowed or path.startswith("requirements"), f"{path} is missing in .dockerignore"
 
 
 def test_gunicorn_listens_for_the_node_only_with_keys(monkeypatch: pytest.MonkeyPatch) -> None:

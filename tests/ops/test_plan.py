@@ -1,4 +1,4 @@
-"""Which processes a catalogue becomes: names, GPUs, environment, Redis files."""
+"""The processes for a catalogue: names, GPUs, environment, and the files of the embedded Redis."""
 
 import stat
 from pathlib import Path
@@ -33,19 +33,19 @@ def test_one_process_for_each_worker_of_each_model() -> None:
     assert {spec.env["MODELS_FILE"] for spec in plan.workers + plan.web} == {"/somewhere/models.toml"}
 
 
-def test_names_that_look_alike_stay_apart() -> None:
+def test_models_with_the_same_slug_get_different_names() -> None:
     plan = plan_for([{"name": "a:b"}, {"name": "a+b"}])
     assert len({spec.name for spec in plan.workers}) == 2
 
 
-def test_indices_count_in_what_the_operator_left_visible() -> None:
+def test_gpu_indices_count_in_the_operators_own_list() -> None:
     plan = plan_for(
         [{"name": "m", "workers": [[1], []]}, {"name": "n"}], Settings(cuda_visible_devices="4,GPU-77")
     )
     assert gpus(plan) == ["GPU-77", "", "4"]
 
 
-def test_a_worker_of_its_own_keeps_the_given_cid_several_do_not() -> None:
+def test_a_single_worker_keeps_the_given_cid_and_several_make_their_own() -> None:
     settings = Settings(worker_cid="mine")
     assert plan_for([{"name": "m"}], settings).workers[0].env.get("WORKER_CID") != ""
     assert [
@@ -63,14 +63,14 @@ def test_a_worker_has_time_to_drain() -> None:
     assert plan_for([{"name": "m"}], Settings(drain_s=60)).workers[0].stop_timeout_s > 60
 
 
-def test_the_demo_catalogue_has_two_chat_workers_and_one_for_pictures() -> None:
+def test_the_demo_catalogue_has_two_chat_workers_and_one_for_images() -> None:
     catalogue = Catalogue.from_file(ROOT / "models.toml")
     plan = make_plan(Settings(), catalogue, ROOT / "models.toml", None)
     assert [spec.name for spec in plan.workers] == ["demo-chat-1", "demo-chat-2", "demo-shapes-1"]
     assert gpus(plan) == ["", "", ""]
 
 
-def test_the_embedded_redis_keeps_its_password_to_itself(tmp_path: Path) -> None:
+def test_the_password_of_the_embedded_redis_is_only_in_private_files(tmp_path: Path) -> None:
     server = EmbeddedRedis.prepare(tmp_path)
     for path in (server.configuration, server.url_file):
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -84,5 +84,5 @@ def test_the_embedded_redis_keeps_its_password_to_itself(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "line", ["bind 127.0.0.1", 'save ""', "appendonly no", "maxmemory-policy noeviction"]
 )
-def test_the_embedded_redis_is_private_and_writes_nothing(tmp_path: Path, line: str) -> None:
+def test_the_embedded_redis_is_on_the_loopback_and_writes_nothing(tmp_path: Path, line: str) -> None:
     assert line in EmbeddedRedis.prepare(tmp_path).configuration.read_text().splitlines()

@@ -44,7 +44,7 @@ def test_help_prints_usage_and_settings_and_starts_nothing(tmp_path: Path) -> No
         text=True,
         check=False,
     )
-    assert done.returncode == 0 and done.stderr == ""
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: scripts/run")
     for row in settings_rows():
         assert f"\n  {row.name}" in done.stdout

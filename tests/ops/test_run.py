@@ -30,7 +30,7 @@ workers = [[], []]
 
 
 def command_of(process: psutil.Process) -> list[str]:
-    """Its command line; [] for one that has ended meanwhile."""
+    """Return its command line, [] for one that has exited."""
     try:
         return process.cmdline()
     except psutil.NoSuchProcess:
@@ -38,7 +38,7 @@ def command_of(process: psutil.Process) -> list[str]:
 
 
 class Run:
-    """A `scripts/run` in the background; `output` is what it has printed so far."""
+    """A `scripts/run` in the background."""
 
     def __init__(self, folder: Path) -> None:
         catalogue = folder / "models.toml"
@@ -88,7 +88,7 @@ def started(tmp_path: Path) -> Iterator[Run]:
             run.process.send_signal(signal.SIGINT)
             run.process.send_signal(signal.SIGINT)
             run.process.wait(60)
-        # a killed supervisor can't tidy up after itself
+        # A killed supervisor leaves these files behind.
         shutil.rmtree(ROOT / ".run" / run.bind.rpartition(":")[2], ignore_errors=True)
 
 
@@ -105,13 +105,13 @@ def test_from_ready_to_one_ctrl_c(started: Run) -> None:
     assert started.process.wait(60) == 0
     assert not [pid for pid in processes if alive(pid)]
     assert not url_file.exists()
-    assert "did not end in time" not in started.output
+    assert "did not stop in time" not in started.output
 
 
 def test_a_killed_worker_comes_back(started: Run) -> None:
     before = {worker.pid for worker in started.workers()}
     os.kill(min(before), signal.SIGKILL)
-    started.until_printed(r"echo-\d\s+\| ended by SIGKILL; restarting in 1 s")
+    started.until_printed(r"echo-\d\s+\| killed by SIGKILL; restarting in 1 s")
     wait_until(
         lambda: len({w.pid for w in started.workers()} - before) == 1, timeout_s=30, what="a new worker"
     )
@@ -125,7 +125,7 @@ def test_a_killed_redis_comes_back_with_the_same_url(started: Run) -> None:
     wait_until(started.ready, timeout_s=60, what="service again by itself")
 
 
-def test_nothing_outlives_a_killed_supervisor(started: Run) -> None:
+def test_no_process_outlives_a_killed_supervisor(started: Run) -> None:
     commands = {process.pid: " ".join(command_of(process)) for process in started.processes()}
     started.process.kill()
     started.process.wait()

@@ -1,4 +1,4 @@
-"""`scripts/run` when it can't succeed: one line that says what and where, a status that isn't 0, nothing started."""
+"""`scripts/run` with a wrong configuration: one line that says what is wrong, a status, nothing started."""
 
 import os
 import socket
@@ -21,7 +21,7 @@ workers = {workers}
 
 
 def run(*arguments: str | Path, cwd: Path = ROOT, **env: str) -> tuple[int, str]:
-    """Exit status and stderr; stdout must stay empty, because nothing may have been started."""
+    """Return the exit status and the line on stderr. stdout must stay empty: nothing may be started."""
     own = {"BIND": f"127.0.0.1:{free_port()}", **env}
     done = subprocess.run(
         [ROOT / "scripts" / "run", *arguments],
@@ -74,12 +74,12 @@ def test_wrong_key_in_the_catalogue(tmp_path: Path) -> None:
 
 
 def test_port_taken(tmp_path: Path, taken: str) -> None:
-    assert run(catalogue(tmp_path), BIND=taken) == (1, f"run: BIND: {taken} is taken by another program")
+    assert run(catalogue(tmp_path), BIND=taken) == (1, f"run: BIND: {taken} is in use by another program")
 
 
 def test_node_port_taken(tmp_path: Path, taken: str) -> None:
     status, line = run(catalogue(tmp_path), API_KEYS="secret", NODE_BIND=taken)
-    assert (status, line) == (1, f"run: NODE_BIND: {taken} is taken by another program")
+    assert (status, line) == (1, f"run: NODE_BIND: {taken} is in use by another program")
 
 
 @pytest.mark.parametrize("bind", ["1088", "127.0.0.1:http", ":1088", "127.0.0.1:70000"])
@@ -104,14 +104,14 @@ def test_weights_folder_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "weights").mkdir()
     status, line = run(catalogue(tmp_path, weights="weights"))
     assert status == 78
-    assert line.endswith(f"the folder {tmp_path}/weights holds no config.json")
+    assert line.endswith(f"the folder {tmp_path}/weights has no config.json")
 
 
 def test_gpu_that_is_not_there(tmp_path: Path) -> None:
     path = catalogue(tmp_path, workers="[[0], [2]]")
     status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")
     assert status == 78
-    assert line == f"run: {path}: workers of 'echo': GPU 2, but CUDA_VISIBLE_DEVICES=0,1 leaves 2"
+    assert line == f"run: {path}: workers of 'echo': GPU 2 does not exist, CUDA_VISIBLE_DEVICES=0,1 lists 2"
 
 
 def test_redis_unreachable(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_redis_unreachable(tmp_path: Path) -> None:
     assert "hidden" not in line
 
 
-def test_redis_url_is_none(tmp_path: Path) -> None:
+def test_redis_url_is_no_url(tmp_path: Path) -> None:
     status, line = run(catalogue(tmp_path), REDIS_URL="localhost")
     assert status == 78
     assert line.startswith("run: REDIS_URL: localhost:")
@@ -147,7 +147,7 @@ def test_gunicorn_by_itself_names_a_wrong_setting() -> None:
     assert done.stderr.startswith("web: environment: DRAIN_S:") and done.stderr.count("\n") == 1
 
 
-def test_flower_does_not_run_open() -> None:
+def test_flower_does_not_start_without_a_password() -> None:
     done = subprocess.run(
         [ROOT / ".venv/bin/python", ROOT / "flowerconfig.py"], capture_output=True, text=True, check=False
     )

@@ -1,4 +1,4 @@
-"""Start order, failed starts and stop order of a whole plan, with stand-ins for the processes."""
+"""Start order, failed starts and stop order of a plan whose processes are small stand-ins."""
 
 import asyncio
 import io
@@ -17,7 +17,7 @@ from tests.ops.stand_ins import alive, noted, stand_in, until_noted
 
 
 class StubProbe(Probe):
-    """Ready as soon as `ready_when` exists."""
+    """Reports ready as soon as the file `ready_when` exists."""
 
     def __init__(self, ready_when: Path) -> None:
         super().__init__(Settings())
@@ -61,7 +61,7 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
         workers=tuple(slow),
     )
 
-    async def story() -> str:
+    async def scenario() -> str:
         service, out = build(plan, log)
         running = asyncio.create_task(service.run())
         for name in ("redis", "web", "flower", "worker-1", "worker-2"):
@@ -72,7 +72,7 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
         await asyncio.wait_for(running, 60)
         return out.getvalue()
 
-    output = asyncio.run(story())
+    output = asyncio.run(scenario())
     stops = [line for line in noted(log) if "started" not in line]
     assert sorted(stops[:2]) == ["worker-1 stopping", "worker-2 stopping"]
     assert sorted(stops[2:4]) == ["worker-1 stopped", "worker-2 stopped"]
@@ -82,7 +82,7 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
     assert output.count("READY") == 1
 
 
-def test_a_configuration_error_fails_the_start_and_leaves_nothing(log: Path, tmp_path: Path) -> None:
+def test_a_configuration_error_fails_the_start_and_leaves_no_process(log: Path, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     body = f"open({str(pids)!r}, 'w').write(str(os.getpid()))"
     failing = f"""
@@ -98,12 +98,12 @@ os._exit(78)
         workers=(stand_in("m-1", log, body=failing),),
     )
 
-    async def story() -> None:
+    async def scenario() -> None:
         service, _ = build(plan, tmp_path / "never")
         await asyncio.wait_for(service.run(), 60)
 
     with pytest.raises(StartFailed) as failure:
-        asyncio.run(story())
+        asyncio.run(scenario())
     assert (str(failure.value), failure.value.status) == ("m-1: m: no such folder", 78)
     assert not alive(int(pids.read_text()))
 
@@ -111,19 +111,19 @@ os._exit(78)
 def test_a_web_process_that_cannot_boot_fails_the_start(log: Path, tmp_path: Path) -> None:
     web = stand_in("web", log, body="sys.exit(3)", fatal_at_start=frozenset({78, 3}))
 
-    async def story() -> None:
+    async def scenario() -> None:
         service, _ = build(Plan(redis=(), web=(web,), flower=(), workers=()), tmp_path / "never")
         await asyncio.wait_for(service.run(), 30)
 
-    with pytest.raises(StartFailed, match="web: ended with status 3 while starting") as failure:
-        asyncio.run(story())
+    with pytest.raises(StartFailed, match="web: exited with status 3 while starting") as failure:
+        asyncio.run(scenario())
     assert failure.value.status == 1
 
 
 def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> None:
     plan = Plan(redis=(), web=(stand_in("web", log),), flower=(), workers=(stand_in("m-1", log),))
 
-    async def story() -> None:
+    async def scenario() -> None:
         service, _ = build(plan, tmp_path / "never")
         running = asyncio.create_task(service.run())
         await until_noted(log, "web started")
@@ -131,15 +131,15 @@ def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> Non
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(running, 60)
 
-    asyncio.run(story())
+    asyncio.run(scenario())
     assert noted(log)[-1] == "web stopped"
 
 
-def test_a_worker_that_dies_after_ready_comes_back(log: Path) -> None:
+def test_a_worker_that_exits_after_ready_is_restarted(log: Path) -> None:
     body = "time.sleep(0.2); os._exit(1) if open(log).read().count('m-1 started') == 1 else None"
     plan = Plan(redis=(), web=(), flower=(), workers=(stand_in("m-1", log, body=body),))
 
-    async def story() -> str:
+    async def scenario() -> str:
         service, out = build(plan, log)
         running = asyncio.create_task(service.run())
         await until_noted(log, "m-1 started", times=2)
@@ -147,4 +147,4 @@ def test_a_worker_that_dies_after_ready_comes_back(log: Path) -> None:
         await asyncio.wait_for(running, 60)
         return out.getvalue()
 
-    assert "ended with status 1; restarting in 1 s" in asyncio.run(story())
+    assert "exited with status 1; restarting in 1 s" in asyncio.run(scenario())
