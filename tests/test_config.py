@@ -1,0 +1,53 @@
+"""The settings: what the environment becomes, and errors that name the variable."""
+
+import pytest
+
+from config import ConfigurationError, Settings
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_without_keys_the_node_and_users_reach_the_same_listener() -> None:
+    settings = Settings(bind="127.0.0.1:1")
+    assert (settings.service_url, settings.public_url) == ("http://127.0.0.1:1", "http://127.0.0.1:1")
+
+
+def test_with_keys_the_node_has_its_own_listener_and_image_links_use_the_public_one() -> None:
+    settings = Settings(bind="127.0.0.1:1", node_bind="127.0.0.1:2", api_keys=("key",))
+    assert (settings.service_url, settings.public_url) == ("http://127.0.0.1:2", "http://127.0.0.1:1")
+
+
+def test_image_links_use_service_url_where_only_that_is_set() -> None:
+    settings = Settings(service_url="http://10.0.0.1:1088/")
+    assert (settings.service_url, settings.public_url) == ("http://10.0.0.1:1088", "http://10.0.0.1:1088")
+
+
+def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEYS", "one, two,")
+    monkeypatch.setenv("ALLOWED_IMAGE_HOSTS", "a:80,b")
+    settings = Settings.from_env()
+    assert settings.api_keys == ("one", "two")
+    assert settings.allowed_image_hosts == ("a:80", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("DRAIN_S", "soon", "Input should be a valid number, unable to parse string as a number"),
+        ("DRAIN_S", "-1", "Input should be greater than or equal to 0"),
+        ("API_KEYS", " , ", "contains no key; unset it to serve without keys"),
+        ("RATE_LIMIT", "60", 'must be like "60/minute" or "100/5 minutes" (second, minute, hour, day)'),
+        ("MAX_WAITING", "", "Input should be a valid integer, unable to parse string as an integer"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as caught:
+        Settings.from_env()
+    assert str(caught.value) == f"environment: {name}: {message}"
