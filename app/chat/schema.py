@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from app.http.validation import first_given
 from catalogue import ChatDefaults, ChatModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, SamplingParams
@@ -68,6 +69,7 @@ def _unsupported(name: str) -> Any:
 
 
 Number = StrictFloat | StrictInt
+_TokenId = Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]
 _Stop = Annotated[StrictStr, Field(min_length=1, max_length=1024)]
 
 
@@ -122,12 +124,7 @@ class ChatCompletionRequest(BaseModel):
     max_completion_tokens: Annotated[StrictInt, Field(ge=1, le=2**31)] | None = None
     min_tokens: Annotated[StrictInt, Field(ge=0, le=2**31)] | None = None
     stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOP_SEQUENCES)] | None = None
-    stop_token_ids: (
-        Annotated[
-            list[Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]], Field(fail_fast=True, max_length=1024)
-        ]
-        | None
-    ) = None
+    stop_token_ids: Annotated[list[_TokenId], Field(fail_fast=True, max_length=1024)] | None = None
     ignore_eos: StrictBool | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -184,22 +181,22 @@ class ChatCompletionRequest(BaseModel):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs requires logprobs to be true", param="top_logprobs")
-        top_k = _first(self.top_k, defaults.top_k)
+        top_k = first_given(self.top_k, defaults.top_k)
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            temperature=_first(self.temperature, defaults.temperature),
-            top_p=_first(self.top_p, defaults.top_p),
+            temperature=first_given(self.temperature, defaults.temperature),
+            top_p=first_given(self.top_p, defaults.top_p),
             top_k=0 if top_k == -1 else top_k,
-            min_p=_first(self.min_p, defaults.min_p),
+            min_p=first_given(self.min_p, defaults.min_p),
             seed=self.seed,
             n=self.n or 1,
             stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=bool(self.ignore_eos),
-            presence_penalty=_first(self.presence_penalty, defaults.presence_penalty) or 0.0,
-            frequency_penalty=_first(self.frequency_penalty, defaults.frequency_penalty) or 0.0,
-            repetition_penalty=_first(self.repetition_penalty, defaults.repetition_penalty),
+            presence_penalty=first_given(self.presence_penalty, defaults.presence_penalty) or 0.0,
+            frequency_penalty=first_given(self.frequency_penalty, defaults.frequency_penalty) or 0.0,
+            repetition_penalty=first_given(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias=_logit_bias(self.logit_bias or {}),
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
@@ -219,10 +216,6 @@ class ChatCompletionRequest(BaseModel):
                 raise UnsupportedParameter(
                     f"{name} is not supported by model {model!r}; leave it out", param=name
                 )
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)
 
 
 def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:

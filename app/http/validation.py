@@ -51,6 +51,11 @@ def parse(model_class: type[Model], data: Mapping[str, Any], *, strict: bool | N
         raise _first_error(error, data) from None
 
 
+def first_given(*values: Any) -> Any:
+    """Return the first value that is not None; None if there is none."""
+    return next((value for value in values if value is not None), None)
+
+
 def _first_error(error: ValidationError, data: Mapping[str, Any]) -> InvalidRequest:
     errors = [(_path(detail, data), detail) for detail in error.errors(include_url=False)]
     # every member of a union reports an error; the one with the longest path is the member that was meant

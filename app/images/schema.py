@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from app.http.validation import first_given
 from catalogue import ImageEngineOptions, ImageModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
@@ -91,14 +92,14 @@ class ImageRequest(BaseModel):
             model=entry.name,
             task="generation",
             prompt=self.prompt,
-            negative_prompt=_first(self.negative_prompt, defaults.negative_prompt),
+            negative_prompt=first_given(self.negative_prompt, defaults.negative_prompt),
             n=self.n or 1,
             width=width,
             height=height,
-            num_inference_steps=_first(steps, defaults.num_inference_steps),
-            guidance_scale=_first(self.guidance_scale, defaults.guidance_scale),
+            num_inference_steps=first_given(steps, defaults.num_inference_steps),
+            guidance_scale=first_given(self.guidance_scale, defaults.guidance_scale),
             # always set, so that it can be reported; 32 bits, because some JSON readers have doubles only
-            seed=_first(self.seed, secrets.randbelow(2**32)),
+            seed=first_given(self.seed, secrets.randbelow(2**32)),
         )
 
     def _sides(self, limits: ImageEngineOptions) -> tuple[int | None, int | None]:
@@ -131,7 +132,7 @@ class ImageEditRequest(ImageRequest):
     def to_job(self, request_id: str, entry: ImageModelEntry) -> ImageJob:
         """Make the job as for a generation; app.images.body adds the image files."""
         job = super().to_job(request_id, entry)
-        strength = _first(self.strength, entry.defaults.strength)
+        strength = first_given(self.strength, entry.defaults.strength)
         return msgspec.structs.replace(job, task="edit", strength=strength)
 
 
@@ -154,7 +155,3 @@ def _check_side(param: str, side_name: str, side: int, limits: ImageEngineOption
             " pixels",
             param=param,
         )
-
-
-def _first(*values: Any) -> Any:
-    return next((value for value in values if value is not None), None)

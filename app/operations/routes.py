@@ -10,6 +10,21 @@ from app.http.errors import json_response
 from app.operations.metrics import Metrics
 from catalogue import ModelEntry
 
+WORKER_FIELDS = (
+    "cid",
+    "model",
+    "tasks",
+    "pid",
+    "host",
+    "gpus",
+    "state",
+    "running",
+    "steps",
+    "registered",
+    "last_error",
+)
+"""The fields of protocol.leases.WorkerRecord that GET /v1/workers shows."""
+
 
 def blueprint(
     *,
@@ -50,22 +65,7 @@ def blueprint(
 
     @routes.get("/v1/workers")
     def workers() -> Response:
-        rows = [
-            {
-                "cid": record.cid,
-                "model": record.model,
-                "tasks": record.tasks,
-                "pid": record.pid,
-                "host": record.host,
-                "gpus": record.gpus,
-                "state": record.state,
-                "running": record.running,
-                "steps": record.steps,
-                "registered": record.registered,
-                "last_error": record.last_error,
-            }
-            for record in worker_view.records()
-        ]
+        rows = [{name: getattr(record, name) for name in WORKER_FIELDS} for record in worker_view.records()]
         return json_response({"code": 0, "message": "success", "data": rows})
 
     @routes.get("/metrics")
