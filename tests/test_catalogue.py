@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 import catalogue.entries
 from catalogue import CHAT, EDIT, GENERATION, TASKS, Catalogue, ChatModelEntry, ImageModelEntry, TaskSpec
@@ -55,6 +55,11 @@ def test_tasks_that_no_model_serves_together_are_named_with_those_that_do(tmp_pa
     else:
         choices = '["chat"], ["generation"], ["edit"] or ["generation", "edit"]'
         assert found == f"models.0.tasks: must be {choices}"
+
+
+def test_a_class_of_entry_refuses_the_tasks_of_another() -> None:
+    with pytest.raises(ValidationError, match="tasks"):
+        ImageModelEntry.model_validate({"name": "m", "weights": "w", "tasks": ["chat"]})
 
 
 @pytest.mark.parametrize(
