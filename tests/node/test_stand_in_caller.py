@@ -80,7 +80,7 @@ def test_a_chat_is_sent_as_the_node_sends_it_over_one_connection(model: Model, c
     assert len(model.peers) == 1
 
 
-def test_what_a_user_left_out_of_a_picture_arrives_as_zero(model: Model, caller: NodeCaller) -> None:
+def test_fields_left_out_of_an_image_request_arrive_as_zero(model: Model, caller: NodeCaller) -> None:
     model.body = b'{"code":0,"message":"success","created":1,"data":[{"url":"http://u"}]}'
 
     answer = caller.call_image(model.api, "Draw", "a circle", n=2)
