@@ -90,7 +90,7 @@ def held(engine: ImageEngine, collector: Collector) -> Iterator[None]:
 def wait_until_waiting(engine: ImageEngine, count: int) -> None:
     """Wait until `count` requests are prepared and wait for a call."""
     with engine._work:
-        assert engine._work.wait_for(lambda: len(engine._waiting) == count, timeout=30)
+        assert engine._work.wait_for(lambda: len(engine._queue) == count, timeout=30)
 
 
 @pytest.fixture

@@ -7,10 +7,8 @@ in `_open` until its terminal event; the thread that removes it sends that event
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 from PIL import Image
 
@@ -20,9 +18,10 @@ from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
 from workers.engines.failures import failure_of, free_memory
+from workers.engines.images.batches import BatchItem, BatchQueue
 from workers.engines.images.loader import Pipelines, load_pipelines
 from workers.engines.images.pixels import encode_png, paste_back
-from workers.engines.images.request import Request, prepare, warm_up_requests
+from workers.engines.images.request import prepare, warm_up_requests
 
 _GATHER_S = 0.01
 """How long a call that is not full waits for more requests. It delays a request that comes alone."""
@@ -36,13 +35,6 @@ _CANCELLED: dict[CancelReason, Failed] = {
 log = logging.getLogger(__name__)
 
 
-class BatchItem(NamedTuple):
-    """One image of a request, as part of a call. `image_index` counts from 0."""
-
-    request: Request
-    image_index: int
-
-
 class _BatchAbandoned(Exception):
     """Raised inside a pipeline call to stop it, because all its requests have ended."""
 
@@ -52,7 +44,6 @@ class ImageEngine:
 
     def __init__(self, entry: ImageModelEntry) -> None:
         self._entry = entry
-        self._max_batch_size = entry.engine.max_batch_size
         self._pipelines: Pipelines | None = None
         self._emit: Emit = lambda events: None
         self._lock = threading.RLock()
@@ -62,8 +53,7 @@ class ImageEngine:
         """Jobs whose terminal event has not been sent, by id."""
         self._running: set[str] = set()
         """Ids of open jobs that are or were part of a call."""
-        self._waiting: deque[Request] = deque()
-        """Requests with images that are not part of any call yet, oldest first."""
+        self._queue = BatchQueue(entry.engine.max_batch_size)
         self._closed = False
         self._steps = 0
         self._pixels = ThreadPoolExecutor(1, thread_name_prefix="image-pixels")
@@ -134,38 +124,19 @@ class ImageEngine:
         with self._work:
             deadline: float | None = None
             while not self._closed:
-                batch = self._compatible_items()
+                batch = self._queue.next_batch()
                 if not batch:
                     deadline = None
                     self._work.wait()
                     continue
                 deadline = deadline or time.monotonic() + _GATHER_S
                 remaining = deadline - time.monotonic()
-                if remaining <= 0 or len(batch) == self._batch_limit(batch[0].request):
-                    self._start(batch)
+                if remaining <= 0 or self._queue.is_full(batch):
+                    self._queue.start(batch)
+                    self._running.update(item.request.job.id for item in batch)
                     return batch
                 self._work.wait(remaining)
             return []
-
-    def _compatible_items(self) -> list[BatchItem]:
-        """Return the items of the next call: the oldest request's and those that can share its call."""
-        self._waiting = deque(request for request in self._waiting if self._is_open(request.job))
-        if not self._waiting:
-            return []
-        first = self._waiting[0]
-        compatible = (request for request in self._waiting if request.shared == first.shared)
-        items = [BatchItem(request, index) for request in compatible for index in request.pending]
-        return items[: self._batch_limit(first)]
-
-    def _batch_limit(self, request: Request) -> int:
-        return self._max_batch_size if request.pipeline.supports_batches else 1
-
-    def _start(self, batch: list[BatchItem]) -> None:
-        for request, index in batch:
-            self._running.add(request.job.id)
-            request.pending.remove(index)
-            if not request.pending:
-                self._waiting.remove(request)
 
     def _generate(self, batch: list[BatchItem]) -> None:
         """Run one call and pass its images on. After a failure, generate each image in a call of its own.
@@ -230,8 +201,9 @@ class ImageEngine:
         else:
             with self._work:
                 self._steps += 1
-                self._waiting.append(request)
-                self._work.notify_all()
+                if self._is_open(job):
+                    self._queue.add(request)
+                    self._work.notify_all()
 
     def _deliver_later(self, item: BatchItem, image: Image.Image) -> None:
         with self._lock:
@@ -272,4 +244,5 @@ class ImageEngine:
             if self._is_open(job):
                 del self._open[job.id]
                 self._running.discard(job.id)
+                self._queue.discard(job)
                 self._emit([(job.id, event)])
