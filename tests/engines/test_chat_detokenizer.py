@@ -132,8 +132,10 @@ def test_a_token_of_the_models_padded_vocabulary_has_no_text():
 
 
 def test_a_window_gives_what_decoding_everything_gives():
-    """SentencePiece's way, as Llama 2 and Gemma have it: words, bytes of characters that are no tokens, a first space
-    that is dropped. Long enough for the window to be shortened many times, and in the middle of runs of bytes."""
+    """Uses a decoder as in SentencePiece: words, bytes of other characters, a first space that is dropped.
+
+    The texts are long enough for the window to be shortened many times, also in the middle of runs of bytes.
+    """
     words = ["\u2581a", "\u2581fox", "es", "\u2581", ",", "\n"]
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     made = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, [], unk_token="<unk>"))

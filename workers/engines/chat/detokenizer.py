@@ -1,7 +1,8 @@
-"""Tokens to text, one at a time: never half a character, never a stop string.
+"""Turns tokens into text, one at a time: never half a character, never a stop string.
 
-Pure Python, no model. A byte-level tokenizer's tokens are looked up as bytes and run through an incremental UTF-8
-decoder, which costs a microsecond; any other tokenizer is asked to decode a short window of tokens again.
+Pure Python. The tokens of a byte-level tokenizer are looked up as bytes and passed to an incremental UTF-8
+decoder, which takes a microsecond. Any other tokenizer decodes a short window of tokens again for each new
+one.
 """
 
 import codecs
@@ -13,24 +14,27 @@ from typing import Any, Protocol
 REPLACEMENT = "\ufffd"
 UTF8 = codecs.getincrementaldecoder("utf-8")
 LONGEST = 4
-"""Bytes of a character in UTF-8, at most."""
+"""Largest number of bytes of a character in UTF-8."""
 
 WINDOW = 4
-"""Tokens that a WindowStream decodes at once, as long as no character is longer."""
+"""Number of tokens after which a WindowStream shortens its window, at the end of a character."""
 
 
 class TextStream(Protocol):
-    """Complete characters as tokens arrive."""
+    """Yields complete characters as tokens arrive."""
 
     def add(self, token: int) -> str:
-        """What `token` completes; may be empty."""
+        """Return the text that `token` completes; may be empty."""
 
     def flush(self) -> str:
-        """What is left when no token follows: half a character becomes U+FFFD, as tokenizers have it."""
+        """Return the rest when no token follows.
+
+        Half a character becomes U+FFFD, as in the tokenizer's own decoding.
+        """
 
 
 class ByteStream:
-    """For byte-level tokenizers. `table[token]` holds the token's bytes (none for special tokens)."""
+    """For byte-level tokenizers. `table[token]` holds the token's bytes (empty for special tokens)."""
 
     __slots__ = ("_decoder", "_table")
 
@@ -46,10 +50,11 @@ class ByteStream:
 
 
 class WindowStream:
-    """For any tokenizer: decodes the last few tokens again with each new one, and gives what the text has gained.
+    """For any tokenizer: decodes the last few tokens again with each new one.
 
-    Those before the new one matter, because a tokenizer may drop the space of a first word (SentencePiece does). The
-    window starts where a character starts, and is shortened now and then: some five calls of the tokenizer for four tokens.
+    Earlier tokens are decoded too because a tokenizer may drop the space of a first word (SentencePiece
+    does). The window starts where a character starts and is shortened regularly, which makes about five calls
+    of the tokenizer for four tokens.
     """
 
     __slots__ = ("_decode", "_read", "_text", "_tokens")
@@ -58,14 +63,14 @@ class WindowStream:
         self._decode = decode
         self._tokens: list[int] = []
         self._read = 0
-        """Tokens of the window whose text has been given: `_text`."""
+        """Number of tokens of the window whose text, `_text`, was returned."""
         self._text = ""
 
     def add(self, token: int) -> str:
         self._tokens.append(token)
         text = self._decode(self._tokens)
         unread = len(self._tokens) - self._read
-        # more tokens than a character has bytes: this one will never be whole
+        # with more tokens than a character has bytes, this one will never be complete
         if (text.endswith(REPLACEMENT) and unread <= LONGEST) or len(text) <= len(self._text):
             return ""
         gained = text[len(self._text) :]
@@ -80,7 +85,7 @@ class WindowStream:
 
 
 class StopMatcher:
-    """Cuts text at the first stop string and holds back what may yet become one."""
+    """Cuts text at the first stop string, and holds back text that may become the beginning of one."""
 
     __slots__ = ("_held", "_longest", "_stops")
 
@@ -90,14 +95,14 @@ class StopMatcher:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, str | None]:
-        """The text that is safe to send, and the stop string that ended it."""
+        """Return the text that can be sent, and the stop string that ended it, if any."""
         text = self._held + text
         found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             at, stop = min(found, key=lambda hit: hit[0])
             self._held = ""
             return text[:at], stop
-        # the longest end of the text that is the beginning of a stop string must wait for what follows
+        # hold back the longest suffix that is the beginning of a stop string
         for size in range(min(self._longest - 1, len(text)), 0, -1):
             if any(stop.startswith(text[-size:]) for stop in self._stops):
                 self._held = text[-size:]
@@ -106,12 +111,16 @@ class StopMatcher:
         return text, None
 
     def flush(self) -> str:
+        """Return the text that was held back."""
         held, self._held = self._held, ""
         return held
 
 
 class Detokenizer:
-    """One choice's text. `add` returns what may be sent and the stop string that was met, if any."""
+    """The text of one choice.
+
+    Both methods return the text that can be sent, and the stop string that ended it, if any.
+    """
 
     __slots__ = ("_matcher", "_stream")
 
@@ -120,7 +129,7 @@ class Detokenizer:
         self._matcher = StopMatcher(stops) if stops else None
 
     def add(self, token: int, may_stop: bool = True) -> tuple[str, str | None]:
-        """`may_stop` False (min_tokens not reached): stop strings pass as ordinary text."""
+        """Add a token. With `may_stop` False (min_tokens not reached) stop strings pass as ordinary text."""
         text = self._stream.add(token)
         if self._matcher is None:
             return text, None
@@ -129,7 +138,7 @@ class Detokenizer:
         return self._matcher.add(text)
 
     def flush(self) -> tuple[str, str | None]:
-        """The rest, when no token follows. Half a character can't complete a stop string, held text can't either."""
+        """Return the rest when no token follows."""
         text = self._stream.flush()
         if self._matcher is None:
             return text, None
@@ -139,7 +148,7 @@ class Detokenizer:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the engine knows of a tokenizer's tokens: how to stream them and, for logprobs, each by itself."""
+    """A tokenizer's tokens as text: streamed, or each by itself for logprobs."""
 
     table: list[bytes] | None
     decode: Callable[[list[int]], str]
@@ -150,13 +159,13 @@ class Vocabulary:
         return Detokenizer(stream, stops)
 
     def token_bytes(self, token: int) -> bytes:
-        """The token's own bytes; of a tokenizer that isn't byte-level, its text."""
+        """The token's bytes. If the tokenizer isn't byte-level: the bytes of its text."""
         if self.table is not None:
             return self.table[token] if token < len(self.table) else b""
         return self.decode([token]).encode()
 
     def describe(self, token: int) -> tuple[str, list[int]]:
-        """A token by itself, for logprobs: its text and its bytes."""
+        """Text and bytes of a token by itself, for logprobs."""
         if token not in self.described:
             own = self.token_bytes(token)
             self.described[token] = own.decode("utf-8", errors="replace"), list(own)
@@ -164,12 +173,12 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Vocabulary":
-        """Of a transformers tokenizer; special tokens have no text."""
+        """Read a transformers tokenizer. Special tokens have no text."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
 
         def decode(tokens: list[int]) -> str:
             if backend is not None:
-                # past wrappers that take five times as long as it does
+                # called directly: transformers' wrappers take five times as long as the backend
                 fast: str = backend.decode(tokens, skip_special_tokens=True)
                 return fast
             text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -179,7 +188,7 @@ class Vocabulary:
 
 
 def _byte_table(tokenizer: Any) -> list[bytes] | None:
-    """Each token's bytes, or None when the tokenizer isn't byte-level."""
+    """Return each token's bytes, or None if the tokenizer isn't byte-level."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -192,14 +201,14 @@ def _byte_table(tokenizer: Any) -> list[bytes] | None:
     table = [b""] * (max(tokenizer.get_vocab().values()) + 1)
     for text, token in tokenizer.get_vocab().items():
         if token not in special:
-            # a token with a character outside the map was added as it is written
+            # a token with a character outside the map was added as plain text
             plain = all(character in byte_of for character in text)
             table[token] = bytes(byte_of[character] for character in text) if plain else text.encode()
     return table
 
 
 def _byte_characters() -> dict[int, str]:
-    """Byte-level BPE's map from bytes to printable characters (GPT-2's): the others are moved above 255."""
+    """GPT-2's map from bytes to printable characters. It moves the other bytes above 255."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

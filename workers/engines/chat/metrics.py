@@ -1,20 +1,20 @@
-"""What the engine counts about itself: read by tests, benchmarks and /metrics. Written by the engine thread only."""
+"""Counters of the engine, for tests and benchmarks. Written by the engine thread only."""
 
 from dataclasses import dataclass
 
 
 @dataclass(slots=True)
 class Metrics:
-    """Counters since the start; seconds by a monotonic clock."""
+    """Counts since the start. Seconds are those of a monotonic clock."""
 
     steps: int = 0
-    """Forward passes, of whatever mixture."""
+    """Forward passes, of decode rows, prompts or both."""
     decode_steps: int = 0
     """Forward passes with at least one decode row."""
     decoded_rows: int = 0
-    """Decode rows over all steps: divided by decode_steps, the mean batch."""
+    """Sum of decode rows over all steps. Divided by decode_steps: the mean batch."""
     max_batch: int = 0
-    """Most decode rows seen in one step."""
+    """Largest number of decode rows in one step."""
     prefill_chunks: int = 0
     prefill_tokens: int = 0
     """Prompt tokens computed."""
@@ -27,6 +27,6 @@ class Metrics:
     active_pages: int = 0
     """Pages of the KV cache that running sequences hold now."""
     step_seconds: float = 0.0
-    """Time inside steps, the model included."""
+    """Time inside steps, forward passes included."""
     model_seconds: float = 0.0
-    """Time inside the model's forward pass."""
+    """Time inside the runner's forward passes. On a GPU they return before the device has finished."""

@@ -1,6 +1,6 @@
-"""From a job to a request: chat template, tokens, and sampling parameters with nothing left open.
+"""Turns a job into a request: chat template, tokens, sampling parameters with defaults filled in.
 
-Runs in the thread that submits, never in the step loop.
+Runs in the thread that submits, never in the engine thread.
 """
 
 import random
@@ -26,19 +26,24 @@ RESERVED_TEMPLATE_NAMES = frozenset(
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
     | {"tokenizer_kwargs"}
 )
+"""Arguments of `apply_chat_template` that a request's `chat_template_kwargs` must not set."""
 
 
 class PromptBuilder:
-    """Makes requests for one model. `max_context` bounds prompt and answer together."""
+    """Builds the requests for one model."""
 
     def __init__(self, tokenizer: Any, generation: Any, vocabulary_size: int, max_context: int) -> None:
+        """`generation`: the model's generation config.
+
+        `max_context`: limit of prompt and answer together, in tokens.
+        """
         self._tokenizer = tokenizer
         self._generation = generation
         self._vocabulary = Vocabulary.of(tokenizer)
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
         self._eos = _eos_token_ids(generation, tokenizer)
-        # transformers' tokenizers keep state (truncation, padding) that threads must not change together
+        # transformers' tokenizers keep state (truncation, padding) that two threads must not change at once
         self._lock = threading.Lock()
 
     @property
@@ -46,16 +51,16 @@ class PromptBuilder:
         return self._vocabulary
 
     def build(self, job: ChatJob) -> Request:
-        """Raises protocol.errors.ServiceError for what the caller got wrong."""
+        """Build the request of a job. Raises InvalidRequest or ContextLengthExceeded."""
         prompt = self._encode(job)
         if not prompt:
             raise InvalidRequest(
-                "the chat template makes an empty prompt of these messages", param="messages"
+                "the model's chat template turns these messages into an empty prompt", param="messages"
             )
         if len(prompt) >= self._max_context:
             raise ContextLengthExceeded(
                 f"the model's context is {self._max_context} tokens and the messages have {len(prompt)};"
-                " shorten them, and leave room for the answer",
+                " shorten them and leave room for the answer",
                 param="messages",
             )
         sampling = self._resolve(job.sampling, self._max_context - len(prompt))
@@ -81,10 +86,11 @@ class PromptBuilder:
                 ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         except TemplateError as error:
             raise InvalidRequest(
-                f"the model's chat template refuses the messages: {str(error)[:200]}", param="messages"
+                f"the model's chat template rejects the messages: {str(error)[:200]}", param="messages"
             ) from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            # these come from inside the template or the tokenizer and may quote the prompt: name only their kind
+            # raised inside the template or the tokenizer; the text may quote the prompt, so only the type is
+            # named
             raise InvalidRequest(
                 f"the model's chat template can't be applied to the messages ({type(error).__name__})",
                 param="messages",
@@ -92,11 +98,11 @@ class PromptBuilder:
         return ids
 
     def _resolve(self, params: SamplingParams, room: int) -> Sampling:
-        """`room`: tokens that the context leaves for the answer."""
+        """Fill in defaults. `room`: number of tokens that the context leaves for the answer."""
         outside = [token for token in params.logit_bias if not 0 <= token < self._vocabulary_size]
         if outside:
             raise InvalidRequest(
-                f"logit_bias names token {outside[0]}; the model's tokens are 0 to {self._vocabulary_size - 1}",
+                f"logit_bias has token {outside[0]}; the model's tokens are 0 to {self._vocabulary_size - 1}",
                 param="logit_bias",
             )
         stops = frozenset(token for token in params.stop_token_ids if 0 <= token < self._vocabulary_size)
@@ -120,7 +126,7 @@ class PromptBuilder:
         )
 
     def _default(self, given: float | None, name: str, neutral: float) -> float:
-        """The request's value, then the generation config's, then the neutral one."""
+        """Return the request's value, else the generation config's, else the neutral one."""
         if given is not None:
             return float(given)
         value = getattr(self._generation, name, None)

@@ -1,7 +1,8 @@
-"""Keys and values of earlier prompts, kept in the pages that no running sequence needs.
+"""Keeps keys and values of earlier sequences in the pages that no running sequence needs.
 
-Only full pages are kept. A page is found by its tokens and the page before it, so that equal text at another place or
-after another beginning is another entry. Least recently used entries go first, a page before the one it follows.
+Only full pages are kept. A page is found by its tokens and the page before it, so the same text at another
+position or after another beginning is another entry. The least recently used entries are evicted first; of
+one sequence, later pages first.
 """
 
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from workers.engines.chat.cache.kv_cache import KVCache
 
 Key = tuple[int, tuple[int, ...]]
-"""The serial number of the entry before (0: none) and the tokens of this page."""
+"""The serial number of the previous page's entry (0: none), and the tokens of this page."""
 
 
 @dataclass(eq=False, slots=True)
@@ -19,11 +20,11 @@ class _Entry:
     serial: int
     key: Key
     page: int
-    """Where it lies in the pool; -1 once evicted."""
+    """Its page in the pool; -1 once evicted."""
 
 
 class PrefixCache:
-    """Full pages of earlier sequences, in the inactive part of `cache`'s pool."""
+    """Full pages of earlier sequences, copied to the inactive part of `cache`'s pool."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
@@ -36,7 +37,7 @@ class PrefixCache:
         return len(self._entries)
 
     def store(self, slot: int, tokens: Tokens[int]) -> None:
-        """Keep the full pages of a sequence whose first `len(tokens)` tokens are computed."""
+        """Keep the full pages of the first `len(tokens)` tokens of a sequence, which must be computed."""
         size, table = self._cache.page_size, self._cache.tables[slot]
         sources, targets, parent = [], [], 0
         chain: list[_Entry] = []
@@ -57,7 +58,7 @@ class PrefixCache:
         self._cache.copy_pages(sources, targets)
 
     def match(self, tokens: Tokens[int]) -> list[_Entry]:
-        """The entries that hold the longest known beginning of `tokens`."""
+        """Return the entries of the longest known beginning of `tokens`."""
         size, chain, parent = self._cache.page_size, [], 0
         for number in range(len(tokens) // size):
             entry = self._entries.get((parent, tuple(tokens[number * size : (number + 1) * size])))
@@ -69,9 +70,11 @@ class PrefixCache:
         return chain
 
     def load(self, slot: int, chain: list[_Entry]) -> int:
-        """Copy entries into the first pages of `slot`, which has grown already. Returns the tokens they hold.
+        """Copy entries to the first pages of `slot`, which must have grown already.
 
-        Growing may have evicted some: the copy ends at the first that is gone.
+        Returns the number of tokens copied.
+
+        Growing may have evicted entries of the chain: the copy ends before the first of these.
         """
         pages: list[int] = []
         for entry in chain:
@@ -82,12 +85,15 @@ class PrefixCache:
         return len(pages) * self._cache.page_size
 
     def _touch(self, chain: list[_Entry]) -> None:
-        # the first page last: it is the one that most others need
+        # the first page last: later pages are of no use without it
         for entry in reversed(chain):
             self._entries.move_to_end(entry.key)
 
     def _free_page(self, keep: list[_Entry]) -> int | None:
-        """A page for a new entry, the highest free one, or the least recently used entry's; None: all are in use."""
+        """Find a page for a new entry: a free one, or that of the least recently used entry outside `keep`.
+
+        None: there is no such page.
+        """
         if len(self._at) < self._cache.num_free_pages:
             page = self._cache.num_pages - 1 - len(self._at)
             while page in self._at or page < self._cache.num_active:
@@ -97,12 +103,13 @@ class PrefixCache:
         return self._evict(oldest) if oldest is not None else None
 
     def _evict(self, entry: _Entry) -> int:
+        """Forget an entry. Returns the page it had."""
         page, entry.page = entry.page, -1
         del self._entries[entry.key], self._at[page]
         return page
 
     def _vacate(self, start: int, end: int) -> None:
-        """Clear pages start..end, which are about to become active: move what is worth more than the oldest entries."""
+        """Clear pages start..end, which are about to become active: evict or move their entries."""
         inside = [entry for page in range(start, end) if (entry := self._at.get(page)) is not None]
         if not inside:
             return

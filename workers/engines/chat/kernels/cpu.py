@@ -1,8 +1,8 @@
-"""The engine's inner loops as machine code, for a CPU in float32: attention over pages, and the choice of tokens.
+"""Inner loops for float32 on a CPU, compiled by numba: attention, norm, rotation, drawing tokens.
 
-torch needs a dozen passes over scores and partial results for the one, a sort of every row for the other, and hands the
-interpreter lock back and forth in each. These loops hold no lock (ADR 0004 has the figures). They stand in one file,
-since numba keeps what it compiled until the file that holds it changes.
+torch needs a dozen passes over scores and partial results for attention and a sort of every row for drawing,
+and takes the interpreter lock again after each operation. These loops run without the lock (figures:
+docs/adr/0004-chat-engine.md). They are in one file because numba's cache is valid until the file changes.
 """
 
 import math
@@ -13,27 +13,33 @@ import numba
 import numpy as np
 
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be taken in any order, which vector instructions need; infinities keep their meaning."""
+"""LLVM's fast-math flags: sums may be reordered, as vector instructions require.
+
+Infinities keep their meaning.
+"""
 
 BITS_OF_ONE = np.int32(0x3F800000)
-"""float32's 1.0. Bits of positive floats order as the floats do."""
+"""The bits of 1.0 in float32. Positive floats are ordered like their bits."""
 
 BLOCK = 128
-"""Weights that are summed in float32, before their sums are added in float64."""
+"""Number of weights that are summed in float32. The sums of these blocks are added in float64."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` as machine code, kept beside this file from its first call on, or wherever numba may write."""
+    """Compile `function` at its first call.
+
+    The machine code is cached in __pycache__, or wherever numba may write.
+    """
     try:
         return numba.njit(function, cache=True, nogil=True, fastmath=REORDERED)
     except RuntimeError:
-        # nowhere to write: every start of a worker compiles for two seconds
+        # no place for the cache: compiling takes two seconds at every start of a worker
         return numba.njit(function, nogil=True, fastmath=REORDERED)
 
 
 @compiled
 def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, values: Any) -> None:
-    """key, value [tokens, kv_heads, head_dim] to keys, values[pages[token], :, offsets[token]]."""
+    """Write key, value [tokens, kv_heads, head_dim] to keys, values[pages[token], :, offsets[token]]."""
     tokens, kv_heads, head_dim = key.shape
     for token in range(tokens):
         page, offset = pages[token], offsets[token]
@@ -45,7 +51,8 @@ def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, va
 
 @numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
 def _largest(row: Any, count: int) -> Any:
-    # a maximum is taken of many numbers at once only where none is known to be NaN; if one is, no result is right
+    # compiled with "nnan" (no NaN expected), which vector instructions need here; after a NaN no result is
+    # right anyway
     best = row[0]
     for at in range(count):
         best = row[at] if row[at] > best else best
@@ -54,18 +61,18 @@ def _largest(row: Any, count: int) -> Any:
 
 @compiled
 def exp_of_differences(row: Any, count: int, scale: Any) -> Any:
-    """row[:count] becomes exp(scale * (row - its maximum)). Returns the sum.
+    """Replace row[:count] by exp(scale * (row - its maximum)). Returns the sum.
 
-    exp(x) = 2^k e^r with |r| <= ln(2)/2: a polynomial of degree 6 is exact to float32's rounding, and unlike a call of
-    the library's exp it is done for many numbers at once.
+    exp(x) = 2^k e^r with |r| <= ln(2)/2. For e^r a polynomial of degree 6 is exact to float32's rounding, and
+    unlike a call of the library's exp it compiles to vector instructions.
     """
     best = _largest(row, count)
-    # division by 1 / scale would be checked for zero, which vector instructions can't
+    # a product, because a division would be checked for zero, which rules out vector instructions
     scale_to_bits = np.float32(scale * 1.4426950408889634)
     exponents = np.empty(count, np.int32)
     powers = exponents.view(np.float32)
     for at in range(count):
-        # 2^-127 has no bits of its own: what is that far below the best, or forbidden by -inf, becomes 0
+        # 2^-127 is no normal float32: numbers so far below the maximum, and -inf, become 0
         scaled = max((row[at] - best) * scale_to_bits, np.float32(-127))
         whole = np.floor(scaled + np.float32(0.5))
         exponents[at] = (np.int32(whole) + np.int32(127)) << np.int32(23)
@@ -95,7 +102,11 @@ def decode_rows(
     softcap: Any,
     out: Any,
 ) -> None:
-    """One query [heads, head_dim] for each row, over the pages tables[row] up to key ends[row]; 0: no window, no softcap."""
+    """Attention of one query for each row over its pages. Writes out, float32 [rows, heads, head_dim].
+
+    query [rows, heads, head_dim]; keys, values [pages, kv_heads, page_size, head_dim]; tables [rows, most
+    pages of a row]; ends [rows]: number of keys that the row sees. window, softcap: 0 for none.
+    """
     rows, heads, head_dim = query.shape
     kv_heads, page_size = keys.shape[1], keys.shape[2]
     group = heads // kv_heads
@@ -137,7 +148,7 @@ def decode_rows(
 
 @compiled
 def normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
-    """Root mean square norm of each row of x [rows, width] (Zhang and Sennrich 2019)."""
+    """Root mean square norm of each row of x [rows, width] (Zhang and Sennrich 2019). Writes out, like x."""
     rows, width = x.shape
     for row in range(rows):
         squares = np.float32(0)
@@ -150,9 +161,11 @@ def normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
 
 @compiled
 def rotate_heads(joined: Any, cos: Any, sin: Any, positions: Any, out: Any) -> None:
-    """Rotary position embedding of the first heads of joined [tokens, heads, head_dim], as many as out has.
+    """Rotary position embedding.
 
-    cos, sin [positions, head_dim / 2]: pairs are (at, at + head_dim / 2), as transformers has them.
+    Writes out [tokens, heads, head_dim] from the first heads of joined [tokens, more, head_dim].
+
+    cos, sin [positions, head_dim / 2]. The pairs are (at, at + head_dim / 2), as in transformers.
     """
     tokens, heads, head_dim = out.shape
     half = head_dim // 2
@@ -170,10 +183,13 @@ def rotate_heads(joined: Any, cos: Any, sin: Any, positions: Any, out: Any) -> N
 def draw_tokens(
     logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, uniforms: Any, tokens: Any
 ) -> None:
-    """One token for each row of logits [rows, vocabulary], which are spoilt; everything else is [rows].
+    """Draw one token for each row of logits [rows, vocabulary], which are overwritten.
 
-    In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is where the
-    cumulative weight of what is left, in the order of the vocabulary, passes uniforms[row] of the whole.
+    All other arrays are [rows].
+
+    In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is the
+    one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
+    uniforms[row] of their sum.
     """
     rows, vocabulary = logits.shape
     for row in range(rows):
@@ -187,9 +203,9 @@ def draw_tokens(
 
 @compiled
 def _pick(weights: Any, least: Any, uniform: float) -> int:
-    """The place where the cumulative weight of those >= least passes `uniform` of their sum.
+    """Return the index at which the cumulative sum of the weights >= least exceeds `uniform` of their sum.
 
-    By sums of blocks first: adding one by one would be most of the work.
+    Sums of blocks find the right block first: adding all weights one by one would be most of the work.
     """
     count = len(weights)
     sums = np.empty(-(-count // BLOCK), np.float64)
@@ -202,7 +218,7 @@ def _pick(weights: Any, least: Any, uniform: float) -> int:
     picked = 0
     for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
         if weights[at] > 0 and weights[at] >= least:
-            # the last one stands where rounding leaves the sum short
+            # the last one is the result if rounding leaves the sum short
             picked = at
             passed += weights[at]
             if passed > point:
@@ -212,12 +228,12 @@ def _pick(weights: Any, least: Any, uniform: float) -> int:
 
 @compiled
 def _smallest_kept(weights: Any, top_k: Any, top_p: Any) -> Any:
-    """A bound that those weights reach which top_k and then top_p let through. weights: in [0, 1], the best is 1."""
+    """Return the smallest weight that passes top_k and then top_p. weights: in [0, 1], the largest is 1."""
     kept = np.float32(0)
     total = _amount_above(weights, kept, False)
     if 0 < top_k < len(weights):
         kept = _bound(weights, kept, top_k, True)
-        # of equals at the bound as many count for top_p as top_k has room for
+        # of several weights equal to the bound, top_p counts only as many as top_k has room for
         surplus = _amount_above(weights, kept, True) - top_k
         total = _amount_above(weights, kept, False) - surplus * kept
     if top_p < 1:
@@ -227,17 +243,19 @@ def _smallest_kept(weights: Any, top_k: Any, top_p: Any) -> Any:
 
 @compiled
 def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
-    """The largest bound, not below `low`, that weights reach whose number (counted) or sum is at least `goal`.
+    """Return the largest bound >= low that enough weights reach.
 
-    Halves the interval in which it lies, in bits. Each look at all weights is a few hundred vector instructions, so
-    that some fifteen of them take less time than one sort or one count into buckets, which go number by number.
+    Enough: the weights >= bound have a number (counted) or a sum of at least `goal`. Bisects the interval of
+    the bound's bits. Each pass over all weights is a few hundred vector instructions, so about fifteen passes
+    take less time than one sort or one count into buckets, which proceed number by number.
     """
     bound = np.empty(2, np.float32)
     bits = bound.view(np.int32)
     bound[0] = low
     bits[1] = BITS_OF_ONE + 1
     at_low, at_high = _amount_above(weights, low, counted), np.float64(0)
-    # until a single weight is left between them: two would weigh twice the bound at least, save for rounding
+    # until a single weight is left in the interval: two would weigh at least twice the bound, save for
+    # rounding
     while bits[1] - bits[0] > 1 and at_low - at_high > 1.5 * (1 if counted else bound[0]):
         low_bits = bits[0]
         bits[0] = (low_bits + bits[1]) >> 1
@@ -253,7 +271,7 @@ def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
 
 @compiled
 def _amount_above(weights: Any, least: Any, counted: bool) -> Any:
-    """The number (counted) or the sum of the weights >= least, float64."""
+    """Return the number (counted) or the sum of the weights >= least, as float64."""
     total = np.float64(0)
     for start in range(0, len(weights), BLOCK):
         total += _amount_in_block(weights[start : start + BLOCK], least, counted)
@@ -262,7 +280,7 @@ def _amount_above(weights: Any, least: Any, counted: bool) -> Any:
 
 @compiled
 def _amount_in_block(block: Any, least: Any, counted: bool) -> Any:
-    # handed over as a slice: an index that might be negative keeps the loop from vector instructions
+    # takes a slice, because an index that might be negative rules out vector instructions
     total = np.float32(0)
     if counted:
         for at in range(len(block)):

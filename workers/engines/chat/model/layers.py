@@ -1,6 +1,9 @@
-"""What a Llama-shaped layer does between its products: norms, rotation, gate. In torch, or compiled for a CPU.
+"""The operations of a Llama-shaped layer between its matrix products: norms, rotation, gate.
 
-Each of torch's operations costs some microseconds before it begins; with one row in the batch that is most of a step.
+In torch, or compiled for a CPU.
+
+Each of torch's operations has an overhead of some microseconds; with one row in the batch that is most of a
+step.
 """
 
 from typing import Any
@@ -9,11 +12,14 @@ import torch
 import torch.nn.functional as F
 
 
-class Operations:
-    """With torch's operations, on any device. `rotary`: a model's module that makes cos and sin of positions."""
+class LayerOperations:
+    """Uses torch's operations, on any device."""
 
     def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
-        """`like`: a tensor with the model's dtype and device."""
+        """`rotary`: the model's module that computes cos and sin of positions.
+
+        `like`: a tensor with the model's dtype and device.
+        """
         cos, sin = rotary(like[None], torch.arange(max_context, device=like.device)[None])
         self._cos, self._sin = self._tables(cos[0], sin[0])
 
@@ -27,22 +33,22 @@ class Operations:
         return F.rms_norm(x, weight.shape, weight, eps)
 
     def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
-        """The first `heads` of joined [tokens, more heads, head_dim], rotated by positions [tokens]."""
+        """Rotate the first `heads` of joined [tokens, heads or more, head_dim] by positions [tokens]."""
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         plain = joined[:, :heads]
         return torch.addcmul(plain * cos, plain.roll(plain.shape[-1] // 2, -1), sin)
 
     def gate(self, joined: torch.Tensor) -> torch.Tensor:
-        """[rows, gate and up] -> silu(gate) * up."""
+        """silu(gate) * up. joined [rows, 2 * width] is gate and up side by side -> [rows, width]."""
         gate, up = joined.chunk(2, -1)
         return F.silu(gate) * up
 
 
-class CompiledOperations(Operations):
-    """For float32 on a CPU, where norm and rotation are each one pass that holds no interpreter lock."""
+class CompiledLayerOperations(LayerOperations):
+    """For float32 on a CPU: norm and rotation are one compiled pass each, without the interpreter lock."""
 
     def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
-        # here, so that a GPU's worker doesn't import a compiler
+        # imported here, so that a worker on a GPU doesn't load a compiler
         from workers.engines.chat.kernels import cpu
 
         super().__init__(rotary, max_context, like)
@@ -66,7 +72,7 @@ class CompiledOperations(Operations):
         return out
 
 
-def operations(rotary: Any, max_context: int, like: torch.Tensor) -> Operations:
-    """The faster of the two that fits."""
+def layer_operations(rotary: Any, max_context: int, like: torch.Tensor) -> LayerOperations:
+    """Return the fastest implementation for the dtype and device of `like`."""
     compiled = like.device.type == "cpu" and like.dtype == torch.float32
-    return (CompiledOperations if compiled else Operations)(rotary, max_context, like)
+    return (CompiledLayerOperations if compiled else LayerOperations)(rotary, max_context, like)

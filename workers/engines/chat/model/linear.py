@@ -1,7 +1,8 @@
-"""Matrix products with a layer's weights, prepared once at load: the most of a forward pass.
+"""Matrix products with a layer's weights, prepared once at load. They are most of a forward pass.
 
-On a CPU in float32 a weight is kept in oneDNN's own blocked layout. torch would bring it there in every call: for 64 rows
-of the 4.2 M model a third of the time, for one row two thirds (ADR 0004).
+On a CPU in float32 a weight is kept in oneDNN's blocked layout. torch would convert it in every call, which
+takes a third of the time for 64 rows of a model of 4.2 million parameters, and two thirds for one row
+(docs/adr/0004-chat-engine.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -10,22 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+LinearProduct = Callable[[torch.Tensor], torch.Tensor]
 """[rows, in_features] -> [rows, out_features]"""
 
 ROWS_HINT = 64
-"""Rows of the products that the blocked layout is chosen for; those with one are no slower for it."""
+"""Number of rows that the blocked layout is optimized for. Products with one row are no slower with it."""
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether oneDNN takes such a weight in a layout of its own."""
+    """Whether oneDNN accepts this weight in its blocked layout."""
     # builds of torch without oneDNN don't have the operation
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and weight.device.type == "cpu" and weight.dtype == torch.float32
+    has_onednn = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_onednn and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
-    """x -> x weight^T + bias. weight [out_features, in_features]; what it returns may keep a copy instead of it."""
+def linear_product(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearProduct:
+    """Return x -> x weight^T + bias, weight [out_features, in_features].
+
+    The result may hold a packed copy instead of the weight.
+    """
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if not can_pack(weight):
         return lambda x: F.linear(x, weight, bias)
@@ -35,23 +39,26 @@ def product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
 
 
 class PackedLinear(nn.Module):
-    """Stands in the place of an nn.Linear of a model that runs through transformers' own code."""
+    """Replaces an nn.Linear in a model that runs through transformers' own layers."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._product = product(linear.weight, linear.bias)
+        self._product = linear_product(linear.weight, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._product(x)
 
 
 def pack_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Replace every nn.Linear of `model` that can be packed. Returns them with their places, as (module, name, linear)."""
+    """Replace every nn.Linear of `model` that can be packed.
+
+    Returns (parent module, name, replaced linear) of each.
+    """
     replaced = []
     for module in model.modules():
         for name, child in list(module.named_children()):
-            # a subclass computes something else, or keeps its weights in another form
+            # not a subclass: it may compute something else, or keep its weights in another form
             if type(child) is nn.Linear and can_pack(child.weight):
                 replaced.append((module, name, child))
                 setattr(module, name, PackedLinear(child))
@@ -59,7 +66,7 @@ def pack_linears(model: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def join(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of linears with the same input as those of one; theirs become views of it."""
+    """Join linears with the same input into one weight and bias. Their own become views of these."""
     weight = torch.cat([linear.weight.detach() for linear in linears])
     bias = None
     if linears[0].bias is not None:
@@ -67,7 +74,7 @@ def join(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | Non
     start = 0
     for linear in linears:
         end = start + linear.out_features
-        # without this a GPU would hold all weights twice
+        # otherwise the device would hold all weights twice
         linear.weight.data = weight[start:end]
         if bias is not None:
             linear.bias.data = bias[start:end]

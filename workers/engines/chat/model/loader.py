@@ -1,6 +1,7 @@
-"""Weights and tokenizer from disk to device, and the refusal, by name, of what this engine can't run.
+"""Loads weights and tokenizer, and refuses, by name, the models that this engine can't serve.
 
-A model must be decoder-only with standard attention caches. What its configuration doesn't tell, output_check.py finds.
+A model must be decoder-only with standard attention caches. output_check.py finds what its configuration
+doesn't tell.
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,15 @@ from workers.engines.chat.cache.kv_cache import CacheShape
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 CPU_PAGE, GPU_PAGE = 24, 256
-"""Tokens of a page: small ones waste less, FlashAttention's block tables want multiples of 256."""
+"""Tokens of a page. Small pages waste less memory; FlashAttention's block tables need multiples of 256."""
 
 CPU_CACHE_FRACTION = 0.1
-"""Of the machine's memory, where the catalogue says nothing: several workers may share the machine."""
+"""Share of the machine's memory without `kv_cache_tokens`: several workers may run on one machine."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Weights on their device, ready but for the cache."""
+    """A model with its weights on their device, and its tokenizer."""
 
     model: Any
     tokenizer: Any
@@ -36,7 +37,7 @@ class LoadedModel:
 
 
 def load_model(entry: ChatModelEntry) -> LoadedModel:
-    """Raises EngineLoadError with one line for the operator."""
+    """Load what a catalogue entry names. Raises EngineLoadError with one line for the operator."""
     options = entry.engine
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -69,15 +70,15 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
-    """Raises EngineLoadError for an architecture whose configuration says that it won't work."""
+    """Raise EngineLoadError for an architecture whose configuration shows that it can't be served."""
     name = ", ".join(config.architectures or [config.model_type])
     text = config.get_text_config()
     if config.is_encoder_decoder:
         raise EngineLoadError(f"{name} is an encoder-decoder model; chat needs a decoder-only one")
-    strange = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
-    if strange:
+    unknown = sorted(set(getattr(text, "layer_types", None) or ()) - SUPPORTED_LAYERS)
+    if unknown:
         raise EngineLoadError(
-            f"{name} has layers of type {', '.join(strange)}; only standard attention is served"
+            f"{name} has layers of type {', '.join(unknown)}; only standard attention is served"
         )
 
 
@@ -89,7 +90,7 @@ def wants_flash(loaded: LoadedModel) -> bool:
 
 
 def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
-    """Raises EngineLoadError where layers differ in their heads."""
+    """Read the cache's shape from the configuration. Raises EngineLoadError if layers differ in heads."""
     text = loaded.text_config
     heads = text.num_attention_heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -100,7 +101,10 @@ def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
 
 
 def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOptions) -> int:
-    """Tokens that the KV cache may hold. Never more than the batch could use."""
+    """The number of tokens that the KV cache may hold: at most what a full batch can use.
+
+    Raises EngineLoadError.
+    """
     most = options.max_batch_size * loaded.max_context
     if options.kv_cache_tokens is not None:
         return min(most, options.kv_cache_tokens)
@@ -112,7 +116,7 @@ def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOpt
     tokens = room // shape.bytes_per_token
     if tokens < 64:
         raise EngineLoadError(
-            f"{loaded.name}: no memory is left for a KV cache; it needs room for 64 tokens at least"
+            f"{loaded.name}: no memory is left for a KV cache; it needs room for at least 64 tokens"
         )
     return min(most, tokens)
 
@@ -128,7 +132,8 @@ def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) 
         text, "original_max_position_embeddings", None
     )
     if kind in LENGTH_DEPENDENT_ROPE and context > int(trained or own):
-        # its angles depend on the longest sequence of a batch: one caller's length would change another's text
+        # the angles depend on the longest sequence of a batch: one request's length would change another's
+        # text
         raise EngineLoadError(
             f"{name}: {kind} positions can't be batched; set max_context to {trained or own} or less"
         )

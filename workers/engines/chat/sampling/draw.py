@@ -1,6 +1,7 @@
-"""Temperature, top_k, top_p and min_p, and the token that one uniform number picks: in torch, and compiled for a CPU.
+"""Draws tokens with temperature, top_k, top_p and min_p, each from one uniform number.
 
-Both invert the cumulative distribution in the order of the vocabulary, so that a seed gives the same text on either.
+There are two implementations, in torch and compiled for a CPU. Both invert the cumulative distribution in the
+order of the vocabulary, so a seed gives the same text with either.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +11,12 @@ import torch
 from workers.engines.chat.sequence import Sampling
 
 CANDIDATES = 128
-"""Best tokens looked at first for top_k and top_p; a row that needs more is sorted whole."""
+"""Number of best tokens examined first for top_k and top_p. If a row needs more, all its tokens are sorted.
+"""
 
 
 class Filters:
-    """The rows' parameters as tensors [rows, 1]."""
+    """The rows' parameters as float32 tensors [rows, 1]."""
 
     def __init__(self, params: Sequence[Sampling], device: torch.device) -> None:
         def numbers(name: str) -> torch.Tensor:
@@ -28,11 +30,14 @@ class Filters:
         self.limited = any(own.top_k > 0 or own.top_p < 1 for own in params)
         self.min_p_used = any(own.min_p > 0 for own in params)
         self.wide = False
-        """Whether the best few tokens weren't enough to find a row's cutoff."""
+        """Whether CANDIDATES weren't enough to find a row's cutoff in an earlier step of these rows."""
 
 
 Draw = Callable[[torch.Tensor, Filters, torch.Tensor], torch.Tensor]
-"""logits float32 [rows, vocabulary], which may be spoilt, and uniforms float64 [rows] -> tokens int64 [rows]"""
+"""(logits float32 [rows, vocabulary], filters, uniforms float64 [rows]) -> tokens int64 [rows].
+
+The logits may be overwritten.
+"""
 
 
 def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
@@ -43,15 +48,15 @@ def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torc
         weights.mul_(scaled >= _cutoff(scaled, filters))
     if filters.min_p_used:
         weights.mul_(weights >= filters.min_p * weights.amax(-1, keepdim=True))
-    # double: the steps of a large vocabulary must not vanish beside the sum
+    # float64: in float32 a large vocabulary's small weights would vanish beside the sum
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     point = uniforms[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
 
 
 def compiled_draw() -> Draw:
-    """`Draw` for a CPU."""
-    # here, so that a GPU's worker doesn't import a compiler
+    """Return the `Draw` for a CPU."""
+    # imported here, so that a worker on a GPU doesn't load a compiler
     from workers.engines.chat.kernels.cpu import draw_tokens
 
     def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
@@ -65,12 +70,12 @@ def compiled_draw() -> Draw:
 
 
 def _cutoff(scaled: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """[rows, 1]: the smallest logit that top_k and then top_p let through."""
+    """Return, [rows, 1], the smallest logit that passes top_k and then top_p."""
     vocabulary = scaled.shape[-1]
     width = vocabulary if filters.wide else min(vocabulary, max(CANDIDATES, filters.most_top_k))
     cut, enough = _cutoff_within(scaled, scaled.topk(width).values, filters)
     if width < vocabulary and not bool(enough.all()):
-        # flat distributions stay flat: the batch's next steps sort everything at once
+        # flat distributions stay flat: the next steps of these rows sort all tokens at once
         filters.wide = True
         cut, _ = _cutoff_within(scaled, scaled.topk(vocabulary).values, filters)
     return cut
@@ -79,12 +84,15 @@ def _cutoff(scaled: torch.Tensor, filters: Filters) -> torch.Tensor:
 def _cutoff_within(
     scaled: torch.Tensor, best: torch.Tensor, filters: Filters
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The cutoff by each row's `best` logits, in falling order, and whether these were enough to know it."""
+    """Find the cutoffs among each row's `best` logits, in descending order.
+
+    Returns them, and whether `best` was enough.
+    """
     width, top_k, top_p = best.shape[-1], filters.top_k, filters.top_p
     limit = torch.where(top_k > 0, top_k, torch.full_like(top_k, scaled.shape[-1]))
     in_top_k = torch.arange(width, device=scaled.device) < limit
     share = (best - scaled.logsumexp(-1, keepdim=True)).exp() * in_top_k
-    # top_p counts within what top_k let through
+    # top_p counts within the tokens that passed top_k
     share /= torch.where(limit > width, 1.0, share.sum(-1, keepdim=True))
     before = share.cumsum(-1) - share
     kept = in_top_k & ((before < top_p) | (top_p >= 1))

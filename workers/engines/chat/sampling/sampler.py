@@ -1,8 +1,9 @@
-"""Logits to tokens, for all rows of a step at once, each row by its own parameters.
+"""Chooses the tokens of all rows of a step at once, each row by its own parameters.
 
-The order is that of transformers: penalties and bias, temperature, top_k, top_p, min_p. A token is drawn with a single
-uniform number that depends on the request's seed, the choice and the place in the output alone, by inverting the
-cumulative distribution in the order of the vocabulary: so the same seed gives the same text in any batch.
+The order is that of transformers: penalties and bias, temperature, top_k, top_p, min_p. A token is drawn with
+a single uniform number that depends only on the request's seed, the choice and the position in the output, by
+inverting the cumulative distribution in the order of the vocabulary. The same seed therefore gives the same
+text in any batch.
 """
 
 from collections.abc import Sequence as List
@@ -18,7 +19,7 @@ _MASK64 = (1 << 64) - 1
 
 
 class Sampled(NamedTuple):
-    """A row's token. With logprobs: its own natural log probability and the best alternatives, best first."""
+    """A row's token. With logprobs: its natural log probability, and the most probable tokens, best first."""
 
     token: int
     logprob: float | None = None
@@ -26,14 +27,14 @@ class Sampled(NamedTuple):
 
 
 class Uniforms:
-    """Numbers in [0, 1) that look random, one for each row, by SplitMix64 over its seed, its choice and a place."""
+    """Pseudorandom numbers in [0, 1), one for each row: SplitMix64 over seed, choice and position."""
 
     def __init__(self, seeds: List[int], choices: List[int]) -> None:
         self._state = _mix(_mix(np.zeros(len(seeds), np.uint64), seeds), choices)
 
-    def at(self, places: List[int]) -> np.ndarray:
-        """float64 [rows]. 24 bits, so that float32 holds them exactly."""
-        return (_mix(self._state, places) >> np.uint64(40)) / (1 << 24)
+    def at(self, positions: List[int]) -> np.ndarray:
+        """float64 [rows], with 24 significant bits, so that float32 holds them exactly."""
+        return (_mix(self._state, positions) >> np.uint64(40)) / (1 << 24)
 
 
 def _mix(state: np.ndarray, parts: List[int]) -> np.ndarray:
@@ -44,7 +45,7 @@ def _mix(state: np.ndarray, parts: List[int]) -> np.ndarray:
 
 
 class _Batch:
-    """The parameters of a step's rows as tensors, reused as long as the rows stay the same."""
+    """The parameters of a step's rows as tensors. Reused while the rows stay the same."""
 
     def __init__(self, rows: list[Sequence], device: torch.device) -> None:
         params = [row.sampling for row in rows]
@@ -75,9 +76,10 @@ class _Batch:
 
 
 class Sampler:
-    """Chooses tokens. `slots` is the most sequences that run at once."""
+    """Chooses one token for each row."""
 
     def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
+        """`slots`: the largest number of sequences that run at once."""
         self._device = device
         self._batch: _Batch | None = None
         self._penalties = Penalties(vocabulary, slots, device)
@@ -85,7 +87,7 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: torch.Tensor, rows: list[Sequence]) -> list[Sampled]:
-        """One token for each row. logits: float32 [rows, vocabulary], the caller's no longer."""
+        """Choose one token for each row. logits float32 [rows, vocabulary]; they are overwritten."""
         if self._batch is None or self._batch.rows != rows:
             self._batch = _Batch(rows, self._device)
         batch = self._batch
@@ -98,13 +100,13 @@ class Sampler:
             chosen = _argmax(logits)
             if batch.drawn:
                 chosen[batch.drawn_index] = self._drawn(logits[batch.drawn_index], batch)
-        tokens: list[int] = chosen.tolist()  # the step's one wait for the device
+        tokens: list[int] = chosen.tolist()  # waits for the device
         if raw is None:
             return [Sampled(token) for token in tokens]
         return self._with_logprobs(tokens, raw, batch)
 
     def _adjust(self, logits: torch.Tensor, batch: _Batch) -> None:
-        """Everything that changes logits before temperature, in place."""
+        """Apply everything that comes before temperature, in place."""
         if batch.penalised:
             rows = [batch.rows[at] for at in batch.penalised]
             logits[batch.penalised] = self._penalties.apply(logits[batch.penalised], rows)
@@ -123,12 +125,12 @@ class Sampler:
                 logits[at, allowed] = kept
 
     def _drawn(self, logits: torch.Tensor, batch: _Batch) -> torch.Tensor:
-        """int64 [drawn rows]. logits: the drawn rows alone."""
+        """Draw tokens for the rows that aren't greedy. Their logits [rows, vocabulary] -> int64 [rows]."""
         uniforms = batch.uniforms.at([len(batch.rows[at].output) for at in batch.drawn])
         return self._draw(logits, batch.filters, torch.from_numpy(uniforms).to(self._device))
 
     def _with_logprobs(self, tokens: list[int], raw: torch.Tensor, batch: _Batch) -> list[Sampled]:
-        """raw: log probabilities of the model itself [rows that want them, vocabulary]."""
+        """Add logprobs to the tokens. raw [rows with logprobs, vocabulary]: the model's log probabilities."""
         own = raw.gather(1, torch.tensor([[tokens[at]] for at in batch.logprobs], device=self._device))[
             :, 0
         ].tolist()
@@ -145,28 +147,32 @@ class Sampler:
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu":
         return logits.argmax(-1)
-    # numpy compares with vector instructions, in a tenth of torch's time
+    # numpy uses vector instructions here and takes a tenth of torch's time
     return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 class Penalties:
-    """What each running sequence has said, for the penalties that look at earlier tokens.
+    """The tokens of each running sequence, for the penalties that depend on them.
 
-    Kept by slot, made when first needed, and made again when a slot's sequence is another or was away.
+    Kept by slot. A slot's counts are built when first needed, and rebuilt for another sequence or after a
+    preemption.
     """
 
     def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
         self._shape = (slots, vocabulary)
         self._device = device
         self._counts: torch.Tensor | None = None
-        """float32 [slots, vocabulary]: how often each token stands in the output."""
+        """float32 [slots, vocabulary]: how often each token occurs in the output."""
         self._seen: torch.Tensor | None = None
-        """bool [slots, vocabulary]: whether it stands in prompt or output."""
+        """bool [slots, vocabulary]: whether it occurs in prompt or output."""
         self._owner: dict[int, tuple[Sequence, int]] = {}
-        """By slot, whose counts these are and how many output tokens are in them."""
+        """By slot, the sequence that was counted and the number of its output tokens included."""
 
     def apply(self, logits: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
-        """Logits [rows, vocabulary] after penalties: repetition as transformers has it, the others as OpenAI."""
+        """Return the logits [rows, vocabulary] with penalties applied.
+
+        The repetition penalty is that of transformers, the others are those of OpenAI's API.
+        """
         counts, seen = self._update(rows)
 
         def column(name: str) -> torch.Tensor:
@@ -180,7 +186,7 @@ class Penalties:
         return logits - column("frequency_penalty") * counts - column("presence_penalty") * (counts > 0)
 
     def _update(self, rows: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Counts and seen tokens of these rows, [rows, vocabulary] each, their newest tokens included."""
+        """Count the rows' newest tokens. Returns counts and seen of these rows, [rows, vocabulary] each."""
         if self._counts is None or self._seen is None:
             self._counts = torch.zeros(self._shape, device=self._device)
             self._seen = torch.zeros(self._shape, dtype=torch.bool, device=self._device)
