@@ -146,14 +146,14 @@ def test_events_of_one_answer(loaded):
 
 
 def test_eos_ends_the_text_and_its_id_is_the_stop_reason(loaded):
-    eos = loaded[0]._parts.prompts._tokenizer.eos_token_id
+    eos = loaded[0].parts.prompts._tokenizer.eos_token_id
     (result,) = ask(loaded, chat_job("eos", max_tokens=50, logit_bias={eos: 100.0}, min_tokens=5))
     assert result.finish() == ("stop", eos)
     assert result.usage.completion_tokens == 6
 
 
 def test_ignore_eos_goes_on_and_stop_token_ids_stop(loaded):
-    eos = loaded[0]._parts.prompts._tokenizer.eos_token_id
+    eos = loaded[0].parts.prompts._tokenizer.eos_token_id
     on, stopped = ask(
         loaded,
         chat_job("on", max_tokens=9, logit_bias={eos: 100.0}, ignore_eos=True),
@@ -317,14 +317,14 @@ def test_a_cancelled_request_is_gone_within_two_steps(weights):
     engine, collector = make_engine(weights)
     try:
         ended: list[int] = []
-        emit = engine._emit
+        emit = engine._callback
 
         def watch(events):
             if any(id == "gone" and isinstance(event, Failed) for id, event in events):
                 ended.append(engine.metrics.steps)
             emit(events)
 
-        engine._emit = watch
+        engine._callback = watch
         engine.submit(chat_job("other", max_tokens=900, ignore_eos=True))
         engine.submit(chat_job("gone", max_tokens=900, ignore_eos=True))
         collector.wait_first("gone")
@@ -360,9 +360,9 @@ class FailingForward:
     """Stands before the runner's forward and fails for chosen steps."""
 
     def __init__(self, engine: ChatEngine, error: BaseException, fails: Any) -> None:
-        self._forward = engine._parts.runner.forward
+        self._forward = engine.parts.runner.forward
         self._error, self._fails = error, fails
-        engine._parts.runner.forward = self  # type: ignore[method-assign]
+        engine.parts.runner.forward = self  # type: ignore[method-assign]
 
     def __call__(self, chunks):
         if self._fails(chunks):
@@ -383,7 +383,7 @@ def test_a_failure_ends_the_request_that_caused_it_and_no_other(weights, error, 
     try:
         good = chat_job("good", max_tokens=30, ignore_eos=True)
         (expected,) = run(engine, collector, [chat_job("alone", max_tokens=30, ignore_eos=True)])
-        engine._parts.scheduler.step_overhead = 1000.0  # rows: "bad" comes in one chunk on any machine
+        engine.parts.scheduler.step_overhead = 1000.0  # rows: "bad" comes in one chunk on any machine
         FailingForward(engine, error, lambda chunks: any(len(chunk.tokens) > 50 for chunk in chunks))
         result, failed = run(engine, collector, [good, chat_job("bad", "fox " * 100)])
         assert failed.failed.code == code
@@ -396,7 +396,7 @@ def test_a_failure_ends_the_request_that_caused_it_and_no_other(weights, error, 
 
 
 def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
-    """Also for choices that were just forked: the others are computed again and say what they would have said."""
+    """Choices that were just forked are computed again and have the text they would have had."""
 
     class Broken:
         def allowed(self, output: list[int]) -> list[int] | None:
@@ -406,7 +406,7 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
     try:
         many: dict[str, Any] = {"temperature": 1.0, "seed": 2, "n": 3, "max_tokens": 12, "ignore_eos": True}
         (expected,) = run(engine, collector, [chat_job("alone", **many)])
-        build = engine._parts.prompts.build
+        build = engine.parts.prompts.build
 
         def masked(job):
             request = build(job)
@@ -414,7 +414,7 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
                 request.sequences[0].mask = Broken()
             return request
 
-        monkeypatch.setattr(engine._parts.prompts, "build", masked)
+        monkeypatch.setattr(engine.parts.prompts, "build", masked)
         engine.submit(chat_job("first", max_tokens=60, ignore_eos=True))
         result, failed = run(engine, collector, [chat_job("good", **many), chat_job("bad")])
         assert failed.failed.code == "engine_error"
@@ -460,7 +460,7 @@ def test_an_emit_that_raises_does_not_stop_the_engine(weights):
                 raise ConnectionError("lost")
             collector(events)
 
-        engine._emit = emit
+        engine._callback = emit
         engine.submit(chat_job("lost", max_tokens=2, ignore_eos=True))
         assert broken.wait(60)
         assert collector.result("lost").usage.completion_tokens == 2

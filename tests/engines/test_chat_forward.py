@@ -1,4 +1,4 @@
-"""The faster ways through a model give what the plain ones do, are used where they fit, and not where they don't."""
+"""The faster ways through a model give what the plain ones give, and are used only where they apply."""
 
 import gc
 import subprocess
@@ -17,34 +17,32 @@ from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
 from workers.engines.chat import build
 from workers.engines.chat.attention.base import LayerCall
 from workers.engines.chat.attention.cpu import CpuPagedAttention
-from workers.engines.chat.attention.paged import PagedAttention, Plan
-from workers.engines.chat.build import Assembly, assemble
+from workers.engines.chat.attention.paged import PagedAttention
+from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.kernels.cpu import exp_of_differences
+from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.fused_decoder import FusedDecoder
 from workers.engines.chat.model.linear import PackedLinear
 from workers.engines.chat.model.loader import LoadedModel, load_model
-from workers.engines.chat.model.runner import ModelForward, PortableRunner
+from workers.engines.chat.model.runner import Forward, ModelForward, ModelRunner
+from workers.engines.chat.sequence import Chunk
 
 LENGTHS = [1, 8, 9, 61, 24]
 
 
-def decode_step(cache: KVCache, lengths: list[int], heads: int) -> tuple[Plan, list[torch.Tensor]]:
-    """A plan of one decode row for each length, whose pages hold random keys, and the tensors that a layer hands over."""
-    shape, slots = cache.shape, []
+def decode_step(cache: KVCache, lengths: list[int], heads: int) -> tuple[list[Chunk], list[torch.Tensor]]:
+    """Make one decode row for each length, fill the pages with random keys, and make a layer's tensors."""
+    shape, chunks = cache.shape, []
     for length in lengths:
-        slots.append(cache.take_slot())
-        cache.grow(slots[-1], length)
+        slot = cache.take_slot()
+        cache.grow(slot, length)
+        chunks.append(Chunk(slot, length - 1, [0], True))
     cache.pool.normal_()
-    places = [cache.place(slot, length - 1) for slot, length in zip(slots, lengths, strict=True)]
-    pages, offsets = torch.tensor(places).T
-    plan = Plan(
-        torch.tensor([]), torch.tensor([]), pages.contiguous(), offsets.contiguous(), slots, lengths, [], None
-    )
     sizes = (heads, shape.num_kv_heads, shape.num_kv_heads)
-    # as slices of one product, which is how they come
+    # slices of one product, as FusedDecoder passes them
     joined = torch.randn(len(lengths), sum(sizes), shape.head_dim)
-    return plan, list(joined.split(sizes, 1))
+    return chunks, list(joined.split(sizes, 1))
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -54,13 +52,13 @@ def test_the_compiled_attention_gives_what_torchs_operations_give(heads, kv_head
     torch.manual_seed(1)
     shape = CacheShape(2, kv_heads, head_dim, torch.float32, token_major=False)
     cache = KVCache(shape, 20, 8, len(LENGTHS), torch.device("cpu"))
-    plan, tensors = decode_step(cache, LENGTHS, heads)
+    chunks, tensors = decode_step(cache, LENGTHS, heads)
     query, key, value = tensors
     before, found = cache.pool.clone(), []
     call = LayerCall(0.3, window, softcap)
     for attention in (PagedAttention(cache), CpuPagedAttention(cache)):
         cache.pool.copy_(before)
-        attention.begin(plan)
+        attention.prepare(chunks)
         found.append((attention.attend(1, query, key, value, call), cache.pool.clone()))
     (expected, pool), (compiled, compiled_pool) = found
     torch.testing.assert_close(compiled, expected, atol=2e-6, rtol=1e-5)
@@ -74,19 +72,21 @@ def test_the_compiled_exponential_is_exact_to_rounding():
     exact = (torch.from_numpy(row.copy()).double() - 3).exp()
     total = exp_of_differences(row, len(row), np.float32(1))
     error = (torch.from_numpy(row).double() - exact).abs() / exact.clamp(min=1e-37)
-    # the argument's own rounding grows with it: what is e^-60 of the best may be off by a few millionths
+    # the argument's own rounding grows with it: e^-60 may be off by a few millionths
     assert (error[:-3] / (1 - differences[:-3].double())).max() < 2e-7
     assert row[-3] == row[-2] == 0
     assert float(total) == pytest.approx(float(exact.sum()), rel=1e-6)
 
 
-def assembled(weights, **options) -> Assembly:
+def built(weights, **options) -> EngineParts:
     engine = {"torch_threads": 1, "max_batch_size": 4, **options}
-    return assemble(
-        ChatModelEntry.model_validate(
-            {"name": "tiny", "tasks": ["chat"], "weights": str(weights), "engine": engine}
-        )
-    )
+    entry = {"name": "tiny", "tasks": ["chat"], "weights": str(weights), "engine": engine}
+    return build_engine(ChatModelEntry.model_validate(entry), Metrics(), lambda request_id: None)
+
+
+def forward_of(parts: EngineParts) -> Forward:
+    assert isinstance(parts.runner, ModelRunner)
+    return parts.runner.model_forward
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -101,10 +101,10 @@ def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
         return model
 
     monkeypatch.setattr(build, "load_model", remember)
-    parts = assembled(save_model(tmp_path, CONFIGS[family]()))
+    parts = built(save_model(tmp_path, CONFIGS[family]()))
     gc.collect()
     assert loaded[0]() is None
-    assert isinstance(parts.runner.model_forward, FusedDecoder)
+    assert isinstance(forward_of(parts), FusedDecoder)
     assert not caplog.records
 
 
@@ -112,14 +112,14 @@ def test_biases_are_joined_too(tmp_path):
     torch.manual_seed(3)
     config = CONFIGS["llama"]()
     config.attention_bias = config.mlp_bias = True
-    parts = assembled(save_model(tmp_path, config))
-    assert isinstance(parts.runner.model_forward, FusedDecoder)
+    parts = built(save_model(tmp_path, config))
+    assert isinstance(forward_of(parts), FusedDecoder)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral"])
 def test_other_models_run_through_transformers_with_packed_products(tmp_path, family, caplog):
-    parts = assembled(save_model(tmp_path, CONFIGS[family]()))
-    forward = parts.runner.model_forward
+    parts = built(save_model(tmp_path, CONFIGS[family]()))
+    forward = forward_of(parts)
     assert isinstance(forward, ModelForward)
     assert any(isinstance(module, PackedLinear) for module in forward._model.modules())
     assert not caplog.records
@@ -127,31 +127,29 @@ def test_other_models_run_through_transformers_with_packed_products(tmp_path, fa
 
 def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "COMPILED_ATTENTION_THREADS", 0)
-    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()))
-    assert isinstance(parts.runner, PortableRunner)
-    assert type(parts.runner._attention) is PagedAttention
+    parts = built(save_model(tmp_path, CONFIGS["llama"]()))
+    assert type(parts.attention) is PagedAttention
 
 
 def test_half_precision_runs_fused_on_a_cpu(tmp_path):
-    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()), dtype="bfloat16")
-    assert isinstance(parts.runner.model_forward, FusedDecoder)
-    assert isinstance(parts.runner, PortableRunner)
-    assert type(parts.runner._attention) is PagedAttention
+    parts = built(save_model(tmp_path, CONFIGS["llama"]()), dtype="bfloat16")
+    assert isinstance(forward_of(parts), FusedDecoder)
+    assert type(parts.attention) is PagedAttention
 
 
 def test_a_fused_pass_that_differs_is_not_used(tmp_path, monkeypatch, caplog):
     right = FusedDecoder.__call__
     monkeypatch.setattr(FusedDecoder, "__call__", lambda *args: right(*args) * 1.05)
-    parts = assembled(save_model(tmp_path, CONFIGS["llama"]()))
-    assert isinstance(parts.runner.model_forward, ModelForward)
+    parts = built(save_model(tmp_path, CONFIGS["llama"]()))
+    assert isinstance(forward_of(parts), ModelForward)
     assert "transformers' own layers are used" in caplog.text
 
 
 def test_packed_products_that_differ_are_not_used(tmp_path, monkeypatch, caplog):
     right = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda *args: right(*args) * 1.05)
-    parts = assembled(save_model(tmp_path, CONFIGS["gemma2"]()))
-    forward = parts.runner.model_forward
+    parts = built(save_model(tmp_path, CONFIGS["gemma2"]()))
+    forward = forward_of(parts)
     assert isinstance(forward, ModelForward)
     assert not any(isinstance(module, PackedLinear) for module in forward._model.modules())
     assert "weights stay in torch's layout" in caplog.text
@@ -167,11 +165,11 @@ def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
         num_key_value_heads=2,
         hidden_act="gelu",
     )
-    parts = assembled(save_model(tmp_path, config))
-    assert isinstance(parts.runner.model_forward, ModelForward)
+    parts = built(save_model(tmp_path, config))
+    assert isinstance(forward_of(parts), ModelForward)
 
 
 @pytest.mark.slow
-def test_a_gpus_worker_imports_no_compiler():
+def test_a_worker_on_a_gpu_imports_no_compiler():
     program = "import sys, workers.engines.chat.build; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0

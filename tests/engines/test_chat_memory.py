@@ -1,4 +1,4 @@
-"""The KV cache's budget: mixed lengths, preemption, prefixes, chunks. And the invariants of its bookkeeping."""
+"""The KV cache: budget, mixed lengths, preemption, prefixes, chunks, invariants of the bookkeeping."""
 
 import random
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model, together
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache, OutOfPages
 from workers.engines.chat.cache.prefix_cache import PrefixCache
+from workers.engines.chat.sequence import Chunk
 
 PAGE = 4
 
@@ -19,7 +20,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def texts(weights, jobs, **options):
-    """Answers of a fresh engine, and the engine (closed) for its counters."""
+    """Run the jobs in a new engine. Returns their texts, and the closed engine for its counters."""
     engine, collector = make_engine(weights, **options)
     try:
         return [result.text() for result in run(engine, collector, jobs)], engine
@@ -41,7 +42,7 @@ def test_more_requests_than_fit_are_preempted_and_resumed_with_the_same_text(wei
     found, tight = texts(weights, jobs, kv_cache_tokens=312, prefix_cache=prefix_cache)
     assert roomy.metrics.preemptions == 0
     assert tight.metrics.preemptions > 0
-    assert tight.kv_cache_tokens == 312
+    assert tight.parts.kv_cache_tokens == 312
     assert found == expected
 
 
@@ -59,7 +60,7 @@ def test_sampled_text_survives_preemption_too(weights):
 def test_the_budget_bounds_the_context_and_is_known_before_the_first_request(weights):
     engine, collector = make_engine(weights, kv_cache_tokens=130)
     try:
-        assert engine.kv_cache_tokens == engine.max_context == 120
+        assert engine.parts.kv_cache_tokens == engine.parts.max_context == 120
         long, fits = run(
             engine, collector, [chat_job("l", "fox " * 200), chat_job("f", max_tokens=999, ignore_eos=True)]
         )
@@ -70,21 +71,21 @@ def test_the_budget_bounds_the_context_and_is_known_before_the_first_request(wei
 
 
 def test_memory_held_follows_the_tokens_with_one_long_among_short_ones(tmp_path):
-    """At most 1.3 times what the tokens need, at every step from the moment that all are running."""
+    """At most 1.3 times what the tokens need, in every step once all are running."""
     config = CONFIGS["llama"]()
     config.max_position_embeddings = 4096
     engine, collector = make_engine(save_model(tmp_path, config), prefix_cache=False, max_batch_size=32)
     ratios: list[float] = []
-    emit = engine._emit
+    emit = engine._callback
 
     def watch(events):
-        running = engine._parts.scheduler.running
+        running = engine.parts.scheduler.running
         if len(running) == 32 and all(sequence.output for sequence in running):
-            held = engine._parts.cache.num_active * engine._parts.cache.page_size
+            held = engine.parts.cache.num_active * engine.parts.cache.page_size
             ratios.append(held / sum(sequence.length for sequence in running))
         emit(events)
 
-    engine._emit = watch
+    engine._callback = watch
     try:
         jobs = [chat_job("long", "fox " * 2980, max_tokens=300, ignore_eos=True)]
         jobs += [chat_job(f"short{i}", "fox " * 15, max_tokens=220 + i, ignore_eos=True) for i in range(31)]
@@ -92,7 +93,7 @@ def test_memory_held_follows_the_tokens_with_one_long_among_short_ones(tmp_path)
         assert results[0].usage.prompt_tokens > 2900
         assert len(ratios) > 20
         assert max(ratios) <= 1.3
-        assert engine._parts.cache.num_active == 0
+        assert engine.parts.cache.num_active == 0
     finally:
         engine.close()
 
@@ -104,7 +105,7 @@ def test_an_earlier_prompt_is_not_computed_again(weights):
         (first,) = run(engine, collector, [chat_job("a", system + "one", max_tokens=40, ignore_eos=True)])
         (again,) = run(engine, collector, [chat_job("b", system + "two", max_tokens=40, ignore_eos=True)])
         assert first.usage.cached_tokens == 0
-        assert again.usage.cached_tokens >= again.usage.prompt_tokens - 2 * engine._parts.cache.page_size
+        assert again.usage.cached_tokens >= again.usage.prompt_tokens - 2 * engine.parts.cache.page_size
         assert engine.metrics.cached_tokens == again.usage.cached_tokens
     finally:
         engine.close()
@@ -124,14 +125,14 @@ def test_without_a_prefix_cache_nothing_is_reused(weights):
 
 def test_a_long_prompt_is_computed_in_chunks_while_others_go_on(weights):
     engine, collector = make_engine(weights, prefill_chunk=32, prefix_cache=False)
-    engine._parts.scheduler.step_overhead = 20.0
+    engine.parts.scheduler.step_overhead = 20.0
     try:
         engine.submit(chat_job("running", max_tokens=900, ignore_eos=True))
         collector.wait_first("running")
-        before = engine._requests.by_id["running"].sequences[0].output.copy()
+        before = engine.parts.outputs.by_id["running"].sequences[0].output.copy()
         (long,) = run(engine, collector, [chat_job("long", "fox " * 400, max_tokens=2)])
         chunks = engine.metrics.prefill_chunks - 1
-        gained = len(engine._requests.by_id["running"].sequences[0].output) - len(before)
+        gained = len(engine.parts.outputs.by_id["running"].sequences[0].output) - len(before)
         assert chunks >= long.usage.prompt_tokens // 32
         # every chunk shared its step with a token of the running request
         assert gained >= chunks
@@ -143,13 +144,13 @@ def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed(weights):
     engine, collector = make_engine(weights, prefill_chunk=32, prefix_cache=False)
     try:
         order: list[str] = []
-        emit = engine._emit
+        emit = engine._callback
 
         def note(events):
             order.extend(request_id for request_id, _ in events)
             emit(events)
 
-        engine._emit = note
+        engine._callback = note
         with together(engine):
             engine.submit(chat_job("long", "fox " * 900, max_tokens=1, ignore_eos=True))
             engine.submit(chat_job("short", max_tokens=1, ignore_eos=True))
@@ -169,24 +170,22 @@ def small_cache(num_pages: int = 12, slots: int = 5) -> KVCache:
 
 
 def write(cache: KVCache, slot: int, tokens: list[int], start: int = 0) -> None:
-    """The key of a token is the token itself, its value the position."""
-    for position in range(start, len(tokens)):
-        page, offset = cache.place(slot, position)
-        cache.pool[0, 0, page, 0, offset, 0] = tokens[position]
-        cache.pool[0, 1, page, 0, offset, 0] = position
+    """Write tokens from `start` on. The key of a token is the token itself, its value the position."""
+    pages, offsets = cache.places([Chunk(slot, start, tokens[start:], False)])
+    cache.pool[0, 0, pages, 0, offsets, 0] = torch.tensor(tokens[start:], dtype=torch.float32)
+    cache.pool[0, 1, pages, 0, offsets, 0] = torch.arange(start, len(tokens), dtype=torch.float32)
 
 
 def read(cache: KVCache, slot: int, count: int) -> list[tuple[int, int]]:
-    places = [cache.place(slot, position) for position in range(count)]
-    return [
-        (int(cache.pool[0, 0, page, 0, offset, 0]), int(cache.pool[0, 1, page, 0, offset, 0]))
-        for page, offset in places
-    ]
+    """Read (key, value) of the first `count` tokens."""
+    pages, offsets = cache.places([Chunk(slot, 0, [0] * count, False)])
+    keys, values = (cache.pool[0, kind, pages, 0, offsets, 0].int().tolist() for kind in (0, 1))
+    return list(zip(keys, values, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_pages_never_mix_whatever_happens(seed):
-    """Random growing, leaving, storing and loading of prefixes against a plain dictionary."""
+    """Compares random growing, releasing, storing and loading of prefixes with a plain dictionary."""
     chance = random.Random(seed)
     cache = small_cache()
     prefixes = PrefixCache(cache)

@@ -65,7 +65,7 @@ def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0
 @pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("params", FILTERS, ids=str)
 def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, monkeypatch):
-    """A chi-square test: with a right sampler each case fails by chance once in 100,000 runs, and seeds are fixed."""
+    """A chi-square test, with fixed seeds. A correct sampler fails a case by chance once in 100,000 runs."""
     torch.manual_seed(5)
     logits = torch.randn(VOCABULARY) * 2
     expected = reference(logits, **params)
@@ -108,7 +108,7 @@ def test_a_few_candidates_give_the_same_tokens_as_sorting_everything(params, mon
     "params", [*FILTERS, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9, "top_k": 3}, {"min_p": 1.0}], ids=str
 )
 def test_the_compiled_draw_gives_what_torchs_operations_give(params):
-    """Save where the deciding margin is rounding: a uniform number at a token's border, two weights at a cutoff."""
+    """Three of 600 may differ by rounding: a uniform number at a token's border, two weights at a cutoff."""
     torch.manual_seed(7)
     logits = torch.randn(600, 3000) * torch.logspace(-2, 1.5, 600)[:, None]
     logits[:, :5] = -torch.inf
@@ -227,22 +227,22 @@ def weights(tmp_path_factory) -> Path:
 def tokens_of(engine, collector, jobs) -> dict[str, list[list[int]]]:
     """The tokens of every job's choices."""
     requests = {}
-    close = engine._requests._close
+    close = engine.parts.outputs._close
 
     def keep(request, event):
         requests[request.id] = request
         close(request, event)
 
-    engine._requests._close = keep
+    engine.parts.outputs._close = keep
     run(engine, collector, jobs)
-    engine._requests._close = close
+    engine.parts.outputs._close = close
     return {job.id: [sequence.output for sequence in requests[job.id].sequences] for job in jobs}
 
 
 def margin(engine, model, job, choice: int, tokens: list[int], other: list[int]) -> float:
     """How far the draw that parted two outputs was from the threshold between their tokens."""
     place = next(at for at, (one, two) in enumerate(zip(tokens, other, strict=True)) if one != two)
-    prompt = engine._parts.prompts.build(job).prompt
+    prompt = engine.parts.prompts.build(job).prompt
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([prompt + tokens[:place]])).logits[0, -1].double()
     names = ("temperature", "top_k", "top_p", "min_p")
@@ -253,7 +253,7 @@ def margin(engine, model, job, choice: int, tokens: list[int], other: list[int])
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_any_batch(weights):
-    """Save where a draw comes within 1e-4 of the threshold between two tokens: counted, one of 290 is allowed."""
+    """One text of 290 may differ, where a draw comes within 1e-4 of the threshold between two tokens."""
     mixture = [
         *FILTERS,
         {"repetition_penalty": 1.2},

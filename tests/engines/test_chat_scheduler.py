@@ -1,11 +1,11 @@
-"""How much of the prompts that wait a step takes, beside those that run."""
+"""How many tokens of waiting prompts a step computes beside the running sequences."""
 
 import pytest
 import torch
 
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
-from workers.engines.chat.scheduler import SMALLEST_CHUNK, STALL, BatchScheduler, Work
+from workers.engines.chat.scheduler import SMALLEST_CHUNK, STALL, BatchScheduler, ScheduledBatch
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 
 OVERHEAD = 20.0
@@ -19,7 +19,7 @@ def sequence(name: str, tokens: int = PROMPT) -> Sequence:
 
 
 def scheduler(running: int, pages: int = 2000, slots: int = 64) -> BatchScheduler:
-    """With `running` sequences that decode."""
+    """Make a scheduler with `running` sequences that decode."""
     shape = CacheShape(1, 1, 2, torch.float32, token_major=False)
     made = BatchScheduler(KVCache(shape, pages, 8, slots, torch.device("cpu")), None, max_prefill=512)
     made.step_overhead = OVERHEAD
@@ -34,17 +34,17 @@ def scheduler(running: int, pages: int = 2000, slots: int = 64) -> BatchSchedule
     return made
 
 
-def prompt_tokens(work: Work) -> int:
-    return sum(count for _, count in work.prefill)
+def prompt_tokens(batch: ScheduledBatch) -> int:
+    return sum(count for _, count in batch.prefill)
 
 
 @pytest.mark.parametrize("running", [1, 8, 40])
 def test_one_long_prompt_lengthens_a_step_by_no_more_than_its_share(running: int) -> None:
     made = scheduler(running)
     made.add(sequence("long", 2000))
-    work = made.schedule()
-    assert len(work.decode) == running
-    assert prompt_tokens(work) == int(STALL * (OVERHEAD + running))
+    batch = made.schedule()
+    assert len(batch.decode) == running
+    assert prompt_tokens(batch) == int(STALL * (OVERHEAD + running))
 
 
 def test_a_few_streams_do_not_hold_back_the_first_tokens_of_many() -> None:

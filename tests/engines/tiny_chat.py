@@ -1,4 +1,4 @@
-"""Tiny random chat models of several families, and an engine that is driven and read by tests."""
+"""Tiny random chat models of several families, and helpers that run an engine and collect its events."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -54,7 +54,7 @@ CONFIGS = {
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every text has tokens, and characters of several bytes are cut between them."""
+    """Train a byte-level BPE: every text has tokens, which may split characters of several bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +76,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_model(folder: Path, config: Any, **generation: Any) -> Path:
-    """A random model of `config` in transformers' own format. The same config gives the same weights."""
+    """Save a random model of `config` in transformers' format. The same config gives the same weights."""
     torch.manual_seed(20)
     tokenizer = make_tokenizer()
     config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
@@ -91,7 +91,7 @@ def save_model(folder: Path, config: Any, **generation: Any) -> Path:
 
 
 def chat_job(id: str, content: str = "hello", continue_final: bool = False, **sampling: Any) -> ChatJob:
-    """Greedy, 16 tokens, unless told otherwise."""
+    """Make a job: greedy and 16 tokens, unless `sampling` has other values."""
     params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **sampling})
     role = "assistant" if continue_final else "user"
     messages = [{"role": role, "content": content}]
@@ -101,7 +101,7 @@ def chat_job(id: str, content: str = "hello", continue_final: bool = False, **sa
 
 
 class Collector:
-    """An `emit` that keeps everything and lets a test wait for what it needs."""
+    """An `emit` that keeps all events and lets a test wait for them."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -118,7 +118,7 @@ class Collector:
     def wait(self, condition: Any, timeout_s: float = 60) -> None:
         with self._changed:
             if not self._changed.wait_for(condition, timeout_s):
-                raise TimeoutError("the engine didn't do it")
+                raise TimeoutError("the expected event didn't come")
 
     def wait_first(self, request_id: str) -> None:
         self.wait(lambda: self.events.get(request_id))
@@ -129,7 +129,7 @@ class Collector:
 
 
 class Result:
-    """A request's whole stream of events."""
+    """All events of a finished request."""
 
     def __init__(self, events: list[Event]) -> None:
         self.events = events
@@ -158,7 +158,7 @@ class Result:
 
 
 def make_engine(weights: Path, **options: Any) -> tuple[ChatEngine, Collector]:
-    """A loaded engine and what it emits. The caller closes it."""
+    """Load an engine. Returns it and the collector of its events. The caller closes it."""
     entry = ChatModelEntry.model_validate(
         {
             "name": "tiny",
@@ -174,23 +174,23 @@ def make_engine(weights: Path, **options: Any) -> tuple[ChatEngine, Collector]:
 
 @contextmanager
 def together(engine: ChatEngine) -> Iterator[None]:
-    """What is submitted meanwhile comes to the engine in one step, however slowly it is submitted."""
-    go, take_in = threading.Event(), engine._take_in
+    """Let the engine admit everything that is submitted inside this block in one step."""
+    go, admit = threading.Event(), engine._admit
 
-    def take_in_later() -> None:
+    def admit_later() -> None:
         go.wait(60)
-        take_in()
+        admit()
 
-    engine._take_in = take_in_later  # type: ignore[method-assign]
+    engine._admit = admit_later  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine._take_in = take_in  # type: ignore[method-assign]
+        engine._admit = admit  # type: ignore[method-assign]
         go.set()
 
 
 def run(engine: ChatEngine, collector: Collector, jobs: list[ChatJob]) -> list[Result]:
-    """Submit all jobs at once and wait for all."""
+    """Submit all jobs, let the engine admit them in one step, and wait for all results."""
     with together(engine):
         for job in jobs:
             engine.submit(job)

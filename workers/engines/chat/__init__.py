@@ -1,4 +1,4 @@
-"""The chat engine: continuous batching over `model.forward` with a paged KV cache. Start reading at engine.py."""
+"""The chat engine: continuous batching with a paged KV cache. Start reading at engine.py."""
 
 from workers.engines.chat.engine import ChatEngine
 

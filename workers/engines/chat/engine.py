@@ -1,7 +1,7 @@
 """The chat engine: one thread that decodes all requests together, one `step` after another.
 
-submit (any thread): template, tokens, inbox. Engine thread: inbox -> scheduler -> model -> sampler -> events, one `emit`
-for each step. Knows neither Celery nor Redis nor HTTP.
+`submit` (any thread) applies the chat template, tokenizes, and puts the request into an inbox. The engine
+thread takes it from there: scheduler, model, sampler, events. Each step calls `emit` once.
 """
 
 import logging
@@ -12,58 +12,54 @@ from collections import deque
 import torch
 
 from catalogue import ChatModelEntry
-from protocol.errors import EngineError, ServiceError, ShuttingDown, WorkerLost
+from protocol.errors import ShuttingDown, WorkerLost
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
-from workers.engines.chat.build import Assembly, assemble
+from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.model.runner import Chunk
-from workers.engines.chat.outputs import OpenRequests
-from workers.engines.chat.sampling.sampler import Sampled
-from workers.engines.chat.scheduler import Work
-from workers.engines.chat.sequence import Request, Sequence
-from workers.engines.failures import failure_of
+from workers.engines.chat.scheduler import ScheduledBatch
+from workers.engines.chat.sequence import Chunk, Request, Sequence, SequenceStatus
+from workers.engines.failures import failure_of, free_memory
 
 log = logging.getLogger(__name__)
 
 
 class ChatEngine:
-    """Engine of a decoder-only language model (workers.engines.base.Engine)."""
+    """Serves a decoder-only language model. Implements workers.engines.base.Engine."""
 
     def __init__(self, entry: ChatModelEntry) -> None:
         self.entry = entry
-        self.options = entry.engine
         self.metrics = Metrics()
+        self._parts: EngineParts | None = None
+        self._callback: Emit = lambda events: None
+        """Takes the events: the argument of `load`."""
         self._inbox: deque[Request] = deque()
         self._cancels: dict[str, CancelReason] = {}
         self._open: set[str] = set()
-        """Ids whose last event is still to come, from the start of `submit` on."""
+        """Ids whose last event is still to come. An id is added at the start of `submit`."""
         self._wake = threading.Event()
         self._closing = False
         self._closed = False
-        """No request is taken any more: closed, or the thread is dead."""
+        """No more requests are accepted: the engine was closed, or its thread died."""
         self._lock = threading.Lock()
-        """Guards _open, _cancels, _inbox and _closed, so that no request falls between two threads."""
-        self._thread: threading.Thread | None = None
+        """Guards _open, _cancels, _inbox and _closed, so that no request is lost between two threads."""
+        self._thread = threading.Thread(target=self._run, name=f"chat-engine {entry.name}", daemon=True)
 
     def load(self, emit: Emit) -> None:
-        self._emit = emit
-        self._parts: Assembly = assemble(self.entry)
-        self._requests = OpenRequests(
-            self._parts.scheduler, self._parts.prompts.vocabulary, self.metrics, self._forget
-        )
-        self._thread = threading.Thread(target=self._run, name=f"chat-engine {self.entry.name}", daemon=True)
+        started = time.monotonic()
+        self._callback = emit
+        self._parts = build_engine(self.entry, self.metrics, self._forget)
         self._thread.start()
+        log.info(
+            "%s loaded in %.1f s: %s", self.entry.name, time.monotonic() - started, self._parts.describe()
+        )
 
     @property
-    def max_context(self) -> int:
-        return self._parts.max_context
-
-    @property
-    def kv_cache_tokens(self) -> int:
-        """The KV cache's budget."""
-        return self._parts.cache.num_pages * self._parts.cache.page_size
+    def parts(self) -> EngineParts:
+        if self._parts is None:
+            raise RuntimeError("load() must come first")
+        return self._parts
 
     def submit(self, job: Job) -> None:
         assert isinstance(job, ChatJob)
@@ -73,22 +69,16 @@ class ChatEngine:
         try:
             if closed:
                 raise ShuttingDown
-            request = self._parts.prompts.build(job)
+            request = self.parts.prompts.build(job)
             with self._lock:
                 if not self._closed:
                     self._inbox.append(request)
                     self._wake.set()
                     return
             raise ShuttingDown
-        except ServiceError as error:
-            failed = Failed.of(error)
-        except Exception:
-            log.exception("request %s could not be prepared", job.id)
-            failed = Failed.of(EngineError("the request could not be prepared"))
-        with self._lock:
-            self._open.discard(job.id)
-            self._cancels.pop(job.id, None)
-        self._emit([(job.id, failed)])
+        except Exception as error:
+            self._forget(job.id)
+            self._callback([(job.id, failure_of(error))])
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         with self._lock:
@@ -97,23 +87,23 @@ class ChatEngine:
         self._wake.set()
 
     def status(self) -> EngineStatus:
-        alive = self._thread is not None and self._thread.is_alive()
-        waiting = len(self._inbox) + len(self._parts.scheduler.waiting) if alive else 0
-        running = len(self._requests.by_id) if alive else 0
-        return EngineStatus(alive, running, waiting, self.metrics.steps)
+        if self._parts is None or not self._thread.is_alive():
+            return EngineStatus(False, 0, 0, self.metrics.steps)
+        waiting = len(self._inbox) + len(self._parts.scheduler.waiting)
+        return EngineStatus(True, len(self._parts.outputs.by_id), waiting, self.metrics.steps)
 
     def close(self) -> None:
         self._closing = True
         self._wake.set()
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._parts is not None and self._thread is not threading.current_thread():
             self._thread.join()
             self._parts.free()
 
-    # the engine thread
+    # ----- the engine thread
 
     def _run(self) -> None:
-        # torch counts its threads by calling thread
-        torch.set_num_threads(self._parts.torch_threads)
+        # torch keeps this number for each calling thread
+        torch.set_num_threads(self.parts.torch_threads)
         failure = Failed.of(WorkerLost())
         try:
             while not self._closing:
@@ -122,113 +112,121 @@ class ChatEngine:
                     self._wake.clear()
             failure = Failed.of(ShuttingDown())
         except BaseException:
-            log.exception("the chat engine of %s is dead", self.entry.name)
+            log.exception("the engine thread of %s died", self.entry.name)
         finally:
-            self._end_all(failure)
+            self._fail_all(failure)
 
     def step(self) -> bool:
-        """One turn: take in, pick, compute, choose tokens, send. False: there was nothing to do."""
+        """Admit, schedule, compute, emit. Returns whether there was anything to compute."""
         started = time.perf_counter()
-        self._take_in()
-        work = self._parts.scheduler.schedule()
-        if work:
-            self._compute(work)
-        self._send()
+        self._admit()
+        batch = self.parts.scheduler.schedule()
+        if batch:
+            self._compute(batch)
+        self._emit()
         self.metrics.step_seconds += time.perf_counter() - started
-        self.metrics.preemptions = self._parts.scheduler.preemptions
-        self.metrics.active_pages = self._parts.cache.num_active
-        return bool(work)
+        self.metrics.preemptions = self.parts.scheduler.preemptions
+        self.metrics.active_pages = self.parts.cache.num_active
+        return bool(batch)
 
-    def _take_in(self) -> None:
-        """New requests into the queue, cancelled ones out."""
+    def _admit(self) -> None:
+        """Put new requests into the scheduler's queue, and end cancelled ones."""
+        outputs = self.parts.outputs
         while self._inbox:
-            self._requests.add(self._inbox.popleft())
+            outputs.add(self._inbox.popleft())
         if not self._cancels:
             return
         with self._lock:
-            here = {key: reason for key, reason in self._cancels.items() if key in self._requests.by_id}
+            # an id that isn't here yet is still in `submit`
+            here = {key: reason for key, reason in self._cancels.items() if key in outputs.by_id}
             for key in here:
                 del self._cancels[key]
         for key, reason in here.items():
-            self._requests.cancel(self._requests.by_id[key], reason)
+            outputs.cancel(outputs.by_id[key], reason)
 
-    def _compute(self, work: Work) -> None:
-        """Run the step. Where it fails, run its parts one by one, so that only those fail that can't run."""
+    def _compute(self, batch: ScheduledBatch) -> None:
+        """Run the step. If it fails, run each sequence by itself, so that only those that can't run fail."""
         try:
-            self._forward(work)
+            self._advance(batch)
+        except Exception:
+            log.exception("a step failed; its sequences are computed one by one")
+            free_memory()
+            for part in batch.split():
+                (sequence,) = part.sequences()
+                # an earlier part may have ended this one's request
+                if sequence.status is SequenceStatus.RUNNING:
+                    self._compute_alone(sequence, part)
+
+    def _compute_alone(self, sequence: Sequence, part: ScheduledBatch) -> None:
+        try:
+            self._advance(part)
         except Exception as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-            log.exception("a step failed; its parts are tried one by one")
-            for part in work.parts():
-                # a request that failed in an earlier part is gone with all its choices
-                if all(sequence.slot >= 0 for sequence in part.sequences()):
-                    self._compute_part(part)
+            self._fail(sequence, error)
 
-    def _compute_part(self, part: Work) -> None:
-        try:
-            self._forward(part)
-        except Exception as error:
-            (sequence,) = part.sequences()
-            self.metrics.failures += 1
-            self._requests.fail(sequence.request, failure_of(error))
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self.metrics.failures += 1
+        self.parts.outputs.fail(sequence.request, failure_of(error))
 
-    def _forward(self, work: Work) -> None:
-        chunks = [_chunk(sequence, 1) for sequence in work.decode]
-        chunks += [_chunk(sequence, count) for sequence, count in work.prefill]
+    def _advance(self, batch: ScheduledBatch) -> None:
+        """Compute the batch, and give each sequence that is then fully computed its next token."""
+        chunks = batch.chunks()
         try:
-            rows, chosen = self._choose(work, chunks)
+            rows, logits = self._forward(batch, chunks)
+            sampled = self.parts.sampler.sample(logits, rows) if rows else []
         except BaseException:
-            # nothing was said: as before the step, so that its parts can be tried one by one
-            for sequence, chunk in zip(work.sequences(), chunks, strict=True):
+            # no token was added: restore the state before the step, so that its parts can be tried one by one
+            for sequence, chunk in zip(batch.sequences(), chunks, strict=True):
                 sequence.computed = chunk.start
-            self._parts.scheduler.rewind_forks()
+            self.parts.scheduler.rewind_forks()
             raise
-        for sequence, sampled in zip(rows, chosen, strict=True):
+        for sequence, token in zip(rows, sampled, strict=True):
             try:
-                self._requests.advance(sequence, sampled)
-            except Exception:
-                log.exception("request %s: a token could not be taken in", sequence.request.id)
-                self.metrics.failures += 1
-                self._requests.fail(sequence.request, Failed.of(EngineError()))
+                self.parts.outputs.advance(sequence, token)
+            except Exception as error:
+                self._fail(sequence, error)
 
-    def _choose(self, work: Work, chunks: list[Chunk]) -> tuple[list[Sequence], list[Sampled]]:
-        """Run the model; the sequences that are computed to their end, and a token for each."""
+    def _forward(self, batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[Sequence], torch.Tensor]:
+        """Run the model.
+
+        Returns the sequences that are now fully computed, and their logits [sequences, vocabulary].
+        """
         started = time.perf_counter()
-        logits = self._parts.runner.forward(chunks)
+        logits = self.parts.runner.forward(chunks)
         self.metrics.model_seconds += time.perf_counter() - started
-        self._count(work)
-        for sequence, chunk in zip(work.sequences(), chunks, strict=True):
+        self._count(batch)
+        sequences = batch.sequences()
+        for sequence, chunk in zip(sequences, chunks, strict=True):
             sequence.computed = chunk.end
-        rows = [sequence for sequence in work.sequences() if sequence.uncomputed == 0]
-        rows, logits = self._fork_choices(rows, logits)
-        return rows, self._parts.sampler.sample(logits, rows) if rows else []
+        return self._fork_choices([sequence for sequence in sequences if sequence.uncomputed == 0], logits)
 
-    def _count(self, work: Work) -> None:
+    def _count(self, batch: ScheduledBatch) -> None:
         metrics = self.metrics
         metrics.steps += 1
-        metrics.prefill_chunks += len(work.prefill)
-        metrics.prefill_tokens += sum(count for _, count in work.prefill)
-        if work.decode:
+        metrics.prefill_chunks += len(batch.prefill)
+        metrics.prefill_tokens += sum(count for _, count in batch.prefill)
+        if batch.decode:
             metrics.decode_steps += 1
-            metrics.decoded_rows += len(work.decode)
-            metrics.max_batch = max(metrics.max_batch, len(work.decode))
+            metrics.decoded_rows += len(batch.decode)
+            metrics.max_batch = max(metrics.max_batch, len(batch.decode))
 
     def _fork_choices(
         self, rows: list[Sequence], logits: torch.Tensor
     ) -> tuple[list[Sequence], torch.Tensor]:
-        """Prompts that are just computed: keep them for others, and let a request's other choices start from them."""
-        scheduler = self._parts.scheduler
+        """Fork the other choices of requests whose prompts were just computed; cache these prompts.
+
+        Returns rows and logits with the forks added.
+        """
+        scheduler = self.parts.scheduler
         all_rows, sources = list(rows), list(range(len(rows)))
         for at, sequence in enumerate(rows):
             if sequence.output:
                 continue
             scheduler.remember(sequence)
-            self.metrics.cached_tokens += sequence.request.cached_tokens if sequence.index == 0 else 0
             if sequence.index > 0:
                 continue
+            self.metrics.cached_tokens += sequence.request.cached_tokens
             for sibling in sequence.request.sequences[1:]:
-                if scheduler.knows(sibling):
+                if sibling.status is not SequenceStatus.NEW:
                     continue
                 if scheduler.fork(sequence, sibling):
                     all_rows.append(sibling)
@@ -237,35 +235,29 @@ class ChatEngine:
                     scheduler.add(sibling)
         return all_rows, logits if len(all_rows) == len(rows) else logits[sources]
 
-    def _send(self) -> None:
-        events = self._requests.take_events()
+    def _emit(self) -> None:
+        events = self.parts.outputs.take_events()
         if not events:
             return
         try:
-            self._emit(events)
+            self._callback(events)
         except Exception:
-            # whoever takes the events has lost them; the engine serves the others
+            # these events are lost; the engine goes on with the other requests
             log.exception("emit failed for %d events", len(events))
 
-    def _end_all(self, failure: Failed) -> None:
-        """The thread ends: nobody may wait for ever."""
+    def _fail_all(self, failure: Failed) -> None:
+        """The thread ends: end every request, so that no caller waits indefinitely."""
+        outputs = self.parts.outputs
         with self._lock:
             self._closed = True
         while self._inbox:
-            self._requests.add(self._inbox.popleft())
-        for request in list(self._requests.by_id.values()):
-            self._requests.fail(request, failure)
-        self._send()
+            outputs.add(self._inbox.popleft())
+        for request in list(outputs.by_id.values()):
+            outputs.fail(request, failure)
+        self._emit()
 
     def _forget(self, request_id: str) -> None:
-        """Its last event is on its way: cancelling it means nothing any more."""
+        """The request has ended: from now on its cancellation is ignored."""
         with self._lock:
             self._open.discard(request_id)
             self._cancels.pop(request_id, None)
-
-
-def _chunk(sequence: Sequence, count: int) -> Chunk:
-    end = sequence.computed + count
-    return Chunk(
-        sequence.slot, sequence.computed, sequence.tokens(sequence.computed, end), end == sequence.length
-    )

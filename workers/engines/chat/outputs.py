@@ -1,4 +1,7 @@
-"""The requests that are not yet answered, and what the next `emit` says of them. Used by the engine thread alone."""
+"""The requests that are in the engine, and the events that the next emit will carry.
+
+Used by the engine thread only.
+"""
 
 from collections.abc import Callable
 
@@ -9,11 +12,14 @@ from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.sampling.sampler import Sampled
 from workers.engines.chat.scheduler import BatchScheduler
-from workers.engines.chat.sequence import Request, Sequence
+from workers.engines.chat.sequence import Request, Sequence, SequenceStatus
 
 
-class OpenRequests:
-    """Turns tokens into events, and ends choices and requests. `on_end` is told the id of a request that has ended."""
+class RequestOutputs:
+    """Turns tokens into events, and ends choices and requests.
+
+    `on_end` is called with the id of each ended request.
+    """
 
     def __init__(
         self,
@@ -30,19 +36,20 @@ class OpenRequests:
         self.by_id: dict[str, Request] = {}
 
     def add(self, request: Request) -> None:
+        """Take a new request and put its first choice into the scheduler's queue."""
         self.by_id[request.id] = request
-        # the other choices start from the first one's prompt, once that is computed
+        # the other choices are forked from the first one once the prompt is computed
         self._scheduler.add(request.sequences[0])
 
     def take_events(self) -> list[tuple[str, Event]]:
-        """What has happened since the last call."""
+        """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
     def advance(self, sequence: Sequence, sampled: Sampled) -> None:
         """Give a choice its token: text, stop conditions, events."""
-        if sequence.finished:
-            return  # its request failed on another choice of this step
+        if sequence.status is SequenceStatus.FINISHED:
+            return  # another choice of its request failed in this step
         sampling, token = sequence.sampling, sampled.token
         sequence.output.append(token)
         sequence.unsent_tokens += 1
@@ -69,7 +76,7 @@ class OpenRequests:
         text: str = "",
         flush: bool = True,
     ) -> None:
-        """End a choice, and its request when it was the last one."""
+        """End a choice, and its request if it was the last one."""
         request = sequence.request
         if flush:
             rest, stop = sequence.detokenizer.flush()
@@ -77,18 +84,14 @@ class OpenRequests:
             if stop is not None:
                 finish_reason, stop_reason = "stop", stop
         self._events.append((request.id, sequence.take_delta(text, finish_reason, stop_reason)))
-        sequence.finished = True
         self._scheduler.remember(sequence)
-        self._scheduler.remove([sequence])
-        request.finished += 1
-        if request.finished == len(request.sequences):
+        self._scheduler.finish([sequence])
+        if request.finished:
             self._close(request, Finished(request.usage))
 
     def fail(self, request: Request, failure: Failed) -> None:
         """End a request with an error."""
-        for sequence in request.sequences:
-            sequence.finished = True
-        self._scheduler.remove(request.sequences)
+        self._scheduler.finish(request.sequences)
         self._close(request, failure)
 
     def _close(self, request: Request, event: Event) -> None:
@@ -108,12 +111,12 @@ class OpenRequests:
         return TokenLogprob(text, sampled.logprob, own, top)
 
     def cancel(self, request: Request, reason: CancelReason) -> None:
-        """As Engine.cancel says."""
+        """End a request as Engine.cancel specifies."""
         if reason == "cancelled":
             self.fail(request, Failed.of(Cancelled()))
         elif not request.has_token:
             self.fail(request, Failed.of(DeadlineExceeded()))
         else:
             for sequence in request.sequences:
-                if not sequence.finished:
+                if sequence.status is not SequenceStatus.FINISHED:
                     self._finish(sequence, "length")

@@ -1,26 +1,30 @@
-"""A request and its choices while the engine works on them. No torch here: tokens are plain integers."""
+"""A request and its choices while the engine works on them.
+
+Tokens are plain integers; torch is not imported here.
+"""
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from enum import Enum, auto
+from typing import NamedTuple, Protocol
 
 from protocol.events import Delta, TokenLogprob, Usage
 from workers.engines.chat.detokenizer import Detokenizer
 
 
 class TokenMask(Protocol):
-    """Guided decoding: what a choice may say next. The sampler asks before each token."""
+    """Constrains the tokens of a choice. The sampler asks before each token."""
 
     def allowed(self, output: list[int]) -> list[int] | None:
-        """Token ids that may follow `output`; None: all of them."""
+        """Return the token ids that may follow `output`; None: all."""
 
 
 GREEDY_BELOW = 1e-5
-"""Temperature: with less, differences between logits grow beyond what float32 holds."""
+"""Temperatures below this mean greedy: logits divided by them would overflow float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """SamplingParams with nothing left open: every None was resolved (request, generation config, neutral)."""
+    """SamplingParams with all defaults filled in (prompt.py)."""
 
     max_tokens: int
     min_tokens: int = 0
@@ -44,8 +48,35 @@ class Sampling:
 
     @property
     def penalised(self) -> bool:
-        """Whether earlier tokens change the logits of the next."""
+        """Whether earlier tokens change the logits of the next one."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class Chunk(NamedTuple):
+    """Consecutive tokens of one sequence that a step computes: positions start, start + 1, ... in `slot`."""
+
+    slot: int
+    start: int
+    tokens: list[int]
+    wants_logits: bool
+    """Whether the step needs the logits after the last token."""
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+class SequenceStatus(Enum):
+    """NEW -> WAITING <-> RUNNING -> FINISHED. A fork goes from NEW to RUNNING directly."""
+
+    NEW = auto()
+    """Unknown to the scheduler: a choice that will be forked from the request's first one."""
+    WAITING = auto()
+    """In the scheduler's queue, never started or preempted."""
+    RUNNING = auto()
+    """Holds a slot and pages of the KV cache."""
+    FINISHED = auto()
+    """Its last event was made."""
 
 
 @dataclass(eq=False, slots=True)
@@ -57,8 +88,12 @@ class Request:
     sampling: Sampling
     sequences: list["Sequence"] = field(default_factory=list)
     cached_tokens: int = 0
-    finished: int = 0
-    """Choices that have ended."""
+    """Prompt tokens that came from the prefix cache."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all choices have ended."""
+        return all(sequence.status is SequenceStatus.FINISHED for sequence in self.sequences)
 
     @property
     def usage(self) -> Usage:
@@ -67,6 +102,7 @@ class Request:
 
     @property
     def has_token(self) -> bool:
+        """Whether any choice has a token."""
         return any(sequence.output for sequence in self.sequences)
 
 
@@ -78,13 +114,13 @@ class Sequence:
     index: int
     detokenizer: Detokenizer
     output: list[int] = field(default_factory=list)
+    status: SequenceStatus = SequenceStatus.NEW
     computed: int = 0
-    """Tokens of prompt and output whose keys and values are in the cache."""
+    """Number of tokens of prompt and output whose keys and values are in the cache."""
     slot: int = -1
-    """Its row in the KV cache's tables; -1 while it waits."""
+    """Its slot in the KV cache while RUNNING."""
     arrival: int = 0
-    """Order of admission: the youngest is preempted first."""
-    finished: bool = False
+    """Order of admission: the sequence admitted last is preempted first."""
     mask: TokenMask | None = None
     unsent_tokens: int = 0
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -95,24 +131,31 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and output."""
+        """Number of tokens of prompt and output."""
         return len(self.request.prompt) + len(self.output)
 
     @property
     def uncomputed(self) -> int:
-        """Tokens the model has yet to see. 1: an ordinary decode step; more: prefill."""
+        """Number of tokens the model has yet to compute. 1: a decode step; more: prefill."""
         return self.length - self.computed
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """Prompt and output as one list, from `start` to before `end`."""
+        """Tokens start..end of prompt and output together."""
         prompt = self.request.prompt
         if start >= len(prompt):
             return self.output[start - len(prompt) : end - len(prompt)]
         return prompt[start:end] + self.output[: max(0, end - len(prompt))]
 
-    def take_delta(self, text: str, finish: str | None = None, reason: int | str | None = None) -> Delta:
-        """The event for `text` and all tokens since the last one."""
+    def chunk(self, count: int) -> Chunk:
+        """The next `count` tokens to compute. Logits are wanted if they are the last ones."""
+        start, end = self.computed, self.computed + count
+        return Chunk(self.slot, start, self.tokens(start, end), end == self.length)
+
+    def take_delta(
+        self, text: str, finish_reason: str | None = None, stop_reason: int | str | None = None
+    ) -> Delta:
+        """The event for `text` and for all tokens since the previous event."""
         logprobs = self.unsent_logprobs if self.sampling.logprobs is not None else None
-        delta = Delta(text, self.index, self.unsent_tokens, finish, reason, logprobs)
+        delta = Delta(text, self.index, self.unsent_tokens, finish_reason, stop_reason, logprobs)
         self.unsent_tokens, self.unsent_logprobs = 0, []
         return delta

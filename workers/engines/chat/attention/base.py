@@ -1,55 +1,50 @@
-"""The place where a transformers model calls for attention in each of its layers: its attention interface.
+"""The protocol between a model's layers and an attention implementation over the paged KV cache.
 
-All tokens of a step go through the model as one row, [1, tokens]. Only attention needs to know which token belongs to
-whom; the plan of the step tells it (paged_attention.py, cuda_runner.py).
+All tokens of a step go through the model as one row, [1, tokens]. Only attention needs to know which token
+belongs to which sequence: `prepare` builds this metadata from the step's chunks before the forward pass, and
+each layer then calls `attend`.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.sequence import Chunk
 
 KNOWN_ARGUMENTS = frozenset(
     {"dropout", "is_causal", "position_ids", "position_embeddings", "use_cache", "cache_position"}
     | {"past_key_values", "logits_to_keep", "return_dict"}
 )
-"""What models hand to attention without a meaning for it; so are the `output_...` flags."""
+"""Arguments of transformers' models that don't change attention's result. `output_...` flags don't either."""
 
 
 class UnsupportedAttention(Exception):
     """The model asks for something that this attention doesn't do."""
 
 
-def check_arguments(others: dict[str, Any]) -> None:
-    """Raises UnsupportedAttention for an argument that would change the result (sinks, biases, ...)."""
-    strange = [
-        name
-        for name, given in others.items()
-        if given is not None and name not in KNOWN_ARGUMENTS and not name.startswith("output_")
-    ]
-    if strange:
-        raise UnsupportedAttention(f"it wants attention with {', '.join(strange)}")
-
-
 class LayerCall(NamedTuple):
-    """What a layer of a model hands to attention beside its tensors, the same in each step."""
+    """The arguments, besides tensors, that a layer passes to attention. They are the same in every step."""
 
     scale: float
     window: int | None
-    """Keys that a token sees, its own included; None: all before it."""
+    """Number of keys that a token sees, its own included; None: all keys up to its own."""
     softcap: float | None
 
 
 class ModelAttention:
-    """What a transformers model calls in each of its layers. `attend` does the work."""
+    """The attention function of a transformers model. Subclasses implement `prepare` and `attend`."""
+
+    name: str
+    """What the log calls this implementation."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self.layers: dict[int, LayerCall] = {}
-        """By layer, how the model called it last."""
+        """By layer, the arguments of its most recent call."""
+        self._registered_name = f"paged_{id(self)}"
 
     def __call__(
         self,
@@ -63,9 +58,10 @@ class ModelAttention:
         softcap: float | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
-        """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim], all of new tokens.
+        """Implement transformers' attention interface.
 
-        Returns [1, tokens, heads, head_dim].
+        query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim], all of the step's
+        tokens. Returns [1, tokens, heads, head_dim]. Raises UnsupportedAttention.
         """
         check_arguments(others)
         layer: int = module.layer_idx  # type: ignore[assignment]
@@ -74,18 +70,48 @@ class ModelAttention:
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         return self.attend(layer, query, key, value, call)[None], None
 
+    def register(self) -> str:
+        """Make this attention known to transformers. Returns the name for `set_attn_implementation`.
+
+        The name has no entry among transformers' mask functions, so models build no masks.
+        """
+        ALL_ATTENTION_FUNCTIONS[self._registered_name] = self
+        return self._registered_name
+
+    def unregister(self) -> None:
+        """Undo `register`, so that the cache's memory can be freed."""
+        ALL_ATTENTION_FUNCTIONS.pop(self._registered_name, None)
+
+    def prepare(self, chunks: list[Chunk]) -> None:
+        """Build the metadata of the next forward pass, which computes exactly these chunks.
+
+        Chunks of one token are decode rows and come before longer ones.
+        """
+        raise NotImplementedError
+
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
-        """Keep new keys and values, and attend. query [tokens, heads, head_dim], key and value with kv_heads -> like query."""
+        """Store the new keys and values in the cache, and attend.
+
+        query [tokens, heads, head_dim], key and value [tokens, kv_heads, head_dim] -> like query.
+        """
         raise NotImplementedError
 
 
-def register(attention: Callable[..., Any]) -> str:
-    """Make an attention known to transformers. Returns the name for `set_attn_implementation`.
+def check_arguments(others: dict[str, Any]) -> None:
+    """Raise UnsupportedAttention for an argument that would change the result (sinks, biases, ...)."""
+    unknown = [
+        name
+        for name, given in others.items()
+        if given is not None and name not in KNOWN_ARGUMENTS and not name.startswith("output_")
+    ]
+    if unknown:
+        raise UnsupportedAttention(f"it needs attention with {', '.join(unknown)}")
 
-    The name has no entry among transformers' mask functions, so that models build no masks.
-    """
-    name = f"paged_{id(attention)}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    return name
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy an array to `device`. On a CPU the tensor shares the array's memory."""
+    tensor = torch.as_tensor(values)
+    # the copy from pinned memory doesn't block the host
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

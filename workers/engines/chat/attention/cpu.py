@@ -1,26 +1,44 @@
-"""Attention over the paged KV cache in float32 on a CPU: two compiled loops a layer, which read each page once."""
+"""Attention over the paged KV cache in float32 on a CPU.
+
+Two compiled loops a layer: one writes new keys and values, one reads each page once.
+"""
 
 import numpy as np
 import torch
 
 from workers.engines.chat.attention.base import LayerCall
-from workers.engines.chat.attention.paged import PagedAttention, Plan
+from workers.engines.chat.attention.paged import PagedAttention
+from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.kernels.cpu import decode_rows, store_in_pages
+from workers.engines.chat.sequence import Chunk
 
 
 class CpuPagedAttention(PagedAttention):
-    """`PagedAttention` for a float32 cache in the machine's memory, [pages, kv_heads, page_size, head_dim] a layer."""
+    """`PagedAttention` for a float32 cache in host memory, [pages, kv_heads, page_size, head_dim] a layer."""
 
-    def begin(self, plan: Plan) -> None:
-        self.plan = plan
-        pool = self._cache.pool.numpy()
+    name = "compiled loops"
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(cache)
+        pool = cache.pool.numpy()
         self._pools = [(pool[layer, 0], pool[layer, 1]) for layer in range(pool.shape[0])]
-        self._places = plan.pages.numpy(), plan.offsets.numpy()
-        held = [self._cache.tables[slot] for slot in plan.slots]
-        self._tables = np.zeros((len(held), max(map(len, held), default=0)), np.int64)
-        for row, table in enumerate(held):
+        self._places = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        """Page and offset of each new token, int64 [tokens] each."""
+        self._tables = np.zeros((0, 0), np.int64)
+        """Pages of each decode row, int64 [rows, most pages of a row]."""
+        self._ends = np.zeros(0, np.int64)
+        """Number of keys that each decode row sees, its own included, int64 [rows]."""
+
+    def prepare(self, chunks: list[Chunk]) -> None:
+        super().prepare(chunks)
+        self._places = self._metadata.pages.numpy(), self._metadata.offsets.numpy()
+
+    def _prepare_decode(self, rows: list[Chunk]) -> None:
+        tables = [self._cache.tables[chunk.slot] for chunk in rows]
+        self._tables = np.zeros((len(rows), max(map(len, tables), default=0)), np.int64)
+        for row, table in enumerate(tables):
             self._tables[row, : len(table)] = table
-        self._ends = np.array(plan.ends, np.int64)
+        self._ends = np.array([chunk.end for chunk in rows], np.int64)
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         keys, values = self._pools[layer]

@@ -1,8 +1,8 @@
-"""Attention over the paged KV cache with torch's own operations: on any device, and where no faster kernel fits.
+"""Attention over the paged KV cache with torch's own operations: for any device and dtype.
 
-Each page of the active pool is a batch element: queries are copied to their pages, two batched products run over the
-pool where it lies, and the pages' partial results are merged by a segmented softmax. No gathering, no padding to the
-longest, work in proportion to the tokens held.
+In a decode step each active page of the pool is a batch element: every page gets a copy of its owner's query,
+two batched products run over the pool in place, and a segmented softmax merges the pages' partial results.
+Nothing is gathered or padded to the longest sequence, so the work is proportional to the tokens held.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workers.engines.chat.attention.base import LayerCall, ModelAttention
+from workers.engines.chat.attention.base import LayerCall, ModelAttention, to_device
 from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.sequence import Chunk
 
 MASKED = -1e30
 """Finite, so that a page without a visible key gets weight 0 and not NaN."""
@@ -20,62 +21,80 @@ MASKED = -1e30
 
 @dataclass(slots=True)
 class Segment:
-    """Tokens start..end of the step are positions past..past+end-start of one sequence."""
+    """A chunk of several tokens.
+
+    They are start..end of the step's tokens, at positions past, past + 1, ... of their sequence.
+    """
 
     start: int
     end: int
     past: int
     pages: torch.Tensor
-    """int64 [pages of the sequence up to its last token here]."""
+    """int64 [pages of the sequence up to the chunk's last token]."""
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """bool [tokens, keys]: what each token sees. The same in all layers of one window."""
+        """bool [tokens, keys]: the keys that each token sees. Layers with the same window share a mask."""
         if window not in self.masks:
-            queries = torch.arange(self.past, self.past + self.end - self.start, device=self.pages.device)[
-                :, None
-            ]
-            keys = torch.arange(self.past + self.end - self.start, device=self.pages.device)[None, :]
+            tokens, device = self.end - self.start, self.pages.device
+            queries = torch.arange(self.past, self.past + tokens, device=device)[:, None]
+            keys = torch.arange(self.past + tokens, device=device)[None, :]
             seen = keys <= queries
             self.masks[window] = seen if window is None else seen & (keys > queries - window)
         return self.masks[window]
 
 
 @dataclass(slots=True)
-class Plan:
-    """One step's tokens. Index tensors are int64."""
+class PagedMetadata:
+    """Which tokens of a step belong to which sequence: decode rows first, then segments."""
 
-    ids: torch.Tensor
-    """[tokens]"""
-    positions: torch.Tensor
-    """[tokens]"""
     pages: torch.Tensor
-    """[tokens]: page each token's key and value go to."""
+    """int64 [tokens]: page of each token's key and value."""
     offsets: torch.Tensor
-    """[tokens]: place inside that page."""
-    slots: list[int]
-    """Of the decode rows, which stand before the segments' tokens."""
-    ends: list[int]
-    """Of the decode rows: keys that each may see, its own included."""
+    """int64 [tokens]: offset inside that page."""
+    rows: int
+    """Number of decode rows."""
     segments: list[Segment]
-    outputs: torch.Tensor | None
-    """Tokens whose logits are wanted; None: all."""
 
 
 class PagedAttention(ModelAttention):
-    """Attention with torch's own operations, for any device. `begin` comes before each forward pass."""
+    """Attention with torch's own operations."""
 
-    def begin(self, plan: Plan) -> None:
-        self.plan = plan
-        self._owners = PageOwners(self._cache, plan) if plan.slots else None
+    name = "torch operations"
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__(cache)
+        self._metadata = self._metadata_of([])
+        self._owners: PageOwners | None = None
+
+    def prepare(self, chunks: list[Chunk]) -> None:
+        self._metadata = self._metadata_of(chunks)
+        self._prepare_decode(chunks[: self._metadata.rows])
+
+    def _metadata_of(self, chunks: list[Chunk]) -> PagedMetadata:
+        cache, device = self._cache, self._cache.pool.device
+        places = to_device(cache.places(chunks), device)
+        segments: list[Segment] = []
+        start = 0
+        for chunk in chunks:
+            end = start + len(chunk.tokens)
+            if end - start > 1:
+                pages = cache.tables[chunk.slot][: cache.pages_for(chunk.end)]
+                segments.append(Segment(start, end, chunk.start, to_device(np.array(pages), device)))
+            start = end
+        return PagedMetadata(places[0], places[1], len(chunks) - len(segments), segments)
+
+    def _prepare_decode(self, rows: list[Chunk]) -> None:
+        """Build the metadata of the decode rows."""
+        self._owners = PageOwners(self._cache, rows) if rows else None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         self._store(layer, key, value)
-        rows = len(self.plan.slots)
+        rows = self._metadata.rows
         parts = [self._decode(layer, query[:rows], call)] if rows else []
-        for segment in self.plan.segments:
+        for segment in self._metadata.segments:
             own = slice(segment.start, segment.end)
             query_of, key_of, value_of = (tensor[own].transpose(0, 1) for tensor in (query, key, value))
             if segment.past:
@@ -85,31 +104,36 @@ class PagedAttention(ModelAttention):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """New keys and values [tokens, kv_heads, head_dim] into their pages."""
-        self._cache.pool[layer, 0][self.plan.pages, :, self.plan.offsets] = key
-        self._cache.pool[layer, 1][self.plan.pages, :, self.plan.offsets] = value
+        """Write new keys and values [tokens, kv_heads, head_dim] to their pages."""
+        metadata = self._metadata
+        self._cache.pool[layer, 0][metadata.pages, :, metadata.offsets] = key
+        self._cache.pool[layer, 1][metadata.pages, :, metadata.offsets] = value
 
     def _decode(self, layer: int, query: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """query [rows, heads, head_dim] of the decode rows, over their pages -> like query."""
+        """Attend with the decode rows. query [rows, heads, head_dim] -> like query."""
         assert self._owners is not None
         keys, values = self._cache.pool[layer, 0], self._cache.pool[layer, 1]
         return _decode(self._owners, query, keys, values, call)
 
 
 class PageOwners:
-    """For each active page the decode row it belongs to, so that all pages can be treated as one batch."""
+    """For each active page the decode row that owns it, so that all pages can be treated as one batch."""
 
-    def __init__(self, cache: KVCache, plan: Plan) -> None:
-        active, rows = cache.num_active, len(cache.tables)
-        row_of_slot, length_of_slot = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        row_of_slot[plan.slots] = np.arange(len(plan.slots))
-        length_of_slot[plan.slots] = plan.ends
+    def __init__(self, cache: KVCache, rows: list[Chunk]) -> None:
+        active, slots = cache.num_active, len(cache.tables)
+        row_of_slot, length_of_slot = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        own_slots = [chunk.slot for chunk in rows]
+        row_of_slot[own_slots] = np.arange(len(rows))
+        length_of_slot[own_slots] = [chunk.end for chunk in rows]
         slot, start = cache.slot_of_page[:active], cache.start_of_page[:active]
         past_start = length_of_slot[slot] - start
         of_pages = [row_of_slot[slot], np.clip(past_start, 0, cache.page_size), past_start - 1]
         self.owner, self._visible, self._newest = to_device(np.stack(of_pages), cache.pool.device)
-        """int64 [active pages] each. `owner` of a page of nobody's is any row, with nothing visible; `_visible`: keys that
-        the owner sees, from the page's start; `_newest`: the owner's position minus the page's first."""
+        """int64 [active pages] each.
+
+        `owner`: a row's number; a page that no decode row owns gets any row and no visible keys. `_visible`:
+        keys of the page that the owner sees. `_newest`: the owner's position minus the page's first.
+        """
         self._page_size = cache.page_size
         self._masks: dict[int | None, torch.Tensor] = {}
 
@@ -124,22 +148,15 @@ class PageOwners:
         return self._masks[window]
 
 
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor over there."""
-    tensor = torch.as_tensor(values)
-    # pinned memory lets the copy run beside the host; on a CPU there is nothing to copy
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def _decode(
     owners: PageOwners, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
 ) -> torch.Tensor:
-    """keys, values [pages, kv_heads, page_size, head_dim]."""
+    """query [rows, heads, head_dim], keys and values [pages, kv_heads, page_size, head_dim] -> like query."""
     rows, heads, head_dim = query.shape
     owner, active = owners.owner, owners.owner.shape[0]
     _, kv_heads, page_size, _ = keys.shape
     group = heads // kv_heads
-    # each page gets its owner's query; the heads that share a key head stand as rows of one small product
+    # each page gets its owner's query; heads that share a key head are the rows of one small product
     spread = (
         (query.reshape(rows, -1) * call.scale).index_select(0, owner).view(active * kv_heads, group, head_dim)
     )
@@ -149,7 +166,7 @@ def _decode(
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     scores = scores.view(active, kv_heads, group, page_size) + owners.mask(call.window)
-    # softmax over all pages of a row: common maximum, then sums by owner
+    # the softmax spans all pages of a row: their common maximum first, then sums by owner
     best = scores.amax(-1).view(active, heads)
     by_head = owner[:, None].expand(active, heads)
     row_best = best.new_full((rows, heads), 2 * MASKED).scatter_reduce_(0, by_head, best, "amax")
@@ -162,7 +179,7 @@ def _decode(
 
 
 def _gather(pool: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """A sequence's keys or values up to its last token here, [kv_heads, keys, head_dim]."""
+    """Copy a sequence's keys or values, up to the segment's last token, to [kv_heads, keys, head_dim]."""
     _, kv_heads, _, head_dim = pool.shape
     pages = pool.index_select(0, segment.pages).transpose(0, 1).reshape(kv_heads, -1, head_dim)
     return pages[:, : segment.past + segment.end - segment.start]
@@ -171,7 +188,10 @@ def _gather(pool: torch.Tensor, segment: Segment) -> torch.Tensor:
 def _prefill(
     segment: Segment, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
 ) -> torch.Tensor:
-    """query [heads, tokens, head_dim], keys and values [kv_heads, keys, head_dim] -> [tokens, heads, head_dim]."""
+    """Attend with the tokens of a segment.
+
+    query [heads, tokens, head_dim], keys and values [kv_heads, keys, head_dim] -> [tokens, heads, head_dim].
+    """
     heads, tokens, _ = query.shape
     scale, window, softcap = call
     plain = segment.past == 0 and (window is None or tokens <= window)

@@ -1,9 +1,10 @@
-"""Keys and values of every running sequence, in pages of one pool.
+"""Keys and values of all running sequences, in pages of one pool.
 
-The pool's first `num_active` pages hold running sequences, without holes: when a sequence leaves, the last active pages
-move into its place. A decode step can then treat the whole active part as one batch, without gathering or padding
-(attention.py). Pages above belong to the prefix cache (prefix_cache.py), which gives way when the active part grows.
-Sequences never share a page: a cached prefix is copied in, which costs a thousandth of computing it.
+The pool's first `num_active` pages belong to running sequences, without holes: when a sequence is released,
+the last active pages move into its place. A decode step can then treat the whole active part as one batch,
+without gathering or padding (attention/paged.py). The pages above belong to the prefix cache
+(prefix_cache.py), which makes room when the active part grows. Sequences never share a page: a cached prefix
+is copied, at a thousandth of the cost of computing it.
 """
 
 from collections.abc import Callable
@@ -12,9 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from workers.engines.chat.sequence import Chunk
+
 
 class CacheShape(NamedTuple):
-    """What one token's keys and values take. `token_major` pages suit the GPU kernel, head-major ones a CPU."""
+    """Shape and dtype of one token's keys and values.
+
+    The GPU kernel needs token-major pages; on a CPU head-major is faster.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -28,12 +34,16 @@ class CacheShape(NamedTuple):
 
 
 class OutOfPages(Exception):
-    """The active part can't grow: the caller preempts or waits."""
+    """Raised by `grow` when there are too few free pages: the scheduler preempts a sequence or waits."""
 
 
 class KVCache:
-    """`pool` [layers, 2, pages + 1, ...]: keys and values of a page are [page_size, heads, head_dim] (token-major) or
-    [heads, page_size, head_dim]. The last page is scratch: rows that only pad a CUDA graph write there."""
+    """Pages for `num_pages * page_size` tokens in `num_slots` sequences.
+
+    `pool` [layers, 2, pages + 1, ...] holds keys and values. A page of either is [page_size, kv_heads,
+    head_dim] (token-major) or [kv_heads, page_size, head_dim] (head-major). The last page is scratch, and
+    `padding_slot` consists of it alone: rows that only pad a CUDA graph write there.
+    """
 
     def __init__(
         self, shape: CacheShape, num_pages: int, page_size: int, num_slots: int, device: torch.device
@@ -47,14 +57,16 @@ class KVCache:
         self.num_pages = num_pages
         self.page_size = page_size
         self.num_active = 0
-        self.tables: list[list[int]] = [[] for _ in range(num_slots)]
+        self.scratch_page = num_pages
+        self.padding_slot = num_slots
+        self.tables: list[list[int]] = [*([] for _ in range(num_slots)), [self.scratch_page]]
         """For each slot the pages of its tokens, in order."""
         self.slot_of_page = np.zeros(num_pages, np.int64)
         self.start_of_page = np.zeros(num_pages, np.int64)
         """For each active page the position of its first token."""
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self.vacate: Callable[[int, int], None] = lambda start, end: None
-        """Called before pages start..end become active: their cached content must move or go."""
+        """Called before pages start..end become active, to move or evict their cached content."""
 
     @property
     def num_free_pages(self) -> int:
@@ -65,9 +77,11 @@ class KVCache:
         return len(self._free_slots)
 
     def pages_for(self, tokens: int) -> int:
+        """The number of pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
     def take_slot(self) -> int:
+        """Reserve a slot for a sequence. There must be a free one."""
         return self._free_slots.pop()
 
     def grow(self, slot: int, tokens: int) -> None:
@@ -87,7 +101,7 @@ class KVCache:
         self.num_active = end
 
     def release(self, slot: int) -> None:
-        """Take back the slot and its pages, and close the holes they leave."""
+        """Free the slot and its pages, and move the last active pages into the holes they leave."""
         freed = set(self.tables[slot])
         self.tables[slot] = []
         self._free_slots.append(slot)
@@ -102,16 +116,23 @@ class KVCache:
         self.num_active = remaining
 
     def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole pages in all layers; no page may be both source and target."""
+        """Copy whole pages in all layers. No page may be both source and target."""
         if self.pool.device.type == "cpu":
             for source, target in zip(sources, targets, strict=True):
                 self.pool[:, :, target] = self.pool[:, :, source]
         elif sources:
-            # two kernels, however many pages
+            # two kernels, however many pages there are
             index = torch.tensor([sources, targets], device=self.pool.device)
             self.pool[:, :, index[1]] = self.pool[:, :, index[0]]
 
-    def place(self, slot: int, position: int) -> tuple[int, int]:
-        """Page and offset of a token."""
-        page, offset = divmod(position, self.page_size)
-        return self.tables[slot][page], offset
+    def places(self, chunks: list[Chunk]) -> np.ndarray:
+        """int64 [2, tokens]: page and offset of each of the chunks' tokens."""
+        pages: list[int] = []
+        offsets: list[int] = []
+        for chunk in chunks:
+            table = self.tables[chunk.slot]
+            for position in range(chunk.start, chunk.end):
+                page, offset = divmod(position, self.page_size)
+                pages.append(table[page])
+                offsets.append(offset)
+        return np.array([pages, offsets], np.int64)

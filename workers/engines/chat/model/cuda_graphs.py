@@ -1,171 +1,87 @@
-"""Forward passes on a GPU: FlashAttention over the pages, decode steps replayed as CUDA graphs.
+"""Decode steps replayed as CUDA graphs, around a ModelRunner.
 
-Nothing in a step waits for the device: inputs go over in pinned memory, and the sampler's copy of the chosen tokens is
-the one synchronisation. assembly.py checks this path's output against the model's own at load, with and without graphs,
-and serves through the portable path where it can't be used. Not run on a GPU in this repository's tests: these put a
-plain function in the place of `varlen_attn` and check everything around it.
+A graph is a recorded forward pass with fixed shapes and addresses. A replay overwrites the tensors that the
+recorded pass reads with those of the step, and skips the launch of each kernel from Python. Not run on a GPU
+in this repository's tests: these replace the graph with one that repeats the recorded operations.
 """
 
 import logging
-from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
-from workers.engines.chat.attention.base import LayerCall, ModelAttention, UnsupportedAttention
-from workers.engines.chat.cache.kv_cache import KVCache
-from workers.engines.chat.model.runner import Chunk, Forward, ModelRunner
+from workers.engines.chat.model.runner import ModelInput, ModelRunner
+from workers.engines.chat.sequence import Chunk
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class FlashPlan:
-    """One step's tokens, sequence after sequence, as FlashAttention's varlen kernel wants them."""
+class StaticAttention(Protocol):
+    """An attention whose metadata for a decode step is a fixed set of tensors with fixed shapes."""
 
-    ids: torch.Tensor
-    """int64 [tokens]"""
-    positions: torch.Tensor
-    """int64 [tokens]"""
-    pages: torch.Tensor
-    """int64 [tokens]: page each token's key and value go to."""
-    offsets: torch.Tensor
-    """int64 [tokens]: place inside that page."""
-    outputs: torch.Tensor
-    """int64 [wanted]: tokens whose logits are wanted."""
-    query_starts: torch.Tensor
-    """int32 [sequences + 1]"""
-    key_starts: torch.Tensor
-    """int32 [sequences + 1]"""
-    key_lengths: torch.Tensor
-    """int32 [sequences]"""
-    block_table: torch.Tensor
-    """int32 [sequences, most pages of a sequence]"""
-    longest_query: int
-    longest_key: int
+    def buffers(self) -> list[torch.Tensor]:
+        """The tensors of the metadata that was prepared last."""
 
 
-class FlashPagedAttention(ModelAttention):
-    """Attention over a token-major cache. `plan` is set before each forward pass."""
-
-    plan: FlashPlan
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
-    ) -> torch.Tensor:
-        if call.softcap is not None:
-            raise UnsupportedAttention("it wants attention with softcap")
-        plan = self.plan
-        keys, values = self._cache.pool[layer, 0], self._cache.pool[layer, 1]
-        keys[plan.pages, plan.offsets] = key
-        values[plan.pages, plan.offsets] = value
-        out = varlen_attn(
-            query.contiguous(),
-            keys,
-            values,
-            plan.query_starts,
-            plan.key_starts,
-            plan.longest_query,
-            plan.longest_key,
-            scale=call.scale,
-            # a window of n keys counts the query's own: n - 1 to its left, none to its right
-            window_size=(-1 if call.window is None else call.window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-            seqused_k=plan.key_lengths,
-            block_table=plan.block_table,
-        )
-        assert isinstance(out, torch.Tensor)
-        return out
+class _Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    buffers: list[torch.Tensor]
+    """All that the graph reads."""
+    logits: torch.Tensor
+    """float32 [rows, vocabulary]: where each replay writes its result."""
 
 
-class CudaRunner(ModelRunner):
-    """`ModelRunner` for FlashPagedAttention. `capture` records decode steps of a few batch sizes as CUDA graphs."""
+class CudaGraphs:
+    """Implements Runner: replays decode steps of a recorded size, and passes all others to `runner`."""
 
-    def __init__(
-        self, model_forward: Forward, cache: KVCache, attention: FlashPagedAttention, max_context: int
-    ) -> None:
-        super().__init__(model_forward, cache)
-        self._flash = attention
-        self._max_context = max_context
-        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, FlashPlan, torch.Tensor]] = {}
-
-    @torch.inference_mode()
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Logits [chunks that want them, vocabulary] in float32, in the order of the chunks."""
-        # a graph's shapes are fixed: one row for each sequence, all of whose logits are wanted
-        if all(len(chunk.tokens) == 1 and chunk.wants_logits for chunk in chunks):
-            size = next((size for size in sorted(self._graphs) if size >= len(chunks)), None)
-            if size is not None:
-                return self._replay(chunks, size)
-        return self._run(self._flash_plan(chunks, len(chunks)))
+    def __init__(self, runner: ModelRunner, attention: StaticAttention, padding_slot: int) -> None:
+        self._runner = runner
+        self._attention = attention
+        self._padding = Chunk(padding_slot, 0, [0], True)
+        """A row that fills up a graph's shape."""
+        self._recordings: dict[int, _Recording] = {}
+        """By number of rows, in ascending order once `capture` has returned."""
 
     @torch.inference_mode()
     def capture(self, max_batch: int) -> None:
-        """Record decode steps of 1, 2, 4, 8, 16, 24, ... rows. Raises RuntimeError where the model can't be recorded."""
-        sizes = sorted(
-            {max_batch} | {size for size in (1, 2, 4, 8, *range(16, max_batch, 8)) if size < max_batch}
-        )
+        """Record decode steps of 1, 2, 4, 8, 16, 24, ... `max_batch` rows.
+
+        Raises RuntimeError if the model can't be recorded.
+        """
+        sizes = {max_batch} | {size for size in (1, 2, 4, 8, *range(16, max_batch, 8)) if size < max_batch}
         memory = None
-        for size in reversed(sizes):
-            plan = self._flash_plan([], size)
-            self._run(plan)  # outside the graph first: kernels are chosen and workspaces made
-            torch.cuda.synchronize(self._device)
+        recordings = {}
+        # the largest first: the smaller ones then fit into its memory
+        for size in sorted(sizes, reverse=True):
+            inputs = self._runner.prepare([self._padding] * size)
+            # outside a graph first: this selects kernels and allocates workspaces
+            self._runner.run(inputs)
+            torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-                logits = self._run(plan)
+                logits = self._runner.run(inputs)
             memory = memory or graph.pool()
-            self._graphs[size] = (graph, plan, logits)
-        log.info("decode steps of %s rows run as CUDA graphs", ", ".join(map(str, sizes)))
+            recordings[size] = _Recording(graph, self._buffers(inputs), logits)
+        self._recordings = dict(sorted(recordings.items()))
+        log.info("CUDA graphs recorded for decode steps of %s rows", ", ".join(map(str, self._recordings)))
 
-    def forget_graphs(self) -> None:
-        self._graphs.clear()
+    @torch.inference_mode()
+    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Implements Runner.forward."""
+        # a recording has one row for each sequence, and gives the logits of all
+        if all(len(chunk.tokens) == 1 and chunk.wants_logits for chunk in chunks):
+            size = next((size for size in self._recordings if size >= len(chunks)), None)
+            if size is not None:
+                return self._replay(self._recordings[size], chunks, size)
+        return self._runner.forward(chunks)
 
-    def _replay(self, chunks: list[Chunk], size: int) -> torch.Tensor:
-        graph, static, logits = self._graphs[size]
-        plan = self._flash_plan(chunks, size)
-        for field in fields(FlashPlan):
-            target = getattr(static, field.name)
-            if isinstance(target, torch.Tensor):
-                target.copy_(getattr(plan, field.name), non_blocking=True)
-        graph.replay()
-        return logits[: len(chunks)]
+    def _replay(self, recording: _Recording, chunks: list[Chunk], size: int) -> torch.Tensor:
+        inputs = self._runner.prepare(chunks + [self._padding] * (size - len(chunks)))
+        for static, current in zip(recording.buffers, self._buffers(inputs), strict=True):
+            static.copy_(current, non_blocking=True)
+        recording.graph.replay()
+        return recording.logits[: len(chunks)]
 
-    def _run(self, plan: FlashPlan) -> torch.Tensor:
-        self._flash.plan = plan
-        return self.model_forward(plan.ids, plan.positions, plan.outputs).float()
-
-    def _flash_plan(self, chunks: list[Chunk], sequences: int) -> FlashPlan:
-        """`sequences` beyond the chunks only fill a graph's shape: one token each, in the cache's scratch page."""
-        cache, padding = self._cache, sequences - len(chunks)
-        rows: list[tuple[int, int, int, int]] = []
-        outputs: list[int] = []
-        table = np.full((sequences, cache.pages_for(self._max_context)), cache.num_pages, np.int32)
-        for number, chunk in enumerate(chunks):
-            for position, token in enumerate(chunk.tokens, chunk.start):
-                rows.append((token, position, *cache.place(chunk.slot, position)))
-            held = cache.tables[chunk.slot]
-            table[number, : len(held)] = held
-            if chunk.wants_logits:
-                outputs.append(len(rows) - 1)
-        for _ in range(padding):
-            rows.append((0, 0, cache.num_pages, 0))
-            outputs.append(len(rows) - 1)
-        queries = np.array([len(chunk.tokens) for chunk in chunks] + [1] * padding)
-        keys = np.array([chunk.end for chunk in chunks] + [1] * padding)
-        ids, positions, pages, offsets = np.array(rows, np.int64).T
-        longest = int(queries.max())
-        return FlashPlan(
-            ids=self._tensor(ids),
-            positions=self._tensor(positions),
-            pages=self._tensor(pages),
-            offsets=self._tensor(offsets),
-            outputs=self._tensor(np.array(outputs, np.int64)),
-            query_starts=self._tensor(np.concatenate([[0], queries.cumsum()]).astype(np.int32)),
-            key_starts=self._tensor(np.concatenate([[0], keys.cumsum()]).astype(np.int32)),
-            key_lengths=self._tensor(keys.astype(np.int32)),
-            block_table=self._tensor(table),
-            longest_query=longest,
-            # a graph replays whatever bound it was recorded with, so decode steps always take the largest
-            longest_key=self._max_context if longest == 1 else int(keys.max()),
-        )
+    def _buffers(self, inputs: ModelInput) -> list[torch.Tensor]:
+        assert inputs.outputs is None, "a decode step wants the logits of all its tokens"
+        return [inputs.ids, inputs.positions, *self._attention.buffers()]

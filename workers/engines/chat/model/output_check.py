@@ -1,7 +1,8 @@
-"""Compares what will be served with the model's own output, before the first request.
+"""Compares the logits that will be served with the model's own, before the first request.
 
-A model whose attention is not the standard one (ALiBi, sinks, latent attention, whatever comes next) is refused by its
-name instead of being served wrongly; a faster way of computing it that gives something else isn't used.
+A model whose attention isn't the standard one (ALiBi, sinks, latent attention, or one not known yet) is
+refused by name instead of being served wrongly. A faster way of computing the model that gives other logits
+isn't used.
 """
 
 import torch
@@ -10,17 +11,18 @@ from workers.engines.base import EngineLoadError
 from workers.engines.chat.attention.base import ModelAttention, UnsupportedAttention
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.model.loader import LoadedModel, first_line
-from workers.engines.chat.model.runner import Chunk, ModelRunner
+from workers.engines.chat.model.runner import Runner
+from workers.engines.chat.sequence import Chunk
 
 TOLERANCE = {torch.float32: 2e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-"""Largest difference of logits, relative to their spread, that rounding explains."""
+"""Largest difference of logits, relative to their standard deviation, that rounding explains."""
 
 PROMPT = 24
-"""Tokens compared over."""
+"""Number of tokens of the prompt that is compared."""
 
 
 class OutputCheck:
-    """Made of the untouched model, which then still runs by its own eager attention."""
+    """Holds the logits of the unchanged model, computed with its own eager attention when this is created."""
 
     @torch.inference_mode()
     def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
@@ -39,8 +41,11 @@ class OutputCheck:
         self._expected = logits[[count // 2 - 1, count - 2, count - 1]]
 
     @torch.inference_mode()
-    def __call__(self, runner: ModelRunner) -> None:
-        """A prefill in two chunks and one decode row. Raises EngineLoadError when it can't run or its output differs."""
+    def __call__(self, runner: Runner) -> None:
+        """Run a prefill in two chunks and one decode row.
+
+        Raises EngineLoadError if it can't run or its output differs.
+        """
         cache, ids = self._cache, self._ids
         first = len(ids) // 2
         slot = cache.take_slot()
@@ -65,7 +70,10 @@ class OutputCheck:
             raise self._refusal("its attention is not the standard one")
 
     def windows(self, attention: ModelAttention) -> None:
-        """See that each sliding window was handed to attention: one wider than the few tokens leaves no other trace."""
+        """Raise EngineLoadError unless each sliding layer passed its window to attention.
+
+        A window that is wider than the compared prompt doesn't show in the logits.
+        """
         kinds = getattr(self._loaded.text_config, "layer_types", None) or ()
         expected = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
         if not expected <= {layer for layer, call in attention.layers.items() if call.window is not None}:

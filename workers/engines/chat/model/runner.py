@@ -1,4 +1,4 @@
-"""One forward pass for everything the scheduler picked: builds the step's plan, runs the model, returns logits."""
+"""Runs one forward pass over the chunks that the scheduler picked."""
 
 import inspect
 from typing import Any, NamedTuple, Protocol
@@ -6,36 +6,35 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from workers.engines.chat.attention.paged import PagedAttention, Plan, Segment, to_device
-from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.attention.base import ModelAttention, to_device
+from workers.engines.chat.sequence import Chunk
 
 
-class Chunk(NamedTuple):
-    """Tokens of one sequence that one step computes, at positions start.. of `slot`."""
+class Runner(Protocol):
+    """Computes a step's chunks: a ModelRunner, or one behind CUDA graphs."""
 
-    slot: int
-    start: int
-    tokens: list[int]
-    wants_logits: bool
+    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+        """Logits float32 [chunks that want them, vocabulary], in the order of the chunks.
 
-    @property
-    def end(self) -> int:
-        return self.start + len(self.tokens)
+        Chunks of one token are decode rows and come before longer ones. The caller may overwrite the result,
+        which is valid until the next call.
+        """
 
 
 class Forward(Protocol):
-    """A model's forward pass: ids, positions int64 [tokens], all as one row -> logits [outputs or tokens, vocabulary].
-
-    `outputs`: int64, the tokens whose logits are wanted; None: all.
-    """
+    """A model's forward pass over the tokens of a step, all as one row."""
 
     def __call__(
         self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
-    ) -> torch.Tensor: ...
+    ) -> torch.Tensor:
+        """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
+
+        ids, positions int64 [tokens].
+        """
 
 
 class ModelForward:
-    """`Forward` through transformers' own code."""
+    """`Forward` through transformers' own layers."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -50,69 +49,43 @@ class ModelForward:
         return logits if outputs is None or self._keeps_logits else logits[outputs]
 
 
+class ModelInput(NamedTuple):
+    """The arguments of `Forward`, on the model's device."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    outputs: torch.Tensor | None
+
+
 class ModelRunner:
-    """Runs `model_forward` with keys and values in `cache`."""
+    """Turns chunks into the model's input, lets attention prepare for them, and calls `model_forward`."""
 
-    def __init__(self, model_forward: Forward, cache: KVCache) -> None:
+    def __init__(self, model_forward: Forward, attention: ModelAttention, device: torch.device) -> None:
         self.model_forward = model_forward
-        self._cache = cache
-        self._device = cache.pool.device
-
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        """Logits [chunks that want them, vocabulary] in float32, in the order of the chunks.
-
-        Chunks of one token are decode rows, and stand before longer ones.
-        """
-        raise NotImplementedError
-
-    def _tensor(self, values: np.ndarray) -> torch.Tensor:
-        return to_device(values, self._device)
-
-
-class PortableRunner(ModelRunner):
-    """With paged_attention.PagedAttention: for a CPU, and wherever the CUDA path can't be used."""
-
-    def __init__(self, model_forward: Forward, cache: KVCache, attention: PagedAttention) -> None:
-        super().__init__(model_forward, cache)
         self._attention = attention
+        self._device = device
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
-        plan = self._plan(chunks)
-        self._attention.begin(plan)
-        return self.model_forward(plan.ids, plan.positions, plan.outputs).float()
+        """Implements Runner.forward."""
+        return self.run(self.prepare(chunks))
 
-    def _plan(self, chunks: list[Chunk]) -> Plan:
-        cache = self._cache
-        rows = next((number for number, chunk in enumerate(chunks) if len(chunk.tokens) > 1), len(chunks))
-        decode = chunks[:rows]
+    def prepare(self, chunks: list[Chunk]) -> ModelInput:
+        """Build everything that the forward pass over these chunks reads."""
+        self._attention.prepare(chunks)
         ids: list[int] = []
         positions: list[int] = []
-        pages: list[int] = []
-        offsets: list[int] = []
-        segments: list[Segment] = []
         outputs: list[int] = []
         for chunk in chunks:
-            start = len(ids)
             ids += chunk.tokens
             positions += range(chunk.start, chunk.end)
-            for position in range(chunk.start, chunk.end):
-                page, offset = cache.place(chunk.slot, position)
-                pages.append(page)
-                offsets.append(offset)
-            if len(chunk.tokens) > 1:
-                held = cache.tables[chunk.slot][: cache.pages_for(chunk.end)]
-                segments.append(Segment(start, len(ids), chunk.start, self._tensor(np.array(held))))
             if chunk.wants_logits:
                 outputs.append(len(ids) - 1)
-        packed = self._tensor(np.array([ids, positions, pages, offsets]))
-        return Plan(
-            ids=packed[0],
-            positions=packed[1],
-            pages=packed[2],
-            offsets=packed[3],
-            slots=[chunk.slot for chunk in decode],
-            ends=[chunk.end for chunk in decode],
-            segments=segments,
-            outputs=self._tensor(np.array(outputs, np.int64)) if len(outputs) < len(ids) else None,
-        )
+        packed = to_device(np.array([ids, positions], np.int64), self._device)
+        if len(outputs) == len(ids):
+            return ModelInput(packed[0], packed[1], None)
+        return ModelInput(packed[0], packed[1], to_device(np.array(outputs, np.int64), self._device))
+
+    def run(self, inputs: ModelInput) -> torch.Tensor:
+        """Run the forward pass that was prepared last. Returns float32 logits."""
+        return self.model_forward(*inputs).float()
