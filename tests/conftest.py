@@ -1,21 +1,67 @@
-"""Fixtures that everybody shares: one real redis-server for the run, a clean namespace for each test."""
+"""Fixtures for all tests, and how `pytest -n N` distributes the tests over its processes."""
 
 import itertools
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from protocol.names import Keys
 from tests.deployment import RedisServer
 
+TOGETHER = {
+    f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
+}
+"""Files whose tests share one service: file to the name of its unit."""
+APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "web", "workers")}
+"""Files in which each test starts a service of its own."""
+
 _numbers = itertools.count()
+
+
+def unit_of(nodeid: str) -> str:
+    """Return the unit of a test. The tests of a unit run in one process, one after another: by default those of a file."""
+    path = nodeid.partition("::")[0]
+    return nodeid if path in APART else TOGETHER.get(path, path)
+
+
+class UnitScheduling(LoadScopeScheduling):
+    """Gives each process the next unit when it has finished one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return unit_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduling:
+    """Schedule by unit, in the order of collection. (xdist's own `loadgroup` does not work with pytest 9.2.)"""
+    config.option.loadscopereorder = False
+    return UnitScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under `pytest -n`, let fault tests, which mostly wait, run beside the others, which compute."""
+    if not hasattr(config, "workerinput"):
+        return
+    units: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        units.setdefault(unit_of(item.nodeid), []).append(item)
+    faults = [unit for unit in units.values() if unit[0].nodeid.startswith("tests/faults/")]
+    others = [unit for unit in units.values() if not unit[0].nodeid.startswith("tests/faults/")]
+    placed = _spread(faults) + _spread(others)
+    items[:] = [item for _, unit in sorted(placed, key=lambda pair: pair[0]) for item in unit]
+
+
+def _spread(units: list[list[pytest.Item]]) -> list[tuple[float, list[pytest.Item]]]:
+    """Place units evenly between 0 and 1. Those with slow tests come first: started last, they would end long after all."""
+    slow_first = sorted(units, key=lambda unit: all(item.get_closest_marker("slow") is None for item in unit))
+    return [(index / len(units), unit) for index, unit in enumerate(slow_first)]
 
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
-    """A real redis-server for tests that don't break it."""
+    """A real redis-server for tests that do not break it."""
     server = RedisServer(tmp_path_factory.mktemp("redis"))
     server.start()
     yield server
@@ -24,7 +70,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture
 def redis_client(redis_server: RedisServer) -> Any:
-    """A client of that server; whatever a test writes, it writes under its own `keys`."""
+    """A client of that server. What a test writes, it writes under its own `keys`."""
     return redis_server.client
 
 
@@ -32,8 +78,3 @@ def redis_client(redis_server: RedisServer) -> Any:
 def keys() -> Keys:
     """A namespace that no other test has."""
     return Keys.of(f"test{next(_numbers)}")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path

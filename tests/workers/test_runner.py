@@ -3,6 +3,7 @@
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -196,11 +197,11 @@ def test_a_claim_whose_answer_was_lost_is_asked_for_again(redis_server: RedisSer
 
 
 def test_a_redis_that_stays_away_ends_the_task(
-    folder: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("workers.runner.CLAIM_RETRY_S", 0.2)
     monkeypatch.setattr("workers.runner.CLAIM_PAUSE_S", 0.1)
-    server = RedisServer(folder)
+    server = RedisServer(tmp_path)
     server.start()
     bench = Bench(server, keys)
     bench.admit("a")
