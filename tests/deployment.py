@@ -1,11 +1,10 @@
-"""A whole deployment of real processes for tests: redis-server, gunicorn, Celery workers. Loopback only.
+"""A deployment of real processes for tests: redis-server, gunicorn, Celery workers. All on loopback.
 
     with Deployment(folder, catalogue=ECHO) as service:
         service.start()
         service.post("/v1/chat/completions", {...})
 
-Every wait is for an event with a generous limit; a process that dies while something is waited for fails the wait with
-the end of its log.
+Every wait is for an event and has a generous limit. A process that dies during a wait fails it, with the end of its log.
 """
 
 import http.client
@@ -30,6 +29,8 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0
+PORTS = 1500
+"""For each test process of a run."""
 
 ECHO_CATALOGUE = """
 project = "Test"
@@ -40,29 +41,29 @@ weights = "echo:step_ms={step_ms}&tokens=100000"
 [models.engine]
 max_batch_size = {slots}
 [[models]]
-name = "echo-pictures"
+name = "echo-images"
 tasks = ["generation", "edit"]
 weights = "echo:"
 """
 
 
 def demo_catalogue() -> str:
-    """The repository's own catalogue, with weights that are found from anywhere."""
+    """Return the repository's own catalogue, with absolute paths to the weights."""
     return (ROOT / "models.toml").read_text().replace('weights = "demo/', f'weights = "{ROOT}/demo/')
 
 
 def _own_ports() -> Iterator[int]:
-    """Below those that the kernel hands out, and none of another test process of this run."""
+    """Ports below the range that the kernel assigns from, and apart from those of the run's other test processes."""
     process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    first = 20000 + 3000 * (process % 4)
-    return iter(random.sample(range(first, first + 3000), 3000))
+    first = 20000 + PORTS * (process % 8)
+    return iter(random.sample(range(first, first + PORTS), PORTS))
 
 
 _ports = _own_ports()
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on; each is given once."""
+    """Return a loopback port that nothing listens on. Each is returned once."""
     for port in _ports:
         with closing(socket.socket()) as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -71,9 +72,9 @@ def free_port() -> int:
 
 
 def wait_until(check: Callable[[], T], *, timeout_s: float, what: str) -> T:
-    """The first true answer of `check`, asked every 50 ms. AssertionError after `timeout_s`.
+    """Call `check` every 50 ms and return its first true result. Raises AssertionError after `timeout_s`.
 
-    A turn counts for a second at most: a machine that stood still is not a service that was late.
+    Each turn counts for a second at most, so that a pause of the machine is not taken for a service that is late.
     """
     left = timeout_s
     while True:
@@ -162,14 +163,14 @@ class Process:
         return self.log.read_text(errors="replace")[-4000:]
 
     def end(self) -> None:
-        """SIGKILL the whole session of the process, whatever state it is in."""
+        """Send SIGKILL to the whole session of the process, stopped or not."""
         if self.popen.poll() is None:
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait(20)
 
 
 class Stream:
-    """An open streamed answer, read as it comes."""
+    """An open streamed response, read as it arrives."""
 
     def __init__(self, response: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> None:
         self.response = response
@@ -179,7 +180,7 @@ class Stream:
         self.raw = b""
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """The JSON events as they come; `done` is True after [DONE]. Ends with the answer."""
+        """Yield the JSON events as they arrive, until the response ends. `done` is True after [DONE]."""
         while line := self.response.readline():
             self.raw += line
             if not line.startswith(b"data: "):
@@ -191,7 +192,7 @@ class Stream:
                 yield json.loads(data)
 
     def text(self) -> str:
-        """Read to the end; the text of choice 0. Error events raise AssertionError."""
+        """Read to the end and return the text of choice 0. Raises AssertionError for an error event."""
         parts = []
         for event in self.events():
             assert "error" not in event, event
@@ -223,10 +224,10 @@ class Deployment:
         self._count = 0
         self._streams: list[Stream] = []
 
-    # ----- life
+    # ----- start and stop
 
     def environment(self, **more: str) -> dict[str, str]:
-        """What the processes see: this deployment's settings over a clean environment."""
+        """Return what the processes see: this deployment's settings in a clean environment."""
         base = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
         own = {
             "BIND": f"127.0.0.1:{self.port}",
@@ -240,28 +241,30 @@ class Deployment:
         return base | own | self._environment | more
 
     def start(self, *models: str) -> Self:
-        """Redis, web and one worker for each of `models`; returns when all are ready."""
+        """Start Redis, web and one worker for each of `models`; return when all are ready."""
         if self.owns_redis:
             self.redis.start()
-        self.start_web()
+        self.launch_web()
         for model in models:
             self.start_worker(model)
+        self.wait_web()
         self.wait_ready(*models)
         return self
 
     def start_web(self, **more: str) -> Process:
+        """Start the web process; return when it answers."""
         web = self.launch_web(**more)
-        wait_until(self._web_answers, timeout_s=START_S, what="web answers /healthz")
+        self.wait_web()
         return web
 
     def launch_web(self, **more: str) -> Process:
-        """Start the web process and wait for nothing."""
+        """Start the web process; do not wait for it."""
         command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
         self.web = Process("web", command, self.environment(**more), self.folder / "web.log")
         return self.web
 
     def start_worker(self, model: str, name: str | None = None, **more: str) -> str:
-        """Start a worker; returns its name. The same name again is a restart."""
+        """Start a worker and return its name; do not wait for it. The same name again is a restart."""
         if name is None:
             self._count += 1
             name = f"{model}-{self._count}"
@@ -302,8 +305,12 @@ class Deployment:
 
     # ----- waiting
 
+    def wait_web(self) -> None:
+        """Wait until the web process answers /healthz."""
+        wait_until(self._web_answers, timeout_s=START_S, what="web answers /healthz")
+
     def wait_ready(self, *models: str) -> None:
-        """As many ready workers of each model as it stands in `models`."""
+        """Wait until each model has as many ready workers as its name occurs in `models`."""
 
         def ready() -> bool:
             for process in self.workers.values():
@@ -314,7 +321,7 @@ class Deployment:
         wait_until(ready, timeout_s=START_S, what=f"workers of {models} are ready")
 
     def wait_worker(self, name: str, state: str, *, timeout_s: float = START_S) -> dict[str, Any]:
-        """The row of the worker process `name` once it is in `state`."""
+        """Wait until the worker process `name` is in `state`; return its row of /v1/workers."""
         pid = self.workers[name].pid
         return (
             wait_until(
@@ -338,7 +345,7 @@ class Deployment:
         except OSError:
             return False
 
-    # ----- calling
+    # ----- requests
 
     def request(
         self,
@@ -372,7 +379,7 @@ class Deployment:
         return self.post("/v1/chat/completions", {"model": model, "messages": messages, **fields})
 
     def stream(self, content: str, model: str, **fields: Any) -> Stream:
-        """Begin a streamed chat; returns when the answer's head is there."""
+        """Begin a streamed chat; return when the response's head has arrived."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], "stream": True, **fields}
         response, connection = self.request(
             "POST", "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}

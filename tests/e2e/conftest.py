@@ -1,4 +1,4 @@
-"""The demo service as a user has it: real gunicorn, three real workers, the demo models, and a node beside it."""
+"""The demo service as a user runs it: gunicorn, three workers, the demo models, and a node beside it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,10 @@ def node() -> Iterator[StandInNode]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iterator[Deployment]:
-    """Two chat workers and one picture worker, registered with `node`. Shared: a test must not break it."""
+    """Two chat workers and one image worker, registered with `node`. Tests share it and must leave it as it is.
+
+    tests/conftest.py names the files that use it, so that all run in one process and it is started once.
+    """
     folder: Path = tmp_path_factory.mktemp("demo")
     with Deployment(folder, catalogue=demo_catalogue(), NODE_URL=node.url) as service:
         service.start(CHAT, CHAT, SHAPES)
@@ -32,6 +35,6 @@ def demo(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iterato
 
 @pytest.fixture(scope="session")
 def client(demo: Deployment) -> Iterator[openai.OpenAI]:
-    """The unmodified OpenAI client. No retries of its own: what fails shall show."""
+    """The unmodified OpenAI client, without retries, so that every failure shows."""
     with openai.OpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         yield client

@@ -1,9 +1,10 @@
-"""Flower beside real workers: it needs the password, names the workers apart, sees tasks, and shows no prompt."""
+"""Flower beside real workers: it requires the password, lists the workers by name and the tasks, and shows no prompt."""
 
 import base64
 import http.client
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from tests.deployment import ECHO_CATALOGUE, Deployment, Process, free_port, wait_until
 
 PASSWORD = "operator:s3cret"
-MARKER = "a-prompt-that-nobody-else-may-see"
+MARKER = "a-prompt-that-flower-must-not-show"
 
 
 def ask(port: int, path: str, password: str = "") -> tuple[int, Any]:
@@ -29,12 +30,14 @@ def ask(port: int, path: str, password: str = "") -> tuple[int, Any]:
 
 
 @pytest.fixture
-def service(tmp_path: Path):
+def service(tmp_path: Path) -> Iterator[Deployment]:
+    """A deployment of two workers, not started."""
     with Deployment(tmp_path, catalogue=ECHO_CATALOGUE.format(step_ms=0, slots=4)) as service:
-        yield service.start("echo", "echo")
+        yield service
 
 
 def test_flower(service: Deployment) -> None:
+    service.start("echo", "echo")
     port = free_port()
     command = [sys.executable, "-m", "celery", "-A", "workers", "flower", f"--port={port}"]
     flower = Process(
@@ -69,7 +72,7 @@ def test_flower(service: Deployment) -> None:
         flower.end()
 
 
-def test_flower_does_not_run_open(service: Deployment) -> None:
+def test_flower_does_not_start_without_a_password(service: Deployment) -> None:
     command = [sys.executable, "-m", "celery", "-A", "workers", "flower", f"--port={free_port()}"]
     flower = Process("flower", command, service.environment(), service.folder / "flower.log")
     assert flower.popen.wait(60) != 0

@@ -17,8 +17,8 @@ def status_of(service: Deployment, path: str) -> int:
 def test_links_expire(tmp_path: Path) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_TTL_S="10") as service:
-        service.start("echo-pictures")
-        answer = service.post("/v1/images/generations", {"model": "echo-pictures", "prompt": "x", "n": 3})[1]
+        service.start("echo-images")
+        answer = service.post("/v1/images/generations", {"model": "echo-images", "prompt": "x", "n": 3})[1]
         paths = [row["url"].removeprefix(service.url) for row in answer["data"]]
         assert len(set(paths)) == 3
         assert status_of(service, paths[0]) == 200
@@ -28,10 +28,10 @@ def test_links_expire(tmp_path: Path) -> None:
 def test_the_store_is_bounded_and_the_oldest_images_are_removed_first(tmp_path: Path) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=None, IMAGE_STORE_MB="1") as service:
-        service.start("echo-pictures")
+        service.start("echo-images")
         links = []
         for _ in range(30):
-            body = {"model": "echo-pictures", "prompt": "x", "n": 10, "size": "2048x2048"}
+            body = {"model": "echo-images", "prompt": "x", "n": 10, "size": "2048x2048"}
             status, answer = service.post("/v1/images/generations", body)
             assert status == 200, answer
             links += [row["url"].removeprefix(service.url) for row in answer["data"]]

@@ -1,4 +1,4 @@
-"""Two deployments on one Redis that differ in NAMESPACE alone."""
+"""Two deployments on one Redis that differ only in NAMESPACE."""
 
 from pathlib import Path
 
@@ -12,27 +12,28 @@ def test_two_deployments_on_one_redis_do_not_notice_each_other(
     one = Deployment(tmp_path / "one", catalogue=catalogue, redis_server=redis_server, NAMESPACE="one")
     two = Deployment(tmp_path / "two", catalogue=catalogue, redis_server=redis_server, NAMESPACE="two")
     with one, two:
+        two.launch_web()
         one.start("echo")
-        two.start()
+        two.wait_web()
         assert [row["model"] for row in one.worker_rows()] == ["echo"]
         assert two.worker_rows() == []
-        assert two.chat("hi", "echo")[0] == 503, "the other deployment's worker is none of ours"
+        assert two.chat("hi", "echo")[0] == 503, "it must not use the other deployment's worker"
         served_by_one = served_request(one)
         worker_of_two = two.workers[two.start_worker("echo")]
         two.wait_ready("echo")
         served_by_two = served_request(two)
-        # what a worker took it logs before it works on it, and each of these requests is answered
+        # A worker logs a request when it receives it, and both requests have been answered.
         assert served_by_two in worker_of_two.log.read_text()
         [worker_of_one] = one.workers.values()
         assert served_by_one in worker_of_one.log.read_text()
-        assert served_by_two not in worker_of_one.log.read_text(), "taken from the other's queue"
+        assert served_by_two not in worker_of_one.log.read_text(), "received from the other's queue"
         names = {name.decode() for name in redis_server.client.keys("*")}
         strays = {name for name in names if not name.startswith(("one:", "two:", "test"))}
         assert not strays, f"keys outside both namespaces: {strays}"
 
 
 def served_request(service: Deployment) -> str:
-    """The id of a request that `service` has answered."""
+    """Let `service` answer a request; return its id."""
     status, answer = service.chat("hi", "echo", max_tokens=2)
     assert status == 200, answer
     return str(answer["id"])

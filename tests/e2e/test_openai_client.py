@@ -21,7 +21,7 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
 
 
-def test_stream_with_usage_in_the_extra_chunk_alone(client: openai.OpenAI) -> None:
+def test_stream_has_its_usage_in_the_last_chunk_only(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
             model=CHAT,
@@ -71,7 +71,7 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve(CHAT).owned_by == "Demo"
 
 
-def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:
+def test_errors_become_exceptions_of_the_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="demo-chat"):
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "Hi"}])
     with pytest.raises(openai.BadRequestError, match="temperature"):

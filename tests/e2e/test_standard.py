@@ -1,4 +1,4 @@
-"""Every example call of the standard, as written there and as the node sends it (standard/model-api, node-behaviour)."""
+"""Every example call of the API standard (docs/standard.md), and the same as the node sends it (docs/node.md)."""
 
 import json
 import re
@@ -22,7 +22,8 @@ HELLO = [
 ]
 
 
-def picture(url: str) -> Image.Image:
+def download(url: str) -> Image.Image:
+    """Fetch the PNG at a link; the response must say that it is one and nothing else."""
     with urllib.request.urlopen(url, timeout=30) as answer:
         assert answer.headers["Content-Type"] == "image/png"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -86,7 +87,9 @@ def test_chat_streamed_chunk_by_chunk(demo: Deployment) -> None:
     )
     joined = "".join(chunk["choices"][0]["delta"]["content"] for chunk in middle)
     plain = demo.post("/v1/chat/completions", {"model": CHAT, "messages": HELLO, "temperature": 0})[1]
-    assert joined == plain["choices"][0]["message"]["content"], "plain and joined stream must agree"
+    assert joined == plain["choices"][0]["message"]["content"], (
+        "the plain answer and the joined stream must be equal"
+    )
 
 
 @pytest.mark.parametrize("how", ["size", "width and height", "nothing"])
@@ -105,16 +108,22 @@ def test_generations(demo: Deployment, how: str) -> None:
     assert len(answer["data"]) == (1 if how == "nothing" else 2)
     for row in answer["data"]:
         assert row["b64_json"] == ""
-        assert picture(row["url"]).size == ((64, 64) if how == "nothing" else (64, 96))
+        assert download(row["url"]).size == ((64, 64) if how == "nothing" else (64, 96))
 
 
-def test_edits_as_json_with_a_link_of_ours(demo: Deployment) -> None:
-    drawn = demo.post("/v1/images/generations", {"model": SHAPES, "prompt": "a red circle", "seed": 3})[1]
-    body = {"model": SHAPES, "image": drawn["data"][0]["url"], "prompt": "a blue circle", "n": 2, "seed": 3}
+def test_edits_as_json_with_a_link_to_a_generated_image(demo: Deployment) -> None:
+    generated = demo.post("/v1/images/generations", {"model": SHAPES, "prompt": "a red circle", "seed": 3})[1]
+    body = {
+        "model": SHAPES,
+        "image": generated["data"][0]["url"],
+        "prompt": "a blue circle",
+        "n": 2,
+        "seed": 3,
+    }
     status, answer = demo.post("/v1/images/edits", body)
     assert status == 200, answer
     assert len(answer["data"]) == 2
-    assert dominant_colour(picture(answer["data"][0]["url"])) == "blue"
+    assert dominant_colour(download(answer["data"][0]["url"])) == "blue"
 
 
 def test_models(demo: Deployment) -> None:
@@ -131,7 +140,7 @@ def test_models(demo: Deployment) -> None:
     assert all(row["object"] == "model" and row["id"] == row["model"] for row in answer["data"])
 
 
-# ----- as the node calls
+# ----- calls of the node
 
 
 def test_the_node_knows_three_workers(demo: Deployment, node: StandInNode) -> None:
@@ -143,11 +152,11 @@ def test_the_node_knows_three_workers(demo: Deployment, node: StandInNode) -> No
         (SHAPES, 1, "/v1/images/generations"),
     ]
     assert len({entry["cid"] for entry in entries}) == 3
-    # what the node was told shows with the next look at the leases
+    # What a worker told the node shows once the web process has looked at the leases again.
     wait_until(
         lambda: all(row["registered"] and not row["last_error"] for row in demo.worker_rows()),
         timeout_s=10,
-        what="all three show it",
+        what="all three show as registered",
     )
 
 
@@ -170,13 +179,13 @@ def test_the_node_sees_errors_as_errors(demo: Deployment, node: StandInNode) -> 
     assert node.call_image(PROJECT, SHAPES, "a red circle", width=-5).code == 400
 
 
-def test_the_node_draws_and_edits_at_one_url(demo: Deployment, node: StandInNode) -> None:
-    drawn = node.call_image(PROJECT, SHAPES, "a green square")
-    assert drawn.code == 0
-    assert picture(drawn.body["data"][0]["url"]).size == (64, 64)
+def test_the_node_generates_and_edits_at_one_url(demo: Deployment, node: StandInNode) -> None:
+    generated = node.call_image(PROJECT, SHAPES, "a green square")
+    assert generated.code == 0
+    assert download(generated.body["data"][0]["url"]).size == (64, 64)
     edited = node.call_edit(PROJECT, SHAPES, png("white"), prompt="a blue square")
     assert edited.code == 0
-    assert picture(edited.body["data"][0]["url"]).size == (64, 64)
+    assert download(edited.body["data"][0]["url"]).size == (64, 64)
 
 
 def test_the_node_edits_under_a_mask(demo: Deployment, node: StandInNode) -> None:
@@ -186,6 +195,6 @@ def test_the_node_edits_under_a_mask(demo: Deployment, node: StandInNode) -> Non
     mask.save(data, "PNG")
     edited = node.call_edit(PROJECT, SHAPES, png("white"), mask=data.getvalue(), prompt="a red square")
     assert edited.code == 0
-    result = picture(edited.body["data"][0]["url"])
+    result = download(edited.body["data"][0]["url"])
     corners = [np.asarray(result)[y, x] for x, y in ((2, 2), (61, 2), (2, 61), (61, 61))]
-    assert np.min(corners) > 240, "outside the mask nothing may change"
+    assert np.min(corners) > 240, "nothing may change outside the mask"
