@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.stream_client import StreamResult, chat_request, percentile, run_streams
 from tests.deployment import ECHO_CATALOGUE, ROOT, Deployment, wait_until
-from tests.faults.test_callers import Drips, drip_openings, in_hand, waiting
-from tests.faults.test_load import DEADLINE_S, MAX_WAITING, SLOTS, STEP_MS, Line, flood
+from tests.faults.test_clients import SlowConnections, in_hand, slow_openings, waiting
+from tests.faults.test_load import DEADLINE_S, MAX_WAITING, SLOTS, STEP_MS, QueueWatch, flood
 
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -43,20 +43,20 @@ def slowloris(rounds: int) -> Figures:
         service.start("echo")
         alone = [timed(lambda: service.get("/v1/models")) for _ in range(rounds)]
         over = threading.Event()
-        drips = Drips(service.port, drip_openings(100, 100))
+        slow = SlowConnections(service.port, slow_openings(100, 100))
 
-        def drip() -> None:
+        def send() -> None:
             while not over.is_set():
-                drips.turn()
+                slow.turn()
 
-        thread = threading.Thread(target=drip)
+        thread = threading.Thread(target=send)
         thread.start()
         beside: list[float] = []
-        while time.monotonic() - drips.began < 9 or len(beside) < rounds:
+        while time.monotonic() - slow.began < 9 or len(beside) < rounds:
             beside.append(timed(lambda: service.get("/v1/models")))
         over.set()
         thread.join()
-        drips.close()
+        slow.close()
     return {
         "models_alone_ms_p99": percentile(alone, 0.99),
         "models_beside_200_slowloris_ms_p99": percentile(beside, 0.99),
@@ -68,7 +68,7 @@ def overload() -> Figures:
     limits = {"MAX_WAITING": str(MAX_WAITING), "CHAT_DEADLINE_S": str(DEADLINE_S)}
     with tempfile.TemporaryDirectory() as folder, deployment(folder, STEP_MS, SLOTS, **limits) as service:
         service.start("echo")
-        queue = Line(service)
+        queue = QueueWatch(service)
         answers = flood(service)
         longest = queue.end()
     refused = [answer.seconds * 1000 for answer in answers if answer.status == 503]

@@ -1,10 +1,9 @@
-"""What the fault tests share: a deployment whose engine counts aloud instead of using a GPU, and readers of streams.
+"""What the fault tests share: deployments of the echo engine, which needs no GPU, and readers of its streams.
 
-Bounds are those of the promises in docs/operations.md, doubled: machines are noisy.
+Bounds are twice those promised in docs/operations.md, because machines are noisy.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,21 +11,19 @@ from typing import Any
 
 import pytest
 
-from tests.deployment import ECHO_CATALOGUE, Deployment, Stream
+from tests.deployment import ECHO_CATALOGUE, Deployment, Stream, wait_until
 
 Starter = Callable[..., Deployment]
 
 
 class Reader:
-    """Reads one stream in a thread: what came, when, and how it ended."""
+    """Reads one stream in a thread: what arrived, and how it ended."""
 
     def __init__(self, stream: Stream) -> None:
         assert stream.status == 200, stream.response.read()
         self.stream = stream
         self.parts: list[str] = []
-        self.arrived: list[float] = []
         self.error: dict[str, Any] | None = None
-        self.finish_reason: str | None = None
         self._changed = threading.Condition()
         self.ended = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
@@ -39,14 +36,11 @@ class Reader:
                         self.error = event
                     else:
                         (choice,) = event["choices"]
-                        self.finish_reason = choice["finish_reason"]
                         if choice["delta"].get("content"):
                             self.parts.append(choice["delta"]["content"])
-                            self.arrived.append(time.monotonic())
                     self._changed.notify_all()
         except (OSError, ValueError, AttributeError):
-            # cut off, or closed by the test itself: `done` stays False
-            self.cut = True
+            return  # cut off, or closed by the test itself: `done` stays False
         finally:
             self.ended.set()
             with self._changed:
@@ -70,16 +64,34 @@ class Reader:
 
 
 def counted(tokens: int) -> str:
-    """What the echo engine says in `tokens` tokens."""
+    """Return what the echo engine answers in `tokens` tokens."""
     return "".join(f"{n} " for n in range(tokens))
 
 
 def read(service: Deployment, tokens: int, count: int = 1) -> list[Reader]:
-    """Open streams and wait until each has begun."""
+    """Open `count` streams; return their readers once each stream has begun."""
     readers = [Reader(service.stream("count", "echo", max_tokens=tokens)) for _ in range(count)]
     for reader in readers:
         reader.wait_parts(1)
     return readers
+
+
+def check_lost(reader: Reader, within_s: float) -> None:
+    """Check that a stream ends with the error event of a lost worker."""
+    reader.wait_end(within_s)
+    assert not reader.done, "a cut stream must not look complete"
+    assert reader.error is not None, "a cut stream must end with an error event"
+    assert reader.error["error"]["code"] == "worker_lost"
+    assert reader.error["code"] == 503
+
+
+def wait_served(service: Deployment, timeout_s: float = 10) -> None:
+    """Wait until a chat request succeeds."""
+    wait_until(
+        lambda: service.chat("hi", "echo", max_tokens=3)[0] == 200,
+        timeout_s=timeout_s,
+        what="a request succeeds",
+    )
 
 
 @pytest.fixture

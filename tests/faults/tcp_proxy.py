@@ -1,4 +1,4 @@
-"""A TCP proxy that delays, cuts in mid-message, or goes silent without closing anything."""
+"""A TCP proxy that delays, cuts in the middle of a message, or goes silent without closing anything."""
 
 import socket
 import threading
@@ -8,10 +8,10 @@ from typing import Self
 
 
 class TcpProxy:
-    """Stands on a loopback port before another.
+    """Listens on a loopback port and forwards to another.
 
-    `cut_after_bytes`: bytes towards the server until all connections break. `sever_at`: what a client says that ends the
-    way for good; `severed` is set when that has happened.
+    `delay_s`: before each piece of data. `cut_after_bytes`: bytes towards the server until all connections break.
+    `sever_at`: once a client sends this, the proxy closes everything and stops listening; then `severed` is set.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -40,12 +40,12 @@ class TcpProxy:
     def _close(self) -> None:
         self._closing = True
         with suppress(OSError):  # already closed
-            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread whose accept() keeps the port open
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes accept(), which keeps the port open
         self._listener.close()
         self._break_all()
 
     def freeze(self) -> None:
-        """What is connected now passes nothing any more and is not closed."""
+        """Forward nothing more on the present connections, and do not close them."""
         with self._lock:
             self._generation += 1
             self._frozen_before = self._generation

@@ -1,4 +1,4 @@
-"""More requests than the service can do (row 14 of the table in docs/operations.md)."""
+"""More requests than the service can answer (docs/operations.md, faults)."""
 
 import json
 import statistics
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.deployment import Deployment, wait_until
 from tests.faults.conftest import Starter, counted
-from tests.faults.test_callers import JSON, chat_body, in_hand, waiting
+from tests.faults.test_clients import JSON, chat_body, in_hand, waiting
 
 SLOTS = 4
 MAX_WAITING = 8
@@ -20,7 +20,7 @@ FLOOD_S = 20
 
 
 class Answered(NamedTuple):
-    """One request of the flood. `seconds`: from sending it to the end of its answer."""
+    """One request of the flood. `seconds`: from sending it to the end of the response."""
 
     status: int
     seconds: float
@@ -35,14 +35,14 @@ def ask(service: Deployment) -> Answered:
     connection.close()
     seconds = time.monotonic() - began
     if response.status != 200:
-        # the second: Redis, or all of the machine, stood still for longer than a command may take
+        # "queue_unavailable": Redis, or the whole machine, paused for longer than a command may take.
         assert body["error"]["code"] in ("overloaded", "queue_unavailable"), body
         return Answered(response.status, seconds, int(response.headers.get("Retry-After", 0)), "")
     return Answered(200, seconds, 0, body["choices"][0]["message"]["content"])
 
 
-class Line:
-    """Watches how many wait, as Redis has it."""
+class QueueWatch:
+    """Notes the greatest number of waiting requests that Redis shows."""
 
     def __init__(self, service: Deployment) -> None:
         self.longest = 0
@@ -62,7 +62,7 @@ class Line:
 
 
 def flood(service: Deployment) -> list[Answered]:
-    """Ten times what the engine can do for FLOOD_S seconds, whatever comes back: the pace is the callers' own."""
+    """Send ten times what the engine can do for FLOOD_S seconds, at a fixed rate that no answer changes."""
     pause_s = TOKENS * STEP_MS / 1000 / SLOTS / 10
     answers = []
     began = time.monotonic()
@@ -79,24 +79,24 @@ def test_a_flood_of_ten_times_the_capacity(start: Starter) -> None:
     service = start(
         step_ms=STEP_MS, slots=SLOTS, MAX_WAITING=str(MAX_WAITING), CHAT_DEADLINE_S=str(DEADLINE_S)
     )
-    line = Line(service)
+    queue = QueueWatch(service)
     answers = flood(service)
-    longest = line.end()
+    longest = queue.end()
     refused = [answer for answer in answers if answer.status != 200]
     served = [answer for answer in answers if answer.status == 200]
     slowest = max(answer.seconds for answer in served)
     quick = sorted(answer.seconds for answer in refused)
     print(
         f"{len(served)} served, slowest {slowest:.1f} s; {len(refused)} refused, p99 {quick[len(quick) * 99 // 100]:.3f} s; "
-        f"line {longest}"
+        f"queue {longest}"
     )
     assert {answer.status for answer in refused} == {503}
     assert all(answer.retry_after >= 1 for answer in refused)
-    assert len(refused) > len(answers) / 2, "this was no flood"
-    assert statistics.median(quick) < 2, "a refusal must not wait in line"
+    assert len(refused) > len(answers) / 2, "too few requests to be a flood"
+    assert statistics.median(quick) < 2, "a refused request must not wait in the queue"
     assert 1 <= longest <= MAX_WAITING
     assert all(answer.text == counted(TOKENS) for answer in served)
     assert slowest < DEADLINE_S
-    # a batch of SLOTS takes a second: a service that refused what it could do would answer fewer
+    # A batch of SLOTS takes a second. A service that refused what it could answer would serve fewer.
     assert len(served) > SLOTS * FLOOD_S / 4
     wait_until(lambda: in_hand(service) == 0 and not waiting(service), timeout_s=10, what="all is done")

@@ -1,5 +1,4 @@
-"""Callers that leave, stop reading, send by drops or come back late (rows 9, 10, 11 and 20 of the table in
-docs/operations.md)."""
+"""Clients that disconnect, stop reading, send slowly or reuse idle connections (docs/operations.md, faults)."""
 
 import json
 import selectors
@@ -13,19 +12,27 @@ from typing import Any
 
 import pytest
 
-from tests.deployment import Deployment, wait_until
+from tests.deployment import ECHO_CATALOGUE, Deployment, wait_until
 from tests.faults.conftest import Starter, counted, read
 
 JSON = {"Content-Type": "application/json"}
 
 
+@pytest.fixture(scope="module")
+def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """A worker that serves one request at a time, in steps of 50 ms. Tests share it and leave it idle."""
+    folder = tmp_path_factory.mktemp("one_slot")
+    with Deployment(folder, catalogue=ECHO_CATALOGUE.format(step_ms=50, slots=1)) as service:
+        yield service.start("echo")
+
+
 def in_hand(service: Deployment) -> int:
-    """Tasks that a worker has taken and not finished."""
+    """Tasks that a worker has received and not finished."""
     return int(service.redis.client.hlen("Test:unacked"))
 
 
 def queued(service: Deployment) -> int:
-    """Tasks that no worker has taken. Ask before `in_hand`: a message goes from here to there."""
+    """Tasks that no worker has received. Ask before `in_hand`: a message moves from here to there."""
     return int(service.redis.client.llen("Test:model.echo"))
 
 
@@ -40,7 +47,7 @@ def chat_body(max_tokens: int, **fields: Any) -> bytes:
 
 
 def idle_steps(service: Deployment, beyond: int = -1) -> int:
-    """The engine's steps once the worker says that nothing runs and that more than `beyond` were done."""
+    """Wait until the worker reports more than `beyond` steps and no running request; return the steps."""
 
     def found() -> dict[str, Any] | None:
         rows = service.worker_rows()
@@ -51,88 +58,85 @@ def idle_steps(service: Deployment, beyond: int = -1) -> int:
 
 
 def check_nothing_runs(service: Deployment, steps: int) -> None:
-    """The next answer takes as many steps as it has tokens: nothing else was generated since `steps` were counted."""
+    """Check that nothing was generated since `steps` were reported: the next answer takes a step for each token."""
     assert service.chat("hi", "echo", max_tokens=3)[0] == 200
     assert idle_steps(service, beyond=steps) == steps + 3
 
 
-def post_and_leave_later(service: Deployment, body: bytes) -> HTTPConnection:
-    """Send a request; who closes the connection leaves without the answer."""
+def post_without_waiting(service: Deployment, body: bytes) -> HTTPConnection:
+    """Send a request. Closing the connection is disconnecting without the answer."""
     connection = HTTPConnection("127.0.0.1", service.port, timeout=60)
     connection.request("POST", "/v1/chat/completions", body, JSON)
     return connection
 
 
-# ----- row 9: leavers
+# ----- disconnects
 
 
-def test_leaving_a_stream_stops_its_generation(start: Starter) -> None:
-    service = start(step_ms=50)
-    before = idle_steps(service)
-    stream = service.stream("count", "echo", max_tokens=50_000)
+def test_closing_a_stream_stops_its_generation(one_slot: Deployment) -> None:
+    before = idle_steps(one_slot)
+    stream = one_slot.stream("count", "echo", max_tokens=50_000)
     next(stream.events())
     stream.close()
-    wait_until(lambda: in_hand(service) == 0, timeout_s=8, what="the generation has stopped")
-    check_nothing_runs(service, idle_steps(service, beyond=before))
+    wait_until(lambda: in_hand(one_slot) == 0, timeout_s=8, what="the generation has stopped")
+    check_nothing_runs(one_slot, idle_steps(one_slot, beyond=before))
 
 
-def test_leaving_a_plain_request_stops_its_generation(start: Starter) -> None:
-    service = start(step_ms=50)
-    before = idle_steps(service)
-    connection = post_and_leave_later(service, chat_body(50_000))
-    wait_until(lambda: in_hand(service) == 1 and not waiting(service), timeout_s=10, what="it runs")
+def test_closing_a_plain_request_stops_its_generation(one_slot: Deployment) -> None:
+    before = idle_steps(one_slot)
+    connection = post_without_waiting(one_slot, chat_body(50_000))
+    wait_until(lambda: in_hand(one_slot) == 1 and not waiting(one_slot), timeout_s=10, what="it runs")
     connection.close()
-    wait_until(lambda: in_hand(service) == 0, timeout_s=8, what="the generation has stopped")
-    check_nothing_runs(service, idle_steps(service, beyond=before))
+    wait_until(lambda: in_hand(one_slot) == 0, timeout_s=8, what="the generation has stopped")
+    check_nothing_runs(one_slot, idle_steps(one_slot, beyond=before))
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_while_waiting_costs_no_step(start: Starter, stream: bool) -> None:
-    service = start(step_ms=50, slots=1)
-    before = idle_steps(service)
-    (holder,) = read(service, 200)
-    connection = post_and_leave_later(service, chat_body(50_000, stream=stream))
-    wait_until(lambda: waiting(service) == 1, timeout_s=10, what="the second request waits")
+def test_a_request_closed_while_it_waits_costs_no_step(one_slot: Deployment, stream: bool) -> None:
+    before = idle_steps(one_slot)
+    (holder,) = read(one_slot, 200)
+    connection = post_without_waiting(one_slot, chat_body(50_000, stream=stream))
+    wait_until(lambda: waiting(one_slot) == 1, timeout_s=10, what="the second request waits")
     connection.close()
-    wait_until(lambda: waiting(service) == 0, timeout_s=8, what="it is counted no more")
-    assert not holder.ended.is_set(), "the only slot must have been taken all the while"
+    wait_until(lambda: waiting(one_slot) == 0, timeout_s=8, what="it no longer counts as waiting")
+    assert not holder.ended.is_set(), "the only slot must have been taken all the time"
     holder.wait_end(60)
     assert holder.text == counted(200)
     wait_until(
-        lambda: not queued(service) and not in_hand(service), timeout_s=10, what="its message is dropped"
+        lambda: not queued(one_slot) and not in_hand(one_slot), timeout_s=10, what="its message is dropped"
     )
-    assert idle_steps(service, beyond=before) == before + 200
-    check_nothing_runs(service, before + 200)
+    assert idle_steps(one_slot, beyond=before) == before + 200
+    check_nothing_runs(one_slot, before + 200)
 
 
-# ----- row 10: a reader that stops reading
+# ----- a client that stops reading
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-def test_a_caller_who_stops_reading_is_cut_off(start: Starter) -> None:
+def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
     service = start(step_ms=5)
-    # quick enough to fill the caller's window, too slow to fill the kernel's buffers in time
+    # Fast enough to fill the client's window, too slow to fill the kernel's buffers in time.
     (other,) = read(service, 12_000)
-    with closing(socket.socket()) as deaf:
-        # a small window is full soon; with a large one the kernel takes in minutes of text before anybody waits
-        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        deaf.connect(("127.0.0.1", service.port))
+    with closing(socket.socket()) as unread:
+        # With a large window the kernel would buffer minutes of text before the server has to wait.
+        unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        unread.connect(("127.0.0.1", service.port))
         body = chat_body(100_000, stream=True)
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        deaf.sendall(head.encode() + body)
-        assert deaf.recv(100).startswith(b"HTTP/1.1 200")
+        unread.sendall(head.encode() + body)
+        assert unread.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: in_hand(service) == 2, timeout_s=10, what="both run")
-        deaf_since = time.monotonic()
+        unread_since = time.monotonic()
         wait_until(
             lambda: in_hand(service) == (0 if other.ended.is_set() else 1),
             timeout_s=40,
-            what="who does not read is cut off",
+            what="the client that does not read is disconnected",
         )
-        print(f"freed after {time.monotonic() - deaf_since:.1f} s")
+        print(f"freed after {time.monotonic() - unread_since:.1f} s")
         rest = b""
         try:
-            while part := deaf.recv(65536):
+            while part := unread.recv(65536):
                 rest += part
         except ConnectionResetError:
             pass
@@ -142,11 +146,11 @@ def test_a_caller_who_stops_reading_is_cut_off(start: Starter) -> None:
     assert other.text == counted(12_000)
 
 
-# ----- row 11: by drops
+# ----- clients that send slowly
 
 
-class Drips:
-    """Connections that send one byte a second, and when each was closed by the other side."""
+class SlowConnections:
+    """Connections that send one byte a second; notes when the server closes each."""
 
     def __init__(self, port: int, openings: list[bytes]) -> None:
         self.closed: dict[int, float] = {}
@@ -154,16 +158,16 @@ class Drips:
         self._watch = selectors.DefaultSelector()
         self._open: dict[int, socket.socket] = {}
         self.began = time.monotonic()
-        self._drip_at = self.began + 1
+        self._send_at = self.began + 1
         for number, opening in enumerate(openings):
-            drip = socket.create_connection(("127.0.0.1", port))
-            drip.sendall(opening)
-            drip.setblocking(False)
-            self._open[number] = drip
-            self._watch.register(drip, selectors.EVENT_READ, number)
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(opening)
+            connection.setblocking(False)
+            self._open[number] = connection
+            self._watch.register(connection, selectors.EVENT_READ, number)
 
     def turn(self) -> None:
-        """Wait at most 50 ms for what the server does; send the next byte everywhere when a second has passed."""
+        """Wait for the server for at most 50 ms; once a second, send the next byte on every connection."""
         for key, _ in self._watch.select(0.05):
             number = key.data
             try:
@@ -174,8 +178,8 @@ class Drips:
                 self.answers[number] = self.answers.get(number, b"") + got
             else:
                 self._end(number)
-        if time.monotonic() >= self._drip_at:
-            self._drip_at += 1
+        if time.monotonic() >= self._send_at:
+            self._send_at += 1
             for number in list(self._open):
                 try:
                     self._open[number].send(b"x")
@@ -184,9 +188,9 @@ class Drips:
 
     def _end(self, number: int) -> None:
         self.closed[number] = time.monotonic() - self.began
-        drip = self._open.pop(number)
-        self._watch.unregister(drip)
-        drip.close()
+        connection = self._open.pop(number)
+        self._watch.unregister(connection)
+        connection.close()
 
     def close(self) -> None:
         for number in list(self._open):
@@ -195,47 +199,47 @@ class Drips:
 
 
 HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "
-DRIP_BODY = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: 4000000\r\n\r\n{"
+ENDLESS_BODY = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: 4000000\r\n\r\n{"
 
 
-def drip_openings(heads: int, bodies: int) -> list[bytes]:
-    """Half-sent heads, then heads of requests whose body never ends."""
+def slow_openings(heads: int, bodies: int) -> list[bytes]:
+    """Return unfinished heads, then heads of requests whose body never ends."""
     kinds = [
         (b"/v1/chat/completions", b"application/json"),
         (b"/v1/images/generations", b"application/json"),
         (b"/v1/images/edits", b"multipart/form-data; boundary=x"),
         (b"/v1/nothing", b"application/json"),
     ]
-    return [HALF_HEAD] * heads + [DRIP_BODY % kinds[i % len(kinds)] for i in range(bodies)]
+    return [HALF_HEAD] * heads + [ENDLESS_BODY % kinds[i % len(kinds)] for i in range(bodies)]
 
 
 @pytest.mark.faults
 @pytest.mark.timeout(300)
-def test_heads_and_bodies_that_come_by_drops(start: Starter) -> None:
+def test_heads_and_bodies_that_arrive_slowly(start: Starter) -> None:
     service = start()
-    drips = Drips(service.port, drip_openings(100, 100))
+    slow = SlowConnections(service.port, slow_openings(100, 100))
     waits: list[float] = []
-    with closing(drips):
-        while len(drips.closed) < 200:
-            assert time.monotonic() - drips.began < 200, f"still open: {200 - len(drips.closed)}"
-            drips.turn()
+    with closing(slow):
+        while len(slow.closed) < 200:
+            assert time.monotonic() - slow.began < 200, f"still open: {200 - len(slow.closed)}"
+            slow.turn()
             if int(time.monotonic() * 20) % 20 == 0:
                 asked_at = time.monotonic()
                 assert service.get("/v1/models")[0] == 200
                 waits.append(time.monotonic() - asked_at)
-    bodies = [drips.closed[number] for number in range(100, 200)]
-    print(f"bodies closed after {max(bodies):.1f} s, heads after {max(drips.closed.values()):.1f} s")
+    bodies = [slow.closed[number] for number in range(100, 200)]
+    print(f"bodies closed after {max(bodies):.1f} s, heads after {max(slow.closed.values()):.1f} s")
     assert max(bodies) < 30
-    assert max(drips.closed.values()) < 200
-    assert statistics.median(waits) < 2, "the others must not wait"
+    assert max(slow.closed.values()) < 200
+    assert statistics.median(waits) < 2, "other requests must not wait"
     for number in (100, 101, 102):
-        head, _, body = drips.answers[number].partition(b"\r\n\r\n")
+        head, _, body = slow.answers[number].partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 408"), head
         assert json.loads(body)["error"]["code"] == "request_timeout"
     assert service.chat("hi", "echo", max_tokens=3)[0] == 200
 
 
-# ----- row 20: connections kept for the next request
+# ----- connections kept for the next request
 
 
 @pytest.fixture
@@ -261,7 +265,7 @@ def test_connections_that_were_idle_for_85_seconds(
     idle_since = time.monotonic()
     wait_until(lambda: time.monotonic() - idle_since > 85, timeout_s=100, what="85 seconds")
     for connection, before in zip(connections, sockets, strict=True):
-        # without this http.client would open a new connection where the old one is closed
+        # Otherwise http.client would replace a closed connection by a new one.
         connection.auto_open = 0
         connection.request("POST", "/v1/chat/completions", chat_body(2), JSON)
         response = connection.getresponse()
