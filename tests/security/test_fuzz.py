@@ -1,4 +1,4 @@
-"""Random requests, guided by /openapi.json and not: nothing but declared answers, and no 5xx but a declared 503.
+"""Random requests, made from /openapi.json and by hand: only declared responses, and no 5xx except a declared 503.
 
 2,000 cases; `FUZZ_CASES=20000 .venv/bin/python -m pytest tests/security/test_fuzz.py` runs more.
 """
@@ -27,32 +27,32 @@ CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 GUIDED = CASES // 4
 
 SEMANTIC = {
-    # fields with rules that JSON Schema has no words for: one bounds another, or the model itself does
+    # Fields with rules that JSON Schema cannot express: another field or the model limits them.
     "/v1/chat/completions": {"min_tokens", "top_logprobs", "continue_final_message"},
     "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
     "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
 }
-MODELS = {path: "echo" if "chat" in path else "echo-pictures" for path in SEMANTIC}
+MODELS = {path: "echo" if "chat" in path else "echo-images" for path in SEMANTIC}
 ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
 GETS += ["/healthz", "/readyz", "/metrics"]
-# making what schemas forbid costs the generator ten times as much
+# Values that the schema forbids take the generator ten times as long.
 OPERATIONS = [(path, ALLOWED, GUIDED // 4) for path in SEMANTIC]
 OPERATIONS += [(path, FORBIDDEN, GUIDED // 20) for path in SEMANTIC]
 OPERATIONS += [(path, ALLOWED, max(1, GUIDED // 50)) for path in GETS]
 
 
-def picture() -> bytes:
+def png() -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(data, "PNG")
     return data.getvalue()
 
 
-PICTURE = picture()
+PNG = png()
 
 
-def quietly(cases: int) -> Any:
-    """Hypothesis without a database and without shrinking: a finding is reported as it was met."""
+def without_shrinking(cases: int) -> Any:
+    """Hypothesis settings without a database and without shrinking: a failure is reported as it was found."""
     return settings(
         max_examples=cases,
         deadline=None,
@@ -75,23 +75,23 @@ def api(echo: Deployment) -> Any:
 
 
 def steer(path: str, body: Any) -> None:
-    """Most bodies shall reach a worker: name a model that is there, and a picture that is one."""
+    """Give most bodies a served model and a valid image, so that they reach a worker."""
     if path not in MODELS or not isinstance(body, dict):
         return
     if isinstance(name := body.get("model"), str) and len(name) % 8:
         body["model"] = MODELS[path]
     for field in ("image", "mask"):
         if isinstance(given := body.get(field), bytes) and len(given) % 8:
-            body[field] = PICTURE
+            body[field] = PNG
         elif isinstance(given, str) and len(given) % 8:
-            body[field] = base64.b64encode(PICTURE).decode()
+            body[field] = base64.b64encode(PNG).decode()
 
 
-def no_violation(case: Any, message: str) -> bool:
-    """What the generator takes for a violation although nothing of it is left in what was sent.
+def is_valid_as_sent(case: Any, message: str) -> bool:
+    """Whether the generator reports a violation that the request as sent no longer has.
 
-    A pattern without anchors is met by any longer text. A form's parts are bytes, whatever their type was, and a list is
-    its items under one name each.
+    A longer text still matches a pattern without anchors. In a form every value is bytes, and a list is sent as its items
+    under the same name.
     """
     if case.media_type == "multipart/form-data" and "violates `type` at" in message:
         return True
@@ -104,7 +104,7 @@ def no_violation(case: Any, message: str) -> bool:
 
 
 def excused(path: str, error: Any) -> bool:
-    """A refusal of something that the schema allows, by a rule that it can't say."""
+    """Whether a request that the schema allows was refused by a rule that the schema cannot express."""
     return (
         error["param"] in SEMANTIC[path]
         or error["code"] == "invalid_image"
@@ -113,6 +113,7 @@ def excused(path: str, error: Any) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(max(120, CASES // 5))
 @pytest.mark.parametrize(
     ("path", "mode", "cases"), OPERATIONS, ids=[f"{mode.value}:{path}" for path, mode, _ in OPERATIONS]
@@ -122,10 +123,10 @@ def test_every_answer_is_as_openapi_json_says(api: Any, path: str, mode: Generat
     operation = api[path][method]
     seen: Counter[int] = Counter()
 
-    @quietly(cases)
+    @without_shrinking(cases)
     @given(case=operation.as_strategy(generation_mode=mode))
     def call(case: Any) -> None:
-        # what the schema forbids stays as it is, else it might be forbidden no more
+        # A forbidden body is sent unchanged: steering might make it valid.
         if mode is ALLOWED:
             steer(path, case.body)
         response = case.call()
@@ -137,7 +138,7 @@ def test_every_answer_is_as_openapi_json_says(api: Any, path: str, mode: Generat
             if not excused(path, response.json()["error"]):
                 raise
         except* AcceptedNegativeData as group:
-            if not all(no_violation(case, failure.message) for failure in group.exceptions):
+            if not all(is_valid_as_sent(case, failure.message) for failure in group.exceptions):
                 raise
         if response.status_code >= 400 and response.status_code != 503:
             headers = {name: values[0] for name, values in response.headers.items()}
@@ -169,7 +170,7 @@ values = st.one_of(
 
 
 def bodies(base: dict[str, Any], fields: list[str]) -> st.SearchStrategy[bytes]:
-    """Right bodies with a few fields replaced, and those with a few bytes replaced."""
+    """Return valid bodies with a few fields replaced, and the same with a few bytes replaced."""
     changes = st.dictionaries(st.sampled_from(fields) | st.text(max_size=20), values, max_size=4)
     whole = changes.map(lambda change: json.dumps({**base, **change}).encode())
 
@@ -183,8 +184,8 @@ def bodies(base: dict[str, Any], fields: list[str]) -> st.SearchStrategy[bytes]:
 
 
 CHAT_BODY = {"model": "echo", "messages": HI, "max_tokens": 3}
-PICTURE_BODY = {"model": "echo-pictures", "prompt": "a", "width": 64, "height": 64}
-EDIT_BODY = {**PICTURE_BODY, "image": base64.b64encode(PICTURE).decode()}
+IMAGE_BODY = {"model": "echo-images", "prompt": "a", "width": 64, "height": 64}
+EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
 
 
 @pytest.mark.timeout(max(120, CASES // 5))
@@ -192,7 +193,7 @@ EDIT_BODY = {**PICTURE_BODY, "image": base64.b64encode(PICTURE).decode()}
     ("path", "base", "share"),
     [
         ("/v1/chat/completions", CHAT_BODY, 0.5),
-        ("/v1/images/generations", PICTURE_BODY, 0.25),
+        ("/v1/images/generations", IMAGE_BODY, 0.25),
         ("/v1/images/edits", EDIT_BODY, 0.25),
     ],
 )
@@ -206,7 +207,7 @@ def test_bodies_of_all_kinds(
     connection = http.client.HTTPConnection("127.0.0.1", echo.port, timeout=60)
     seen: Counter[int] = Counter()
 
-    @quietly(int((CASES - GUIDED) * share))
+    @without_shrinking(int((CASES - GUIDED) * share))
     @given(body=bodies(base, fields))
     def call(body: bytes) -> None:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -226,11 +227,11 @@ def test_bodies_of_all_kinds(
 
 
 def test_the_checks_can_fail(echo: Deployment, api: Any) -> None:
-    """An answer that isn't as declared is found: the same calls against a description with one lie."""
+    """A response that is not as declared is found: the same calls against a description with one wrong type."""
     document = json.loads(json.dumps(api.raw_schema))
     document["components"]["schemas"]["Health"]["properties"]["code"] = {"const": 1}
-    lying = schemathesis.openapi.from_dict(document)
-    lying.config.update(base_url=echo.url)
-    case = lying["/healthz"]["GET"].Case()
+    wrong = schemathesis.openapi.from_dict(document)
+    wrong.config.update(base_url=echo.url)
+    case = wrong["/healthz"]["GET"].Case()
     with pytest.raises(BaseException, match="distinct failure"):
         case.call_and_validate()

@@ -1,4 +1,4 @@
-"""Keys: what needs one, what doesn't, the node's own listener, and the rate limit that counts by key."""
+"""API keys: what requires one and what does not, the node's own listener, and the rate limit of each key."""
 
 import hmac
 import json
@@ -33,7 +33,7 @@ GUARDED = [("POST", path) for path in POSTS]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
 GUARDED += [("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nothing/here"), ("GET", "/healthz/")]
 GUARDED += [("OPTIONS", "/v1/chat/completions"), ("HEAD", "/v1/models"), ("PUT", "/v1/models")]
-# ways around a guard that looks at beginnings
+# Paths that would get past a check of prefixes.
 GUARDED += [("GET", "//v1/workers"), ("GET", "/v1/images/files"), ("GET", "/v1/images/../workers")]
 GUARDED += [("GET", "/v1//workers"), ("GET", "/healthz;/../v1/workers"), ("GET", "/%2fhealthz/../v1/workers")]
 OPEN = [
@@ -53,7 +53,7 @@ def node() -> Iterator[StandInNode]:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iterator[KeyedDeployment]:
-    """Four keys, a rate limit, a node; shared: a test must not break it."""
+    """A deployment with keys, a rate limit and a node. Tests share it and must leave it as it is."""
     folder: Path = tmp_path_factory.mktemp("keys")
     environment = {
         "API_KEYS": ", ".join([PLAIN, ODD, LIMITED, OTHER, "unlimited"]),
@@ -67,7 +67,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iter
 
 
 def bearer(key: str, encoding: str = "utf-8") -> dict[str, str]:
-    # http.client writes headers as Latin-1: hand it the bytes that shall stand on the wire
+    # http.client encodes headers as Latin-1, so this sends exactly these bytes.
     return {**JSON, "Authorization": "Bearer " + key.encode(encoding).decode("latin-1")}
 
 
@@ -103,17 +103,17 @@ def test_needs_a_key(service: Deployment, method: str, path: str) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_is_no_key(service: Deployment, authorization: str) -> None:
+def test_invalid_keys(service: Deployment, authorization: str) -> None:
     request = (
         f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {authorization}\r\n\r\n"
     )
     answer = converse(service.port, request.encode("latin-1"))
-    # a NUL is no header at all: gunicorn refuses the request before anybody looks for a key
+    # gunicorn refuses a header with a NUL before the key is checked.
     assert re.match(rb"HTTP/1\.1 40[01] ", answer), answer
     assert b'"data"' not in answer
 
 
-def test_a_key_in_the_url_or_twice_is_none(service: Deployment) -> None:
+def test_a_key_in_the_url_or_given_twice_is_refused(service: Deployment) -> None:
     check_error_body(ask(service.port, "GET", f"/v1/models?api_key={PLAIN}&key={PLAIN}"), 401)
     twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {PLAIN}\r\n"
     answer = converse(
@@ -127,7 +127,7 @@ def test_a_key_in_the_url_or_twice_is_none(service: Deployment) -> None:
     [(PLAIN, "utf-8"), (ODD, "utf-8"), (ODD, "latin-1")],
     ids=["plain", "odd", "odd-latin1"],
 )
-def test_is_a_key(service: Deployment, key: str, encoding: str) -> None:
+def test_valid_keys(service: Deployment, key: str, encoding: str) -> None:
     headers = bearer(key, encoding)
     assert ask(service.port, "GET", "/v1/models", headers=headers).status == 200
     headers["Authorization"] = headers["Authorization"].replace("Bearer ", "bEARER  ")
@@ -137,21 +137,21 @@ def test_is_a_key(service: Deployment, key: str, encoding: str) -> None:
 
 
 @pytest.mark.parametrize(("path", "status"), OPEN)
-def test_needs_none(service: Deployment, path: str, status: int) -> None:
+def test_needs_no_key(service: Deployment, path: str, status: int) -> None:
     answer = ask(service.port, "GET", path)
-    # this worker serves one model of two, so that the service isn't ready
+    # One of the two models has no worker, so the service is not ready.
     assert answer.status in ((200, 503) if path == "/readyz" else (status,))
     if answer.status == 404:
         check_error_body(answer)
 
 
-def test_readyz_tells_details_to_those_with_a_key_alone(service: Deployment) -> None:
+def test_readyz_shows_details_only_with_a_key(service: Deployment) -> None:
     keyless = ask(service.port, "GET", "/readyz")
     assert keyless.json == {"code": 503, "message": "not ready"}
     wrong = ask(service.port, "GET", "/readyz", headers=bearer("wrong"))
     assert wrong.json == keyless.json
-    told = ask(service.port, "GET", "/readyz", headers=bearer(PLAIN)).json
-    assert told["models_without_worker"] == ["echo-pictures"]
+    full = ask(service.port, "GET", "/readyz", headers=bearer(PLAIN)).json
+    assert full["models_without_worker"] == ["echo-images"]
 
 
 def test_openapi_says_what_needs_a_key(service: Deployment) -> None:
@@ -162,7 +162,7 @@ def test_openapi_says_what_needs_a_key(service: Deployment) -> None:
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever was sent, all keys are compared, by hmac.compare_digest, over digests of one length."""
+    """Any value is compared with all keys, by hmac.compare_digest, as digests of one length."""
     keys = ("first", "second", "third")
     gate = Gate(Settings(api_keys=keys, node_url=""))
     compared: list[tuple[int, int]] = []
@@ -208,11 +208,11 @@ def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str
 @pytest.mark.parametrize(
     "path", ["/v1/chat/completions/", "/v1/models", "/v1//chat/completions", "/v1/images/files/x"]
 )
-def test_no_other_post_either(service: Deployment, path: str) -> None:
+def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str) -> None:
     check_error_body(ask(node_port(service), "POST", path, CHAT, JSON), 404)
 
 
-def test_a_host_header_is_no_way_to_the_nodes_listener(service: Deployment) -> None:
+def test_a_host_header_does_not_reach_the_nodes_listener(service: Deployment) -> None:
     headers = {**JSON, "Host": f"127.0.0.1:{node_port(service)}", "X-Forwarded-Port": str(node_port(service))}
     check_error_body(ask(service.port, "POST", "/v1/chat/completions", CHAT, headers), 401)
     request = f"POST http://127.0.0.1:{node_port(service)}/v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
@@ -252,7 +252,7 @@ def chat(service: Deployment, key: str, port: int | None = None) -> Answer:
 
 
 def test_the_rate_limit_counts_by_key_over_all_web_processes(service: KeyedDeployment) -> None:
-    """Two web processes, 4 x the limit at once: exactly the limit gets through, of this key alone."""
+    """Of 4 x LIMIT requests at once to two web processes exactly LIMIT succeed; another key is not affected."""
     second = KeyedDeployment(
         service.folder / "second",
         catalogue=CATALOGUE,
@@ -295,7 +295,7 @@ def test_the_rate_limit_counts_by_key_over_all_web_processes(service: KeyedDeplo
         assert b"sk-" not in key and service.redis.client.pttl(key) > 0
 
 
-def test_the_rate_limit_never_makes_a_500_of_a_lost_redis(tmp_path: Path) -> None:
+def test_without_redis_the_rate_limit_answers_503(tmp_path: Path) -> None:
     with KeyedDeployment(
         tmp_path, catalogue=CATALOGUE, redis_server=None, API_KEYS=PLAIN, RATE_LIMIT="1/hour",
         NODE_BIND=f"127.0.0.1:{free_port()}",
@@ -315,8 +315,8 @@ def test_the_rate_limit_never_makes_a_500_of_a_lost_redis(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("keys", [",", " , ,", " "])
-def test_a_list_of_no_keys_is_refused(monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
-    """Whoever sets API_KEYS wants a guard: a slip must not open the door."""
+def test_a_list_without_keys_is_refused(monkeypatch: pytest.MonkeyPatch, keys: str) -> None:
+    """Setting API_KEYS asks for access control: a typing error must not turn it off."""
     monkeypatch.setenv("API_KEYS", keys)
     with pytest.raises(ConfigurationError, match="API_KEYS"):
         Settings.from_env()
@@ -325,14 +325,14 @@ def test_a_list_of_no_keys_is_refused(monkeypatch: pytest.MonkeyPatch, keys: str
 @pytest.mark.parametrize(
     "limit", ["60", "60/fortnight", "0/minute", "-1/minute", "a/minute", "60/minute;DROP"]
 )
-def test_a_rate_limit_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_an_invalid_rate_limit_is_refused(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setenv("RATE_LIMIT", limit)
     with pytest.raises(ConfigurationError, match="RATE_LIMIT"):
         Settings.from_env()
 
 
 @pytest.mark.parametrize("limit", ["", "60/minute", "1/second", "100/5 minutes", "5000/day", "7/2 hours"])
-def test_rate_limits_that_mean_something(limit: str) -> None:
+def test_valid_rate_limits(limit: str) -> None:
     settings = Settings(rate_limit=limit, api_keys=("k",))
     if limit:
         assert parse(settings.rate_limit).amount == int(limit.partition("/")[0])
@@ -350,13 +350,15 @@ def test_rate_limits_that_mean_something(limit: str) -> None:
         ("0.0.0.0:1088", ("k",), False),
     ],
 )
-def test_listening_to_all_without_keys_is_warned_of(bind: str, keys: tuple[str, ...], warned: bool) -> None:
+def test_a_warning_for_listening_on_all_addresses_without_keys(
+    bind: str, keys: tuple[str, ...], warned: bool
+) -> None:
     found = Settings(bind=bind, api_keys=keys, node_url="").warnings()
     assert any("API_KEYS is empty" in warning for warning in found) is warned
 
 
-def test_the_warning_is_in_the_log_at_start(tmp_path: Path) -> None:
-    """The application as gunicorn loads it; nothing listens."""
+def test_the_warning_is_logged_at_start(tmp_path: Path) -> None:
+    """The application is imported as gunicorn does it; nothing listens."""
     service = Deployment(tmp_path, catalogue=CATALOGUE, redis_server=None, RATE_LIMIT="1/hour")
     command = ["-c", "from wsgi import app"]
     environment = service.environment(BIND="0.0.0.0:1")

@@ -1,4 +1,4 @@
-"""A guarded Redis: users with passwords and no more rights than they need, and TLS. The rules stand in docs/operations.md."""
+"""A Redis with users who have passwords and only the rights of docs/operations.md, without and with TLS."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from protocol.names import Keys
 from tests.deployment import Deployment, free_port, wait_until
 from tests.security.conftest import CATALOGUE, HI, Certificates, GuardedRedis, KeyedDeployment, tls_redis
 
-# All that each kind of process may do: its namespace's keys and channels, and nothing that shows or ends what others do.
+# Each kind of process may use the keys and channels of its namespace, and no command that shows or ends what others do.
 COMMANDS = (
     "-@all +@read +@write +@connection +@transaction +@pubsub +eval +evalsha +script|load +script|exists +time"
     " -@dangerous -scan -randomkey"
 )
 WEB = f"~Test:* resetchannels &Test:out:* {COMMANDS}"
-# a pattern that is subscribed to must stand here letter by letter; 0 is the database's number
+# Redis compares the pattern of a subscription literally; the 0 is the number of the database.
 WORKER = f"~Test:* resetchannels &Test:* &Test:/0.celery.pidbox &Test:/0.celeryev/worker.* {COMMANDS}"
 PASSWORDS = {"web": "p/w@:1 ", "worker": "ü#?&%2f"}
 HARMLESS = {"client"}
-"""redis-py tells its name and version with CLIENT SETINFO and does without the answer."""
+"""redis-py sends its name and version with CLIENT SETINFO and ignores an error."""
 
 needs_tls = pytest.mark.skipif(
     tls_redis() is None, reason="no redis-server with TLS (apt-get install redis-server)"
@@ -37,7 +37,7 @@ def acl_password(password: str) -> str:
 
 @pytest.fixture(scope="module", params=["users", pytest.param("users over TLS", marks=needs_tls)])
 def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Web and two workers as two users of one guarded Redis; shared: a test must not break it."""
+    """Web and two workers as two users of one Redis. Tests share it and must leave it as it is."""
     folder: Path = tmp_path_factory.mktemp("guarded")
     tls = Certificates.make(folder / "tls") if "TLS" in request.param else None
     users = [
@@ -61,9 +61,9 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             server.start()
             service.start_web()
             workers_url = server.url_of("worker", PASSWORDS["worker"])
-            for model in ("echo", "echo-pictures"):
+            for model in ("echo", "echo-images"):
                 service.start_worker(model, REDIS_URL=workers_url)
-            service.wait_ready("echo", "echo-pictures")
+            service.wait_ready("echo", "echo-images")
             yield service
         finally:
             server.stop()
@@ -78,13 +78,13 @@ def test_everything_works_with_these_rights(guarded: Deployment) -> None:
     assert guarded.chat("Hi", "echo", max_tokens=3)[0] == 200
     stream = guarded.stream("Hi", "echo", max_tokens=3)
     assert stream.text() == "0 1 2 " and stream.done
-    status, answer = guarded.post("/v1/images/generations", {"model": "echo-pictures", "prompt": "x"})
+    status, answer = guarded.post("/v1/images/generations", {"model": "echo-images", "prompt": "x"})
     assert status == 200, answer
     link = answer["data"][0]["url"].removeprefix(guarded.url)
     response, connection = guarded.request("GET", link)
     assert response.status == 200 and response.read().startswith(b"\x89PNG")
     connection.close()
-    # leases, cancels, patrol, kombu: everybody has made his rounds when the two workers have asked for work 8 times
+    # By then leases have been renewed, cancellations read, and the request monitor and kombu have run several times.
     begun = asked_for_work(guarded)
     wait_until(lambda: asked_for_work(guarded) >= begun + 8, timeout_s=60, what="workers ask for work")
     denied = {
@@ -100,6 +100,7 @@ def test_everything_works_with_these_rights(guarded: Deployment) -> None:
 
 
 def asked_for_work(guarded: Deployment) -> int:
+    """How often workers have asked for a task."""
     return int(guarded.redis.client.info("commandstats")["cmdstat_brpop"]["calls"])
 
 
@@ -138,7 +139,7 @@ def test_nothing_else_is_allowed(guarded: Deployment, user: str) -> None:
     guarded.redis.client.acl_log_reset()
 
 
-def test_nobody_gets_in_without_a_password(guarded: Deployment) -> None:
+def test_no_access_without_the_right_password(guarded: Deployment) -> None:
     assert isinstance(guarded.redis, GuardedRedis)
     for user, password in (("web", "wrong"), ("web", ""), ("default", ""), ("nobody", PASSWORDS["web"])):
         with connect_redis(Settings(redis_url=guarded.redis.url_of(user, password))) as client:
@@ -147,7 +148,7 @@ def test_nobody_gets_in_without_a_password(guarded: Deployment) -> None:
 
 
 def test_both_clients_of_a_url_check_the_certificate(guarded: Deployment, tmp_path: Path) -> None:
-    """redis-py and Celery, each with our transport: the right authority lets them in, another one doesn't."""
+    """redis-py and Celery, with this project's transport, connect only if the certificate has the right authority."""
     url = guarded.redis.url
     right = Settings(redis_url=url)
     with create_celery(right, Keys.of("Test")).connection() as connection:
@@ -168,8 +169,8 @@ def test_both_clients_of_a_url_check_the_certificate(guarded: Deployment, tmp_pa
     unprotected.close()
 
 
-def test_a_lost_user_is_no_500(guarded: Deployment) -> None:
-    """The password is changed under a running service: requests fail as when Redis is away, and come back with it."""
+def test_a_disabled_user_is_no_500(guarded: Deployment) -> None:
+    """The user is disabled while the service runs: requests fail as if Redis were away, until it is enabled again."""
     admin = guarded.redis.client
     admin.execute_command("ACL", "SETUSER", "web", "off")
     admin.execute_command("CLIENT", "KILL", "USER", "web")

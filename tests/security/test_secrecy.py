@@ -1,7 +1,7 @@
-"""Nobody who reads logs, Flower, Celery's messages and events, Redis or process lists learns what callers sent, or a key.
+"""Prompts, images and keys do not show in logs, Flower, Celery's messages and events, Redis or process lists.
 
-A marker goes through every way that a request can take, against real processes; then everything that was written
-anywhere is searched for it. In Redis it may stand in keys with a TTL alone.
+Markers are sent in every kind of request to real processes; then everything that was written anywhere is searched for
+them. In Redis they may occur only in keys with a TTL.
 """
 
 import base64
@@ -26,17 +26,17 @@ from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, free_port, wait_until
 from tests.security.conftest import Answer, GuardedRedis, KeyedDeployment, ask
 
-pytestmark = pytest.mark.timeout(300)  # three workers, one with torch, and Flower's questions to each
+pytestmark = pytest.mark.timeout(300)  # three workers, one of them with torch, are asked what Flower asks
 
 PROMPT = "prompt" + secrets.token_hex(12)
-PICTURE = "picture" + secrets.token_hex(12)
+IMAGE = "image" + secrets.token_hex(12)
 KEY = "sk-key" + secrets.token_hex(12)
 WRONG_KEY = "sk-wrong" + secrets.token_hex(12)
 REDIS_PASSWORD = "redis" + secrets.token_hex(12)
-MARKERS = [PROMPT, PICTURE, KEY, WRONG_KEY, REDIS_PASSWORD]
+MARKERS = [PROMPT, IMAGE, KEY, WRONG_KEY, REDIS_PASSWORD]
 
 DEMO = ROOT / "demo" / "models" / "chat"
-MODELS = ["echo", "echo-pictures"]
+MODELS = ["echo", "echo-images"]
 CATALOGUE = """
 project = "Test"
 [[models]]
@@ -46,7 +46,7 @@ weights = "echo:step_ms=20&tokens=100000"
 [models.engine]
 max_batch_size = 1
 [[models]]
-name = "echo-pictures"
+name = "echo-images"
 tasks = ["generation", "edit"]
 weights = "echo:step_ms=5"
 """
@@ -63,12 +63,12 @@ torch_threads = 1
 
 
 def forms(marker: str) -> list[bytes]:
-    """A marker as it may be written: plain, hex, and base64 at each of its three alignments."""
+    """Return a marker as it may be written: plain, in hex, and in base64 at each of the three alignments."""
     plain = marker.encode()
     found = [plain, plain.hex().encode()]
     for skip in range(3):
         encoded = base64.b64encode(b"\0" * skip + plain)
-        # without the signs that depend on the neighbours
+        # Without the characters that depend on the neighbouring bytes.
         found.append(encoded[4 if skip else 0 : -4])
     return found
 
@@ -78,11 +78,11 @@ def markers_in(data: bytes) -> list[str]:
 
 
 def check_clean(data: bytes, where: str) -> None:
-    assert not markers_in(data), f"{where} holds what nobody should see: {markers_in(data)}"
+    assert not markers_in(data), f"{where} contains {markers_in(data)}"
 
 
 def dump(client: Any) -> dict[bytes, tuple[int, bytes]]:
-    """All of Redis: name to time to live (ms; -1: for ever) and content."""
+    """Return all of Redis: name to time to live (ms; -1 for none) and content."""
     found = {}
     for name in client.scan_iter("*", count=1000):
         ttl = client.pttl(name)
@@ -98,27 +98,27 @@ def dump(client: Any) -> dict[bytes, tuple[int, bytes]]:
             case b"zset":
                 parts = client.zrange(name, 0, -1)
             case b"none":
-                continue  # lapsed meanwhile
+                continue  # expired meanwhile
             case kind:
-                raise AssertionError(f"{name!r} is of type {kind!r}: teach this test to read it")
+                raise AssertionError(f"{name!r} is of type {kind!r}, which this test can't read")
         found[name] = (ttl, b"\n".join(part for part in parts if part is not None))
     return found
 
 
 def check_dump(found: dict[bytes, tuple[int, bytes]]) -> list[str]:
-    """What is found stands under a TTL; returns the markers found."""
+    """Check that markers occur only under a TTL and keys not at all; return the markers found."""
     everything = []
     for name, (ttl, content) in found.items():
         check_clean(name, "the name of a key in Redis")
         here = markers_in(content)
-        assert not here or ttl > 0, f"{name!r} holds {here} for ever"
+        assert not here or ttl > 0, f"{name!r} contains {here} and has no TTL"
         assert KEY not in here and WRONG_KEY not in here and REDIS_PASSWORD not in here, name
         everything += here
     return everything
 
 
 class Events:
-    """Celery's events as Flower gets them, and answers to what Flower asks of workers."""
+    """Receives Celery's events and asks workers for their state, as Flower does."""
 
     def __init__(self, service: Deployment) -> None:
         settings = Settings(redis_url=service.redis.url, node_url="")
@@ -140,7 +140,7 @@ class Events:
     def __exit__(self, *_: object) -> None:
         self._receiver.should_stop = True
         self._thread.join(20)
-        assert not self._thread.is_alive(), "it would outlive its Redis"
+        assert not self._thread.is_alive(), "the thread must end before its Redis"
 
     def types(self) -> set[str]:
         return {event["type"] for event in self.seen}
@@ -187,13 +187,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedDeploymen
             server.stop()
 
 
-def picture() -> bytes:
-    """A PNG that holds the marker as bytes."""
+def png() -> bytes:
+    """Return a PNG that contains the marker."""
     note = PngImagePlugin.PngInfo()
-    note.add_text("Comment", PICTURE)
+    note.add_text("Comment", IMAGE)
     data = io.BytesIO()
     Image.new("RGB", (64, 64), "red").save(data, "PNG", pnginfo=note)
-    assert PICTURE.encode() in data.getvalue()
+    assert IMAGE.encode() in data.getvalue()
     return data.getvalue()
 
 
@@ -212,7 +212,7 @@ def chat(service: Deployment, model: str, **fields: Any) -> Answer:
 
 
 def refused(service: Deployment) -> list[Answer]:
-    """Everything that is wrong in a way of its own, the marker as near to the fault as can be."""
+    """Send one request for each kind of error, with the marker in or near the invalid part; return the responses."""
     ok = {"model": "echo", "messages": messages()}
     chats: list[Any] = [
         {**ok, "messages": [{"role": PROMPT, "content": "x"}]},
@@ -245,7 +245,7 @@ def refused(service: Deployment) -> list[Answer]:
             {**demo, "logit_bias": {"999999999": 1}},
         ]
     answers = [call(service, "/v1/chat/completions", body) for body in chats]
-    draw = {"model": "echo-pictures", "prompt": PROMPT}
+    draw = {"model": "echo-images", "prompt": PROMPT}
     for wrong in (
         {"size": PROMPT},
         {"n": -1},
@@ -254,35 +254,36 @@ def refused(service: Deployment) -> list[Answer]:
         {"prompt": f"\0{PROMPT}"},
     ):
         answers.append(call(service, "/v1/images/generations", {**draw, **wrong}))
-    broken = picture()[:-40]
+    broken = png()[:-40]
     links = [
-        f"http://127.0.0.1:1/{PICTURE}",
-        f"http://user:{PICTURE}@127.0.0.1/",
-        f"file:///{PICTURE}",
-        PICTURE,
+        f"http://127.0.0.1:1/{IMAGE}",
+        f"http://user:{IMAGE}@127.0.0.1/",
+        f"file:///{IMAGE}",
+        IMAGE,
     ]
-    links += [f"data:image/png;base64,{base64.b64encode(b'no picture ' + PICTURE.encode()).decode()}"]
+    links += [f"data:image/png;base64,{base64.b64encode(b'no image ' + IMAGE.encode()).decode()}"]
     for image in links:
         answers.append(call(service, "/v1/images/edits", {**draw, "image": image}))
-    answers.append(call(service, "/v1/images/edits", *form(broken[:60] + PICTURE.encode())))
+    answers.append(call(service, "/v1/images/edits", *form(broken[:60] + IMAGE.encode())))
     answers.append(call(service, "/v1/chat/completions", ok, WRONG_KEY))
     answers.append(ask(service.port, "GET", f"/v1/models?key={WRONG_KEY}", headers={"X-Api-Key": WRONG_KEY}))
     return answers
 
 
 def form(file: bytes) -> tuple[bytes, str]:
-    parts = [b'name="prompt"\r\n\r\n' + PROMPT.encode(), b'name="model"\r\n\r\necho-pictures']
+    parts = [b'name="prompt"\r\n\r\n' + PROMPT.encode(), b'name="model"\r\n\r\necho-images']
     parts.append(
-        b'name="image"; filename="' + PICTURE.encode() + b'.png"\r\nContent-Type: image/png\r\n\r\n' + file
+        b'name="image"; filename="' + IMAGE.encode() + b'.png"\r\nContent-Type: image/png\r\n\r\n' + file
     )
     body = b"".join(b"--b\r\nContent-Disposition: form-data; " + part + b"\r\n" for part in parts)
     return body + b"--b--\r\n", KEY
 
 
-def test_nothing_of_what_callers_send_stays_or_shows(service: KeyedDeployment) -> None:
+@pytest.mark.slow
+def test_nothing_that_clients_send_stays_or_shows(service: KeyedDeployment) -> None:
     client = service.redis.client
     with Events(service) as events:
-        # a stream that runs and is left, and a second request that waits behind it
+        # A stream that runs until it is closed, and a second request that waits behind it.
         running = service.stream(PROMPT, "echo", max_tokens=100_000)
         next(running.events())
         waiting = threading.Thread(target=chat, args=(service, "echo"), kwargs={"max_tokens": 2})
@@ -290,17 +291,17 @@ def test_nothing_of_what_callers_send_stays_or_shows(service: KeyedDeployment) -
         wait_until(
             lambda: client.llen("Test:model.echo") or client.hlen("Test:unacked") > 1,
             timeout_s=20,
-            what="one waits",
+            what="one request waits",
         )
         during = check_dump(dump(client))
-        assert PROMPT in during, "a job must be found while it runs, or this test looks in the wrong place"
+        assert PROMPT in during, "a running job must be found, or this test looks in the wrong place"
         check_clean(events.asked(), "what workers tell Flower")
-        running.close()  # cancelled
+        running.close()
         waiting.join(60)
         assert not waiting.is_alive()
 
         for model in MODELS:
-            if model == "echo-pictures":
+            if model == "echo-images":
                 continue
             assert chat(service, model, max_tokens=4).status == 200
             assert b"[DONE]" in chat(service, model, max_tokens=4, stream=True).body
@@ -310,12 +311,12 @@ def test_nothing_of_what_callers_send_stays_or_shows(service: KeyedDeployment) -
             answer = call(service, "/v1/chat/completions", body)
             assert answer.status == 500
             check_clean(answer.body, fault)
-        draw = {"model": "echo-pictures", "prompt": PROMPT}
+        draw = {"model": "echo-images", "prompt": PROMPT}
         assert call(service, "/v1/images/generations", draw).status == 200
-        image = base64.b64encode(picture()).decode()
+        image = base64.b64encode(png()).decode()
         edited = call(service, "/v1/images/edits", {**draw, "image": image})
         assert edited.status == 200
-        file, key = form(picture())
+        file, key = form(png())
         answer = call(
             service, "/v1/images/edits", file, key, **{"Content-Type": "multipart/form-data; boundary=b"}
         )
@@ -334,8 +335,8 @@ def test_nothing_of_what_callers_send_stays_or_shows(service: KeyedDeployment) -
         )
         after = check_dump(dump(client))
         jobs = [name for name in dump(client) if name.startswith(b"Test:job:")]
-        assert not jobs, "a finished job must not lie about"
-        assert PICTURE not in after and PROMPT not in after, "nothing is left even under a TTL"
+        assert not jobs, "a finished job must be deleted"
+        assert IMAGE not in after and PROMPT not in after, "nothing may be left, not even under a TTL"
     check_clean(repr(events.seen).encode(), "an event of Celery")
     assert any("task-received" in event["type"] and event["args"] for event in events.seen)
     for path in ("/metrics", "/v1/workers", "/readyz", "/v1/models", "/openapi.json"):
@@ -350,7 +351,7 @@ def check_logs(folder: Path) -> None:
     logs = list(folder.rglob("*.log"))
     assert len(logs) >= 2 + len(MODELS), logs
     for log in logs:
-        assert log.stat().st_size, f"{log} is empty: nothing was looked at"
+        assert log.stat().st_size, f"{log} is empty, so nothing was checked"
         check_clean(log.read_bytes(), log.name)
 
 
@@ -366,8 +367,8 @@ def check_process_lists() -> None:
     assert looked_at
 
 
-def test_the_last_words_of_a_dying_worker(service: KeyedDeployment) -> None:
-    """Runs last: the engine's thread dies with a prompt in hand, the worker gives up; and all ends by SIGTERM."""
+def test_the_logs_of_a_worker_whose_engine_dies(service: KeyedDeployment) -> None:
+    """Last in this file: the engine's thread dies with a prompt and the worker exits; then web ends by SIGTERM."""
     worker = next(process for name, process in service.workers.items() if name.startswith("echo-1"))
     answer = call(service, "/v1/chat/completions", {"model": "echo", "messages": messages("die")})
     assert answer.status in (500, 503), answer
@@ -395,7 +396,7 @@ def test_an_unexpected_exception_is_logged_without_its_text(caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("skip", range(6))
-def test_the_search_finds_what_is_hidden(skip: int) -> None:
+def test_the_search_finds_encoded_markers(skip: int) -> None:
     for marker in MARKERS:
         text = "x" * skip + marker + "yz"
         for data in (text.encode(), base64.b64encode(text.encode()), text.encode().hex().encode()):

@@ -1,4 +1,4 @@
-"""What comes from places that may not be ours: messages in the queue that are no JSON, and weights that would run code."""
+"""Untrusted input: messages in the queue that are not JSON, and weights that would run code."""
 
 import base64
 import json
@@ -16,7 +16,7 @@ from tests.deployment import ROOT, Deployment, wait_until
 
 
 class Bomb:
-    """Unpickled, it leaves a file behind."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -26,7 +26,7 @@ class Bomb:
 
 
 def message(body: bytes, **changes: Any) -> bytes:
-    """A Celery message as kombu's Redis transport has it, with a body of any kind."""
+    """Return a Celery message in the form of kombu's Redis transport, with any body."""
     task_id = uuid.uuid4().hex
     properties = {
         "correlation_id": task_id,
@@ -80,7 +80,7 @@ def as_another_task(bomb: Path) -> bytes:
     return message(body, headers=headers, **{"content-type": "application/json", "content-encoding": "utf-8"})
 
 
-def as_a_job_of_nobody(bomb: Path) -> bytes:
+def as_an_unknown_job(bomb: Path) -> bytes:
     body = json.dumps([[f"../../{bomb}"], {}, {}]).encode()
     return message(body, **{"content-type": "application/json", "content-encoding": "utf-8"})
 
@@ -92,7 +92,7 @@ HOSTILE: list[Callable[[Path], bytes]] = [
     as_yaml,
     as_pickle_called_json,
     as_another_task,
-    as_a_job_of_nobody,
+    as_an_unknown_job,
 ]
 
 
@@ -100,7 +100,7 @@ HOSTILE: list[Callable[[Path], bytes]] = [
 def test_no_message_in_the_queue_runs_code(
     echo: Deployment, tmp_path: Path, hostile: Callable[[Path], bytes]
 ) -> None:
-    """Taken off the queue, refused, and the worker serves on: the same process, at once."""
+    """It is taken off the queue and refused, and the same worker process goes on serving."""
     bomb = tmp_path / "bomb"
     client = echo.redis.client
     process = next(process for name, process in echo.workers.items() if name.startswith("echo-1"))
@@ -117,7 +117,7 @@ def test_no_message_in_the_queue_runs_code(
 
 
 def test_the_bomb_works(tmp_path: Path) -> None:
-    """The proof that the test above could see an execution."""
+    """The test above would see an execution."""
     bomb = tmp_path / "bomb"
     pickle.loads(pickle.dumps(Bomb(bomb)))
     assert bomb.read_text() == "executed"
@@ -135,7 +135,7 @@ weights = "{weights}"
 
 
 def chat_folder(folder: Path) -> None:
-    """The demo model with its weights as a pickle, as hubs have many."""
+    """Write the demo model with its weights as a pickle."""
     import torch
     from safetensors.torch import load_file
 
@@ -151,7 +151,7 @@ def chat_folder(folder: Path) -> None:
 
 
 def with_own_code(folder: Path) -> None:
-    """The demo model, whose configuration asks for a class of its own beside it."""
+    """Write the demo model with a configuration that names a class in a file beside it."""
     chat_folder(folder)
     source = ROOT / "demo" / "models" / "chat"
     for file in source.glob("*.safetensors"):
@@ -164,8 +164,8 @@ def with_own_code(folder: Path) -> None:
     (folder / "own.py").write_text(f"open({str(folder / 'bomb')!r}, 'w').write('executed')\n")
 
 
-def picture_folder(folder: Path) -> None:
-    """A pipeline's folder with a pickle for its denoiser."""
+def image_folder(folder: Path) -> None:
+    """Write a pipeline whose denoiser is a pickle."""
     import torch
 
     (folder / "unet").mkdir(parents=True)
@@ -179,8 +179,8 @@ def picture_folder(folder: Path) -> None:
 
 
 def pipeline_with_own_code(folder: Path) -> None:
-    """A pipeline whose index names a class in a file beside it."""
-    picture_folder(folder)
+    """Write a pipeline whose index names a class in a file beside it."""
+    image_folder(folder)
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = ["pipeline", "OwnPipeline"]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -194,7 +194,7 @@ def pipeline_with_own_code(folder: Path) -> None:
 WEIGHTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "pickled chat weights": ("chat", chat_folder, "safetensors"),
     "a chat model with code of its own": ("chat", with_own_code, "custom code"),
-    "pickled picture weights": ("generation", picture_folder, "safetensors"),
+    "pickled image weights": ("generation", image_folder, "safetensors"),
     "a pipeline with code of its own": ("generation", pipeline_with_own_code, "custom code"),
 }
 LOAD = """
@@ -216,7 +216,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
-    """What the functions that a worker loads with say of each folder; one process for all, since torch is slow to come."""
+    """What a worker's loaders say of each folder. One process loads all, because importing torch takes seconds."""
     folder = tmp_path_factory.mktemp("weights")
     catalogues = []
     for number, (task, make, _) in enumerate(WEIGHTS.values()):
@@ -244,5 +244,5 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, P
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_that_would_run_code_are_refused(verdicts: dict[str, tuple[str, Path]], name: str) -> None:
     line, folder = verdicts[name]
-    assert not (folder / "bomb").exists(), "code from the weights' folder was executed"
+    assert not (folder / "bomb").exists(), "code from the folder of the weights was executed"
     assert line.startswith("REFUSED bad: can't load ") and WEIGHTS[name][2] in line, line
