@@ -1,6 +1,7 @@
 """gunicorn's settings. `gunicorn wsgi:app` reads this file from the working directory."""
 
 import gc
+import resource
 import signal
 import sys
 from typing import Any
@@ -17,6 +18,11 @@ bind = [_settings.bind]
 if _settings.api_keys:
     # The network node can't send a key, so it has its own listener with only the endpoints that it calls.
     bind.append(_settings.node_bind)
+
+# Each open stream needs a descriptor, and the soft limit is 1024 on many systems.
+_, _open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+if _open_files != resource.RLIM_INFINITY:  # macOS has no number there, and refuses it as a soft limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_open_files, _open_files))
 
 # gunicorn takes the number of processes from WEB_CONCURRENCY. They share only the listeners and Redis.
 worker_class = "gunicorn_worker.Worker"

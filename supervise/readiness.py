@@ -15,7 +15,7 @@ class Probe:
     """A client of the web process that `settings` describe. It blocks, so call it from a thread."""
 
     def __init__(self, settings: Settings) -> None:
-        host, self._port = split_address("BIND", settings.bind)
+        host, self.port = split_address("BIND", settings.bind)
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         self._headers = {"Authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
 
@@ -23,11 +23,15 @@ class Probe:
     def base_url(self) -> str:
         """The web process's URL as seen from this machine."""
         host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self._port}"
+        return f"http://{host}:{self.port}"
 
-    def ready(self) -> bool:
-        """Whether `/readyz` answers 200."""
-        return self._get("/readyz")[0] == 200
+    def ready(self, web_pid: int | None = None) -> bool:
+        """Whether `/readyz` answers 200; with `web_pid`, whether that process (gunicorn's master) does.
+
+        Another service may have the address, while our own web process can't listen there.
+        """
+        status, body = self._get("/readyz")
+        return status == 200 and web_pid in (None, body.get("master_pid"))
 
     def progress(self) -> str:
         """Return one line with the number of workers of each model in each state."""
@@ -43,7 +47,7 @@ class Probe:
 
     def _get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and body, or (0, {}) without an answer."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER_TIMEOUT_S)
+        connection = http.client.HTTPConnection(self._host, self.port, timeout=ANSWER_TIMEOUT_S)
         try:
             connection.request("GET", path, headers=self._headers)
             response = connection.getresponse()

@@ -4,7 +4,6 @@ It listens on the loopback, has a random password and writes no data to disk.
 """
 
 import asyncio
-import contextlib
 import secrets
 import shutil
 import socket
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import ConfigurationError
+from supervise.listeners import Unavailable
+from supervise.runtime_folder import cannot_write
 
 START_TIMEOUT_S = 15.0
 _POLL_S = 0.05
@@ -20,7 +21,7 @@ _CONFIGURATION = """\
 bind 127.0.0.1
 port {port}
 requirepass {password}
-dir {folder}
+dir "{folder}"
 daemonize no
 save ""
 appendonly no
@@ -49,7 +50,7 @@ class EmbeddedRedis:
     def prepare(cls, folder: Path) -> "EmbeddedRedis":
         """Write the configuration and the URL into `folder`.
 
-        Raises ConfigurationError if no redis-server is installed.
+        Raises ConfigurationError or Unavailable, for example if no redis-server is installed.
         """
         binary = find_binary()
         password, port = secrets.token_urlsafe(24), _free_port()
@@ -60,8 +61,10 @@ class EmbeddedRedis:
             url=f"redis://:{password}@127.0.0.1:{port}/0",
             url_file=folder / "redis-url",
         )
+        # within quotes Redis reads a backslash as an escape
+        quoted = str(folder).replace("\\", "\\\\").replace('"', '\\"')
         _write_private(
-            redis.configuration, _CONFIGURATION.format(port=port, password=password, folder=folder)
+            redis.configuration, _CONFIGURATION.format(port=port, password=password, folder=quoted)
         )
         _write_private(redis.url_file, redis.url + "\n")
         return redis
@@ -80,11 +83,9 @@ class EmbeddedRedis:
         return False
 
     def remove_files(self) -> None:
-        """Remove both files, and the folder if it is empty then."""
+        """Remove both files."""
         self.configuration.unlink(missing_ok=True)
         self.url_file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # not empty
-            self.url_file.parent.rmdir()
 
 
 def find_binary() -> str:
@@ -102,13 +103,26 @@ def find_binary() -> str:
 
 
 def _free_port() -> int:
+    """Return a free port of the IPv4 loopback. Raises Unavailable if this machine has none."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", 0))
+            probe.listen()
+            socket.create_connection(probe.getsockname(), timeout=1.0).close()
+        except OSError as error:
+            raise Unavailable(
+                f"127.0.0.1: {error.strerror or error}; the embedded Redis listens there"
+            ) from error
         port: int = probe.getsockname()[1]
         return port
 
 
 def _write_private(path: Path, text: str) -> None:
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_text(text, encoding="utf-8")
+    """Write a file of mode 600. Raises ConfigurationError or Unavailable."""
+    try:
+        path.unlink(missing_ok=True)
+        path.touch(mode=0o600)
+        # a folder's name may hold bytes that are no text
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise cannot_write(path, error) from error

@@ -55,7 +55,10 @@ class Service:
 
         Raises StartFailed, after stopping everything, if the service did not become ready.
         """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup has it ignored
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             asyncio.get_running_loop().add_signal_handler(number, self.ask_to_stop)
         try:
             await self._until_stopped(self._start())
@@ -109,13 +112,16 @@ class Service:
 
     async def _wait_until_ready(self, started: float) -> None:
         printed, print_again_at = "", 0.0
-        while not await asyncio.to_thread(self._probe.ready):
+        while not await asyncio.to_thread(self._probe.ready, self._web_pid()):
             progress = await asyncio.to_thread(self._probe.progress)
             now = time.monotonic()
             if progress != printed or now >= print_again_at:
                 self._print(f"starting ({now - started:.0f} s): {progress}")
                 printed, print_again_at = progress, now + PROGRESS_EVERY_S
             await asyncio.sleep(POLL_S)
+
+    def _web_pid(self) -> int | None:
+        return next((p.pid for group in self._groups for p in group if p.spec in self._plan.web), None)
 
     def _on_exit(self, process: Process, status: int) -> bool:
         """Return whether to restart a process.

@@ -133,6 +133,7 @@ def _operators_schemas() -> dict[str, Any]:
     details = {
         "redis": {"enum": ["ok", "unreachable"]},
         "models_without_worker": _array(STRING),
+        "master_pid": INTEGER,
         "warnings": _array(STRING),
     }
     return {

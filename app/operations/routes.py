@@ -1,5 +1,6 @@
 """Endpoints for operators and monitoring: health, readiness, workers, metrics, the API's description."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ def blueprint(
             body |= {
                 "redis": "ok" if redis_ok else "unreachable",
                 "models_without_worker": missing,
+                # scripts/run asks whether it is its own web process that answers
+                "master_pid": os.getppid(),
                 "warnings": warnings,
             }
         return json_response(body, 200 if ready else 503)

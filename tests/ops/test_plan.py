@@ -1,6 +1,8 @@
 """The processes for a catalogue: names, GPUs, environment, and the files of the embedded Redis."""
 
+import asyncio
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -78,7 +80,20 @@ def test_the_password_of_the_embedded_redis_is_only_in_private_files(tmp_path: P
     assert server.url_file.read_text().strip() == server.url
     assert len(password) >= 24 and not any(password in part for part in server.argv)
     server.remove_files()
-    assert not tmp_path.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_embedded_redis_starts_in_a_folder_with_an_odd_name(tmp_path: Path) -> None:
+    folder = tmp_path / 'ein Pfäd "mit" \\ allem'
+    folder.mkdir()
+    server = EmbeddedRedis.prepare(folder)
+    with subprocess.Popen(server.argv, stdout=subprocess.DEVNULL) as process:
+        try:
+            assert asyncio.run(server.wait())
+            with redis.Redis.from_url(server.url) as client:
+                assert client.config_get("dir") == {"dir": str(folder)}
+        finally:
+            process.terminate()
 
 
 @pytest.mark.parametrize(

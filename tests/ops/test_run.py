@@ -1,5 +1,7 @@
 """`scripts/run` with the real web process, workers and embedded Redis, on the echo engine."""
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -40,7 +42,7 @@ def command_of(process: psutil.Process) -> list[str]:
 class Run:
     """A `scripts/run` in the background."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *before: str) -> None:
         catalogue = folder / "models.toml"
         catalogue.write_text(CATALOGUE)
         self.bind = f"127.0.0.1:{free_port()}"
@@ -48,7 +50,7 @@ class Run:
         env = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "API_KEYS", "FLOWER_BASIC_AUTH")}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [ROOT / "scripts" / "run", catalogue],
+                [*before, ROOT / "scripts" / "run", catalogue],
                 env={**env, "BIND": self.bind, "NODE_URL": "", "DRAIN_S": "2"},
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -90,6 +92,48 @@ def started(tmp_path: Path) -> Iterator[Run]:
             run.process.wait(60)
         # A killed supervisor leaves these files behind.
         shutil.rmtree(ROOT / ".run" / run.bind.rpartition(":")[2], ignore_errors=True)
+
+
+def test_output_that_nobody_reads_stops_neither_the_service_nor_its_end(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(CATALOGUE)
+    bind = f"127.0.0.1:{free_port()}"
+    read_end, write_end = os.pipe()
+    fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, 4096)
+    os.set_blocking(write_end, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_end, b"x" * 4096)
+    os.set_blocking(write_end, True)
+    process = subprocess.Popen(
+        [ROOT / "scripts" / "run", tmp_path / "models.toml"],
+        env={**os.environ, "BIND": bind, "NODE_URL": "", "REDIS_URL": ""},
+        stdout=write_end,
+        stderr=write_end,
+    )
+    os.close(write_end)
+    try:
+        wait_until(Probe(Settings(bind=bind)).ready, timeout_s=READY_S, what="ready")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(read_end)
+
+
+def test_nohup_survives_its_terminal(tmp_path: Path) -> None:
+    run = Run(tmp_path, "nohup")
+    try:
+        run.until_printed(r"READY http://")
+        run.process.send_signal(signal.SIGHUP)
+        run.process.send_signal(signal.SIGCONT)
+        wait_until(run.ready, timeout_s=30, what="ready")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(60) == 0
+        assert run.output.count("stopping:") == 1
+    finally:
+        run.process.kill()
+        run.process.wait()
 
 
 def test_from_ready_to_one_ctrl_c(started: Run) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from config import ConfigurationError
+from supervise.runtime_folder import runtime_folder
 from tests.deployment import ROOT, free_port
 
 CATALOGUE = """
@@ -112,6 +114,54 @@ def test_gpu_that_is_not_there(tmp_path: Path) -> None:
     status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")
     assert status == 78
     assert line == f"run: {path}: workers of 'echo': GPU 2 does not exist, CUDA_VISIBLE_DEVICES=0,1 lists 2"
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk; the error comes from the same write."""
+    script = f'ulimit -f 0; exec "{ROOT}/scripts/run" "{catalogue(tmp_path)}"'
+    bind = f"127.0.0.1:{free_port()}"
+    done = subprocess.run(
+        ["bash", "-c", script], env={**os.environ, "BIND": bind}, capture_output=True, text=True, check=False
+    )
+    folder = ROOT / ".run" / bind.rpartition(":")[2]
+    line = f"run: {folder}/redis.conf: File too large; scripts/run keeps its lock and the embedded Redis's files there\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_runtime_folder_cannot_be_created(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(ConfigurationError, match="Not a directory; scripts/run keeps its lock"),
+        runtime_folder(tmp_path / "file", 1088),
+    ):
+        pass
+
+
+def test_a_second_start_in_the_same_folder_touches_nothing(tmp_path: Path) -> None:
+    port = free_port()
+    with runtime_folder(ROOT / ".run", port) as folder:
+        (folder / "redis-url").write_text("of the first")
+        status, line = run(catalogue(tmp_path), BIND=f"127.0.0.1:{port}")
+        assert status == 1
+        assert line == f"run: BIND: scripts/run already serves port {port} ({folder} is locked)"
+        assert (folder / "redis-url").read_text() == "of the first"
+        (folder / "redis-url").unlink()
+    assert not folder.exists()
+
+
+def test_no_ipv4_loopback(tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-rn", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    command = ["unshare", "-rn", str(ROOT / "scripts" / "run"), str(catalogue(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    line = "run: 127.0.0.1: Network is unreachable; the embedded Redis listens there\n"
+    assert (done.returncode, done.stderr) == (1, line)
+
+
+def test_letters_that_the_output_cannot_print(tmp_path: Path) -> None:
+    status, line = run("Pfäd.toml", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert status == 78
+    assert line.startswith(f"run: {tmp_path}/Pf\\xe4d.toml: No such file")
 
 
 def test_redis_unreachable(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Start order, failed starts and stop order of a plan whose processes are small stand-ins."""
 
 import asyncio
-import io
 import os
 import signal
 from pathlib import Path
@@ -23,7 +22,7 @@ class StubProbe(Probe):
         super().__init__(Settings())
         self._ready_when = ready_when
 
-    def ready(self) -> bool:
+    def ready(self, web_pid: int | None = None) -> bool:
         return self._ready_when.exists()
 
     def progress(self) -> str:
@@ -35,9 +34,26 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
-def build(plan: Plan, log: Path) -> tuple[Service, io.StringIO]:
-    out = io.StringIO()
-    return Service(plan, StubProbe(log), None, Console(out), "READY http://stand-in"), out
+class Output:
+    """What a service has printed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self.console = Console(self._file.fileno())
+
+    def so_far(self) -> str:
+        return self._path.read_text()
+
+    def to_end(self) -> str:
+        self.console.close()
+        self._file.close()
+        return self.so_far()
+
+
+def build(plan: Plan, ready_when: Path) -> tuple[Service, Output]:
+    out = Output(ready_when.with_name("output"))
+    return Service(plan, StubProbe(ready_when), None, out.console, "READY http://stand-in"), out
 
 
 STOPS_WITH_THE_OTHER = """
@@ -66,11 +82,11 @@ def test_workers_stop_first_and_redis_last(log: Path) -> None:
         running = asyncio.create_task(service.run())
         for name in ("redis", "web", "flower", "worker-1", "worker-2"):
             await until_noted(log, f"{name} started")
-        while "READY" not in out.getvalue():
+        while "READY" not in out.so_far():
             await asyncio.sleep(0.02)
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait_for(running, 60)
-        return out.getvalue()
+        return out.to_end()
 
     output = asyncio.run(scenario())
     stops = [line for line in noted(log) if "started" not in line]
@@ -99,8 +115,11 @@ os._exit(78)
     )
 
     async def scenario() -> None:
-        service, _ = build(plan, tmp_path / "never")
-        await asyncio.wait_for(service.run(), 60)
+        service, out = build(plan, tmp_path / "never")
+        try:
+            await asyncio.wait_for(service.run(), 60)
+        finally:
+            out.to_end()
 
     with pytest.raises(StartFailed) as failure:
         asyncio.run(scenario())
@@ -112,8 +131,11 @@ def test_a_web_process_that_cannot_boot_fails_the_start(log: Path, tmp_path: Pat
     web = stand_in("web", log, body="sys.exit(3)", fatal_at_start=frozenset({78, 3}))
 
     async def scenario() -> None:
-        service, _ = build(Plan(redis=(), web=(web,), flower=(), workers=()), tmp_path / "never")
-        await asyncio.wait_for(service.run(), 30)
+        service, out = build(Plan(redis=(), web=(web,), flower=(), workers=()), tmp_path / "never")
+        try:
+            await asyncio.wait_for(service.run(), 30)
+        finally:
+            out.to_end()
 
     with pytest.raises(StartFailed, match="web: exited with status 3 while starting") as failure:
         asyncio.run(scenario())
@@ -124,12 +146,13 @@ def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> Non
     plan = Plan(redis=(), web=(stand_in("web", log),), flower=(), workers=(stand_in("m-1", log),))
 
     async def scenario() -> None:
-        service, _ = build(plan, tmp_path / "never")
+        service, out = build(plan, tmp_path / "never")
         running = asyncio.create_task(service.run())
         await until_noted(log, "web started")
         await until_noted(log, "m-1 started")
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(running, 60)
+        out.to_end()
 
     asyncio.run(scenario())
     assert noted(log)[-1] == "web stopped"
@@ -145,6 +168,6 @@ def test_a_worker_that_exits_after_ready_is_restarted(log: Path) -> None:
         await until_noted(log, "m-1 started", times=2)
         service.ask_to_stop()
         await asyncio.wait_for(running, 60)
-        return out.getvalue()
+        return out.to_end()
 
     assert "exited with status 1; restarting in 1 s" in asyncio.run(scenario())
