@@ -4,9 +4,15 @@ A request's events are numbered from 0 without gaps. The last one, and no other,
 `Failed`.
 """
 
+import logging
+from collections.abc import Iterable
+
 import msgspec
 
 from protocol.errors import ServiceError
+from protocol.versions import log_once
+
+log = logging.getLogger(__name__)
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -113,16 +119,35 @@ def is_terminal(event: Event) -> bool:
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Envelope)
 _batch_decoder = msgspec.json.Decoder(list[Envelope])
+_raw_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 
 encode = _encoder.encode
 """Encode an Envelope, or a list of them, as JSON."""
 
 
 def decode(data: bytes) -> Envelope:
-    """Decode one envelope, an entry of a replay list. Raises msgspec.ValidationError."""
+    """Decode one envelope, an entry of a replay list. Raises msgspec.MsgspecError."""
     return _decoder.decode(data)
 
 
 def decode_batch(data: bytes) -> list[Envelope]:
-    """Decode one published message, a list of envelopes. Raises msgspec.ValidationError."""
-    return _batch_decoder.decode(data)
+    """Decode one published message, a list of envelopes.
+
+    An envelope that this version can't read is left out: it must not keep back those of the other requests. Its own
+    request then has a gap.
+    """
+    try:
+        return _batch_decoder.decode(data)
+    except msgspec.MsgspecError:
+        return decode_readable(_raw_decoder.decode(data))
+
+
+def decode_readable(entries: Iterable[bytes | msgspec.Raw]) -> list[Envelope]:
+    """Decode the envelopes that this version can read, each by itself. Raises nothing."""
+    found = []
+    for entry in entries:
+        try:
+            found.append(_decoder.decode(entry))
+        except msgspec.MsgspecError as error:
+            log_once(log, "an event of another version is skipped: %s", error)
+    return found

@@ -4,6 +4,7 @@ A worker's record outlives its lease, so that a worker which was killed still sh
 reconciler has taken it off the node. A restarted worker has the same cid and a new incarnation id.
 """
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,6 +13,9 @@ import msgspec
 
 from protocol.connections import RedisClient
 from protocol.names import Keys
+from protocol.versions import PROTOCOL_VERSION, log_once
+
+log = logging.getLogger(__name__)
 
 LEASE_TTL_S = 10
 REFRESH_S = 3
@@ -41,11 +45,17 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     service_id: str
     node: str
     gpus: list[str]
-    state: WorkerState = "loading"
+    state: WorkerState | str = "loading"
+    """A newer version may have states that this one does not know."""
     running: int = 0
     registered: bool = False
     last_error: str = ""
     steps: int = 0
+    slots: int = 0
+    """Requests that the worker takes at the same time."""
+    rate: float = 0.0
+    """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0: unknown."""
+    protocol: int = PROTOCOL_VERSION
 
 
 class Observation:
@@ -141,10 +151,10 @@ class Leases:
             [self._keys.worker(cid) for cid in cids] + [self._keys.lease(cid) for cid in cids]
         )
         records = []
-        for body, incarnation_id in zip(found[: len(cids)], found[len(cids) :], strict=True):
+        for cid, body, incarnation_id in zip(cids, found[: len(cids)], found[len(cids) :], strict=True):
             if body is None:
                 continue
-            record = _decoder.decode(body)
+            record = _readable(cid, body, incarnation_id)
             if incarnation_id is None or incarnation_id.decode() != record.incarnation_id:
                 record.state = "lost"
             records.append(record)
@@ -163,3 +173,27 @@ class Leases:
             return set()
         found = self._redis.mget([self._keys.web_lease(web_id) for web_id in web_ids])
         return {web_id for web_id, lease in zip(web_ids, found, strict=True) if lease is not None}
+
+
+def _readable(cid: str, body: bytes, incarnation_id: bytes | None) -> WorkerRecord:
+    """The record, or one that only says that this worker exists, for a record that this version can't read.
+
+    It must not hide the others, nor look as if its worker were gone.
+    """
+    try:
+        return _decoder.decode(body)
+    except msgspec.MsgspecError as error:
+        log_once(log, "the record of worker %s is of another version: %s", cid, error)
+        return WorkerRecord(
+            cid=cid,
+            incarnation_id=incarnation_id.decode() if incarnation_id else "",
+            model="",
+            tasks=(),
+            project="",
+            pid=0,
+            host="",
+            service_id="",
+            node="",
+            gpus=[],
+            state="unknown",
+        )

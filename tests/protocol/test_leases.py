@@ -1,8 +1,12 @@
 """protocol.leases: what a missing lease proves, and what Redis holds of workers and web processes."""
 
+import json
+
 import pytest
 
-from protocol.leases import GAP_S, LEASE_TTL_S, Observation
+from protocol.leases import GAP_S, LEASE_TTL_S, Leases, Observation, WorkerRecord
+from protocol.names import Keys
+from tests.deployment import RedisServer
 
 
 class Watch:
@@ -69,3 +73,32 @@ def test_time_after_the_latest_look_is_not_watched(watch: Watch) -> None:
     watch.look(*[1] * (LEASE_TTL_S - 1))
     watch.now += 60
     assert not watch.observation.absence_counts()
+
+
+def test_a_record_of_another_version_hides_nobody(redis_server: RedisServer, keys: Keys) -> None:
+    leases, client = Leases(redis_server.client, keys), redis_server.client
+    ours = WorkerRecord(
+        cid="ours",
+        incarnation_id="ours:1",
+        model="m",
+        tasks=("chat",),
+        project="p",
+        pid=1,
+        host="h",
+        service_id="s",
+        node="",
+        gpus=[],
+    )
+    leases.renew_worker(ours)
+    newer = json.loads(client.get(keys.worker("ours"))) | {"cid": "newer", "incarnation_id": "newer:1"}
+    for cid, change in (("newer", {"state": "warming", "more": 1}), ("newest", {"pid": "a string"})):
+        body = json.dumps(newer | {"cid": cid, "incarnation_id": f"{cid}:1"} | change)
+        client.set(keys.worker(cid), body)
+        client.set(keys.lease(cid), f"{cid}:1")
+        client.sadd(keys.workers, cid)
+    found = {each.cid: each for each in leases.workers()}
+    assert set(found) == {"ours", "newer", "newest"}
+    assert found["newer"].state == "warming"
+    assert found["newest"].state == "unknown" and found["newest"].incarnation_id == "newest:1"
+    client.delete(keys.lease("newest"))
+    assert {each.cid: each.state for each in leases.workers()}["newest"] == "lost"
