@@ -72,6 +72,21 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
 
 Job = ChatJob | ImageJob
 
+USUAL_STEPS = 30
+USUAL_SIDE = 1024
+
+
+def work_of(job: Job) -> float:
+    """How much work a job is beside others of its model: choices of a chat, or images x steps x megapixels.
+
+    Only ratios within one model count. What a request leaves to the pipeline counts as USUAL_STEPS and USUAL_SIDE.
+    """
+    if isinstance(job, ChatJob):
+        return float(job.sampling.n)
+    pixels = (job.width or USUAL_SIDE) * (job.height or USUAL_SIDE)
+    return job.n * (job.num_inference_steps or USUAL_STEPS) * pixels / 2**20
+
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Job)
 

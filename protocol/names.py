@@ -73,10 +73,6 @@ class Keys(NamedTuple):
         """String: admission time of the youngest request that a worker has claimed."""
         return f"{self.prefix}youngest:{model}"
 
-    def completions(self, model: str) -> str:
-        """Prefix of the counters of completed requests, one for each protocol.queue.RATE_BUCKET_S."""
-        return f"{self.prefix}done:{model}:"
-
     @property
     def workers(self) -> str:
         """Set: cids of the workers that have a record."""

@@ -1,4 +1,4 @@
-"""A job on its way from web to a worker: admit, send, claim, end. Each is one atomic call in Redis.
+"""A job on its way from web to a worker: admit, claim, end. Each is one atomic call in Redis.
 
 Times are Redis' own (seconds), so that clocks of several machines don't matter. Celery's queue carries the
 request id; the worker that gets the claim generates it, and a copy of the message that can't get the claim
@@ -15,40 +15,34 @@ from protocol import jobs
 from protocol.connections import RedisClient, queue_errors
 from protocol.errors import Overloaded
 from protocol.jobs import Job
-from protocol.names import GENERATE_TASK, Keys
+from protocol.names import Keys
+from protocol.task_messages import TaskMessages
 
 JOB_GRACE_S = 30
 """How long a job outlives its deadline, for a worker that ends it late."""
-RATE_BUCKET_S = 10
-RATE_BUCKETS = 6
-"""The wait is estimated from the completions of the last RATE_BUCKETS x RATE_BUCKET_S seconds."""
-SATURATED_S = 30
-"""So many of those seconds must have had completions while others waited, or there is no estimate."""
 
-# Stores a job and adds it to the waiting ones; refuses it by their number or by the estimated wait.
-# Returns {1, admission time}, or {0, waiting requests, estimated wait in s}.
-# The keys of the buckets are built here, which Redis allows everywhere but in a cluster.
+# Stores a job, adds it to the waiting ones and queues its message. Refuses it by the number of waiting requests, or,
+# where the workers' rate is known, by the time that they will take. Returns {1, admission time}, or
+# {0, waiting requests, estimated wait in s}.
+# The keys of the waiting jobs are built here, which Redis allows everywhere but in a cluster.
 _ADMIT = """
-local waiting_key, job_key = KEYS[1], KEYS[2]
-local request_id, deadline_s = ARGV[1], tonumber(ARGV[2])
-local max_waiting, grace_s = tonumber(ARGV[3]), tonumber(ARGV[4])
-local bucket_prefix, bucket_s = ARGV[5], tonumber(ARGV[6])
-local buckets, saturated_s = tonumber(ARGV[7]), tonumber(ARGV[8])
-local first_field = 9
+local waiting_key, job_key, queue_key = KEYS[1], KEYS[2], KEYS[3]
+local request_id, message = ARGV[1], ARGV[2]
+local deadline_s, grace_s, max_waiting = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
+local rate, job_prefix = tonumber(ARGV[6]), ARGV[7]
+local first_field = 8
 
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
-
-local finished, measured_s, current = 0, 0, math.floor(now / bucket_s)
-for back = 1, buckets do
-  local count = tonumber(redis.call('GET', bucket_prefix .. (current - back)) or 0)
-  finished = finished + count
-  if count > 0 then measured_s = measured_s + bucket_s end
-end
-
 redis.call('ZREMRANGEBYSCORE', waiting_key, '-inf', now)
 local waiting, wait_s = redis.call('ZCARD', waiting_key), 0
-if measured_s >= saturated_s then wait_s = waiting * measured_s / finished end
+if rate > 0 and waiting > 0 then
+  local work = 0
+  for _, id in ipairs(redis.call('ZRANGE', waiting_key, 0, -1)) do
+    work = work + tonumber(redis.call('HGET', job_prefix .. id, 'work') or 0)
+  end
+  wait_s = work / rate
+end
 if waiting >= max_waiting or wait_s > deadline_s / 2 then
   return {0, waiting, math.ceil(wait_s)}
 end
@@ -58,7 +52,17 @@ redis.call('ZADD', waiting_key, deadline, request_id)
 redis.call('EXPIRE', waiting_key, ttl)
 redis.call('HSET', job_key, 'admitted', now, 'deadline', deadline, unpack(ARGV, first_field))
 redis.call('EXPIRE', job_key, ttl)
+redis.call('LPUSH', queue_key, message)
 return {1, tostring(now)}
+"""
+
+# Queues another message for a job that still exists and waits. Returns 1 if it did.
+_RESEND = """
+local waiting_key, job_key, queue_key = KEYS[1], KEYS[2], KEYS[3]
+local request_id, message = ARGV[1], ARGV[2]
+if redis.call('EXISTS', job_key) == 0 or not redis.call('ZSCORE', waiting_key, request_id) then return 0 end
+redis.call('LPUSH', queue_key, message)
+return 1
 """
 
 # Gives a job to one incarnation, again to the same one. Returns {seconds left, fields of the job}, or {}
@@ -84,20 +88,6 @@ end
 return {tostring(deadline - now), redis.call('HGETALL', job_key)}
 """
 
-# Deletes a job, and counts it in the current bucket if it was completed while others waited.
-_END = """
-local job_key, waiting_key = KEYS[1], KEYS[2]
-local completed, bucket_prefix = ARGV[1] == '1', ARGV[2]
-local bucket_s, buckets = tonumber(ARGV[3]), tonumber(ARGV[4])
-
-redis.call('DEL', job_key)
-if completed and redis.call('ZCARD', waiting_key) > 0 then
-  local bucket_key = bucket_prefix .. math.floor(tonumber(redis.call('TIME')[1]) / bucket_s)
-  redis.call('INCR', bucket_key)
-  redis.call('EXPIRE', bucket_key, bucket_s * (buckets + 3))
-end
-"""
-
 
 class Claimed(NamedTuple):
     """A job that this worker has claimed, and no other can claim."""
@@ -107,35 +97,47 @@ class Claimed(NamedTuple):
     remaining_s: float
 
 
+class UnreadableJob(Exception):
+    """A claimed job that this version can't read: it was written by another one. Its client waits for an answer."""
+
+    def __init__(self, web_id: str, remaining_s: float, reason: str) -> None:
+        super().__init__(reason)
+        self.web_id = web_id
+        self.remaining_s = remaining_s
+
+
 class JobQueue:
-    """Both ends of the queue. `admit` and `send` raise QueueUnavailable, the others redis.RedisError."""
+    """Both ends of the queue. `admit` and `send_again` raise QueueUnavailable, the others redis.RedisError."""
 
     def __init__(self, client: RedisClient, keys: Keys, celery: Celery, *, claim_ttl_s: int) -> None:
         self._redis = client
         self._keys = keys
-        self._celery = celery
+        self._messages = TaskMessages(celery)
         self._claim_ttl_s = claim_ttl_s
         self._admit = client.register_script(_ADMIT)
+        self._resend = client.register_script(_RESEND)
         self._claim = client.register_script(_CLAIM)
-        self._end = client.register_script(_END)
         self._forgotten: deque[str] = deque()
 
-    def admit(self, job: Job, *, web_id: str, deadline_s: float, max_waiting: int) -> float:
-        """Admit a job if the queue is short enough; returns its admission time (Redis clock, seconds).
+    def admit(
+        self, job: Job, *, web_id: str, deadline_s: float, max_waiting: int, rate: float = 0.0
+    ) -> float:
+        """Admit and queue a job in one step; returns its admission time (Redis clock, seconds).
 
-        Raises Overloaded when `max_waiting` requests wait, or when the wait, estimated from the rate of
-        completions, would exceed half the deadline. There is an estimate only after SATURATED_S of
-        completions while others waited. Raises QueueUnavailable.
+        `rate` is the work (protocol.jobs.work_of) that the model's workers finish in a second, 0 if it is not known.
+        Raises Overloaded when `max_waiting` requests wait, or when what waits will take longer than half the
+        deadline. Raises QueueUnavailable; the job may then have been queued all the same, so it must be cancelled.
         """
         body, files = jobs.encode(job)
-        fields: list[bytes | str] = ["body", body, "web", web_id]
+        fields: list[bytes | str | float] = ["body", body, "web", web_id, "work", jobs.work_of(job)]
         for name, data in files.items():
             fields += [name, data]
-        keys = [self._keys.waiting(job.model), self._keys.job(job.id)]
-        rate = (self._keys.completions(job.model), RATE_BUCKET_S, RATE_BUCKETS, SATURATED_S)
-        args = [job.id, deadline_s, max_waiting, JOB_GRACE_S, *rate, *fields]
+        message = self._messages.make(job.id, self._keys.queue(job.model))
+        limits: list[float | str] = [deadline_s, JOB_GRACE_S, max_waiting, rate, self._keys.job("")]
         with queue_errors():
-            admitted, *rest = self._admit(keys=keys, args=args)
+            admitted, *rest = self._admit(
+                keys=self._waiting_keys(job.id, job.model), args=[job.id, message, *limits, *fields]
+            )
         if not admitted:
             waiting, wait_s = rest
             raise Overloaded(
@@ -144,22 +146,11 @@ class JobQueue:
             )
         return float(rest[0])
 
-    def send(self, request_id: str, model: str, *, expires_s: float) -> None:
-        """Queue an admitted job for any worker of its model. Raises QueueUnavailable.
-
-        A message that failed may have been queued all the same, so the request must then be cancelled.
-        """
+    def send_again(self, request_id: str, model: str) -> bool:
+        """Queue another message for a job that waits; False if it does not wait any more. Raises QueueUnavailable."""
+        message = self._messages.make(request_id, self._keys.queue(model), copy=1)
         with queue_errors():
-            self._celery.send_task(
-                GENERATE_TASK,
-                args=[request_id],
-                task_id=request_id,
-                queue=self._keys.queue(model),
-                expires=expires_s,
-                ignore_result=True,
-                # there are no replies; without this Celery computes an address for each thread and keeps it
-                reply_to="none",
-            )
+            return bool(self._resend(keys=self._waiting_keys(request_id, model), args=[request_id, message]))
 
     def cancel(self, request_id: str, model: str) -> None:
         """Cancel a request: a worker drops it at its claim, or within a second while it runs."""
@@ -181,7 +172,7 @@ class JobQueue:
     def claim(self, request_id: str, model: str, incarnation_id: str) -> Claimed | None:
         """Claim a job; None if another incarnation has it, or if it has ended, was cancelled or is too late.
 
-        Safe to repeat with the same `incarnation_id`, by a worker that has lost the answer. Raises JobError.
+        Safe to repeat with the same `incarnation_id`, by a worker that has lost the answer. Raises UnreadableJob.
         """
         key = self._keys
         names = [
@@ -194,18 +185,22 @@ class JobQueue:
         answer = self._claim(keys=names, args=[request_id, incarnation_id, self._claim_ttl_s])
         if not answer:
             return None
-        flat = answer[1]
+        remaining_s, flat = float(answer[0]), answer[1]
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        web_id = fields[b"web"].decode()
         files = {name: fields[name.encode()] for name in ("image", "mask") if name.encode() in fields}
-        return Claimed(jobs.decode(fields[b"body"], files), fields[b"web"].decode(), float(answer[0]))
+        try:
+            return Claimed(jobs.decode(fields[b"body"], files), web_id, remaining_s)
+        except msgspec.MsgspecError as error:
+            raise UnreadableJob(web_id, remaining_s, str(error)) from error
 
-    def end(self, request_id: str, model: str, *, completed: bool) -> None:
-        """Delete a claimed job that has ended. A completed one counts for the estimate if others wait."""
-        key = self._keys
-        self._end(
-            keys=[key.job(request_id), key.waiting(model)],
-            args=["1" if completed else "0", key.completions(model), RATE_BUCKET_S, RATE_BUCKETS],
-        )
+    def end(self, request_id: str) -> None:
+        """Delete a claimed job that has ended. A claim without a job and without a last event means a lost request."""
+        self._redis.delete(self._keys.job(request_id))
+
+    def waiting(self, model: str) -> int:
+        """Return how many admitted requests of `model` no worker has claimed."""
+        return int(self._redis.zcard(self._keys.waiting(model)))
 
     def cancelled(self, request_ids: list[str]) -> set[str]:
         """Return those of `request_ids` that were cancelled."""
@@ -214,6 +209,5 @@ class JobQueue:
         found = self._redis.mget([self._keys.cancel(request_id) for request_id in request_ids])
         return {request_id for request_id, mark in zip(request_ids, found, strict=True) if mark is not None}
 
-
-JobError = msgspec.ValidationError
-"""Raised by `JobQueue.claim` for a job that was written by another version of this service."""
+    def _waiting_keys(self, request_id: str, model: str) -> list[str]:
+        return [self._keys.waiting(model), self._keys.job(request_id), self._keys.queue_list(model)]

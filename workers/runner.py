@@ -6,9 +6,10 @@ import time
 
 from redis.exceptions import RedisError
 
+from protocol.errors import EngineError
 from protocol.event_sender import EventSender
-from protocol.events import Event, Failed, Finished, Started
-from protocol.queue import Claimed, JobError, JobQueue
+from protocol.events import Event, Failed, Started
+from protocol.queue import Claimed, JobQueue, UnreadableJob
 from workers.engines.base import CancelReason, Engine
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,6 @@ class Runner:
         self._lock = threading.Lock()
         self._tasks: set[str] = set()
         self._runs: dict[str, _Run] = {}
-        self._lost_webs: frozenset[str] = frozenset()
 
     def run(self, request_id: str) -> None:
         """The Celery task. Returns when the request has ended, or at once if it is claimed elsewhere.
@@ -58,11 +58,11 @@ class Runner:
                 return
             self._tasks.add(request_id)
         try:
-            claimed = self._claim(request_id)
-            if claimed is not None and claimed.web_id in self._lost_webs:
-                self._end(request_id, completed=False)
-            elif claimed is not None:
+            if claimed := self._claim(request_id):
                 self._generate(claimed)
+        except UnreadableJob as error:
+            log.error("request %s was made by another version of this service: %s", request_id, error)
+            self._fail(request_id, error)
         finally:
             with self._lock:
                 self._tasks.discard(request_id)
@@ -81,13 +81,12 @@ class Runner:
         self._sender.emit([(request_id, failure) for request_id in self.running()])
 
     def web_ids(self) -> set[str]:
-        """Web processes that wait for requests of this worker, and those that were lost: a paused one comes back."""
+        """Web processes that wait for requests of this worker."""
         with self._lock:
-            return {run.web_id for run in self._runs.values()} | self._lost_webs
+            return {run.web_id for run in self._runs.values()}
 
     def set_lost_webs(self, web_ids: set[str]) -> None:
-        """Cancel what runs for these web processes, and drop what they queued as it is claimed."""
-        self._lost_webs = frozenset(web_ids)
+        """Cancel what runs for these web processes. What they have queued is cancelled soon after its claim."""
         with self._lock:
             unwanted = [request_id for request_id, run in self._runs.items() if run.web_id in web_ids]
         for request_id in unwanted:
@@ -102,9 +101,6 @@ class Runner:
         while True:
             try:
                 return self._queue.claim(request_id, self._model, self._incarnation_id)
-            except JobError as error:
-                log.error("request %s was made by another version of this service: %s", request_id, error)
-                return None
             except RedisError as error:
                 if time.monotonic() > give_up_at:
                     log.error("request %s could not be claimed: %s", request_id, error)
@@ -113,6 +109,27 @@ class Runner:
 
     def _generate(self, claimed: Claimed) -> None:
         request_id, run = claimed.job.id, _Run(claimed.web_id)
+        with self._lock:
+            self._runs[request_id] = run
+        try:
+            self._open(request_id, claimed.web_id, claimed.remaining_s, run)
+            self._engine.submit(claimed.job)
+            if not run.ended.wait(claimed.remaining_s):
+                self.cancel(request_id, "deadline")
+                # without a limit: the heartbeat notices an engine that hangs
+                run.ended.wait()
+        except Exception:
+            # the engine reports what is wrong with a job by itself; this is a fault of ours, and the client waits
+            log.exception("request %s could not be submitted", request_id)
+            self._sender.emit([(request_id, Failed.of(EngineError()))])
+            run.ended.wait()
+        finally:
+            with self._lock:
+                del self._runs[request_id]
+            self._end(request_id)
+
+    def _open(self, request_id: str, web_id: str, remaining_s: float, run: _Run) -> None:
+        """Begin the request's event stream; `run` is told its end."""
 
         def on_end(event: Event | None) -> None:
             run.last_event = event
@@ -120,24 +137,21 @@ class Runner:
                 self.cancel(request_id)
             run.ended.set()
 
-        with self._lock:
-            self._runs[request_id] = run
-        try:
-            ttl_s = int(claimed.remaining_s) + REPLAY_GRACE_S
-            self._sender.open(request_id, claimed.web_id, ttl_s, on_end)
-            self._sender.emit([(request_id, Started(self._incarnation_id))])
-            self._engine.submit(claimed.job)
-            if not run.ended.wait(claimed.remaining_s):
-                self.cancel(request_id, "deadline")
-                # without a limit: the heartbeat notices an engine that hangs
-                run.ended.wait()
-        finally:
-            with self._lock:
-                del self._runs[request_id]
-            self._end(request_id, completed=isinstance(run.last_event, Finished))
+        self._sender.open(request_id, web_id, int(remaining_s) + REPLAY_GRACE_S, on_end)
+        self._sender.emit([(request_id, Started(self._incarnation_id))])
 
-    def _end(self, request_id: str, *, completed: bool) -> None:
+    def _fail(self, request_id: str, job: UnreadableJob) -> None:
+        """Tell the client of a job that can't be read."""
+        run = _Run(job.web_id)
+        self._open(request_id, job.web_id, job.remaining_s, run)
+        self._sender.emit(
+            [(request_id, Failed.of(EngineError("this worker can't read the request; send it again")))]
+        )
+        run.ended.wait()
+        self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
         try:
-            self._queue.end(request_id, self._model, completed=completed)
+            self._queue.end(request_id)
         except RedisError as error:
-            log.warning("the keys of request %s were not deleted; they expire: %s", request_id, error)
+            log.warning("the job of request %s was not deleted; it expires: %s", request_id, error)

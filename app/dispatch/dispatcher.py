@@ -13,8 +13,10 @@ from config import Settings
 from protocol.errors import (
     Cancelled,
     DeadlineExceeded,
+    Interrupted,
     NoWorker,
     QueueUnavailable,
+    ServiceError,
     ShuttingDown,
     from_code,
 )
@@ -94,9 +96,14 @@ class EventReader:
             self._failure = last
             batch.pop()
         if self._failure is not None and not batch:
-            raise from_code(self._failure.code, self._failure.message, self._failure.param)
+            raise self._error(self._failure)
         self.finished = isinstance(last, Finished)
         return batch
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether an event is missing before some that have arrived."""
+        return self._inbox.gap_since is not None
 
     def close(self) -> None:
         """Stop listening, and cancel the request unless it is finished. May be called more than once."""
@@ -106,6 +113,16 @@ class EventReader:
         """Iterate over all batches until the request is finished."""
         while not self.finished:
             yield self.next_events()
+
+    def _error(self, failure: Failed) -> ServiceError:
+        """The error that a Failed event names.
+
+        A worker also cancels the requests of a web process whose lease has expired. When that was a pause of this
+        process, the client is still there, and did not cancel anything.
+        """
+        if failure.code == Cancelled.code and not self._client.disconnected():
+            return Interrupted()
+        return from_code(failure.code, failure.message, failure.param)
 
     def _check(self, now: float) -> None:
         if self._client.disconnected():
@@ -148,15 +165,17 @@ class Dispatcher:
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
         inbox = self._router.open(job.id, job.model)
-        inbox.expires_s = deadline_s + DEADLINE_GRACE_S
         reader = EventReader(
             inbox, client, ends_at=ends_at, draining_for_s=self._draining_for_s, on_close=self._close
         )
         try:
             inbox.admitted = self._queue.admit(
-                job, web_id=self._web_id, deadline_s=deadline_s, max_waiting=self._settings.max_waiting
+                job,
+                web_id=self._web_id,
+                deadline_s=deadline_s,
+                max_waiting=self._settings.max_waiting,
+                rate=self._worker_view.rate(job.model),
             )
-            self._queue.send(job.id, job.model, expires_s=inbox.expires_s)
         except BaseException:
             reader.close()
             raise

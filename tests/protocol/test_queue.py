@@ -1,5 +1,6 @@
 """protocol.queue.JobQueue on a real Redis: admission, claims and ends of jobs."""
 
+import json
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from protocol.connections import create_celery
 from protocol.errors import Overloaded, QueueUnavailable
 from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from protocol.names import Keys
-from protocol.queue import RATE_BUCKET_S, JobQueue
+from protocol.queue import JobQueue, UnreadableJob
 from tests.deployment import RedisServer, free_port
 
 MODEL = "m"
@@ -79,43 +80,44 @@ def test_late_cancelled_and_ended_jobs_can_not_be_claimed(queue: JobQueue) -> No
     assert queue.cancelled(["left", "other"]) == {"left"}
     admit(queue, chat("over"))
     assert queue.claim("over", MODEL, "incarnation_id") is not None
-    queue.end("over", MODEL, completed=True)
+    queue.end("over")
     assert queue.claim("over", MODEL, "incarnation_id") is None, (
         "a redelivered task must not be generated twice"
     )
 
 
-def test_the_estimate_refuses_only_after_measured_saturation(
-    queue: JobQueue, keys: Keys, redis_client: Any
-) -> None:
-    now = int(redis_client.time()[0])
-    for back in (1, 2):
-        redis_client.set(f"{keys.completions(MODEL)}{now // RATE_BUCKET_S - back}", 1, ex=60)
-    admit(queue, chat("a"), deadline_s=20, max_waiting=100)
-    admit(queue, chat("b"), deadline_s=20, max_waiting=100)
-    # two buckets with one completion each are too few; four make a rate of 10 s for each waiting request
-    for back in (1, 2, 3, 4):
-        redis_client.set(f"{keys.completions(MODEL)}{now // RATE_BUCKET_S - back}", 1, ex=60)
+def test_the_wait_is_estimated_from_the_work_that_waits(queue: JobQueue) -> None:
+    def admit_images(name: str, n: int, rate: float) -> None:
+        job = ImageJob(id=name, model=MODEL, task="generation", prompt="p", n=n, num_inference_steps=1)
+        queue.admit(job, web_id="w", deadline_s=20, max_waiting=100, rate=rate)
+
+    # ten images of one step each second: a hundred waiting ones take as long as half the deadline
+    admit_images("a", 60, rate=10)
+    admit_images("b", 41, rate=10)
     with pytest.raises(Overloaded) as refusal:
-        admit(queue, chat("c"), deadline_s=20, max_waiting=100)
-    assert refusal.value.retry_after_s == 20
+        admit_images("c", 1, rate=10)
+    assert refusal.value.retry_after_s == 11
+    admit_images("c", 1, rate=20)
 
 
-def test_completions_count_only_while_others_wait(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
-    admit(queue, chat("a"))
-    queue.claim("a", MODEL, "incarnation_id")
-    queue.end("a", MODEL, completed=True)
-    assert not redis_client.keys(keys.completions(MODEL) + "*")
-    admit(queue, chat("b"))
-    admit(queue, chat("c"))
-    queue.claim("b", MODEL, "incarnation_id")
-    queue.end("b", MODEL, completed=True)
-    assert len(redis_client.keys(keys.completions(MODEL) + "*")) == 1
+def test_without_a_rate_only_the_number_of_waiting_requests_refuses(queue: JobQueue) -> None:
+    for name in "abc":
+        admit(queue, chat(name), deadline_s=0.5)
+    with pytest.raises(Overloaded):
+        admit(queue, chat("d"), deadline_s=0.5)
+
+
+def test_a_refused_request_leaves_nothing_behind(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
+    admit(queue, chat("a"), max_waiting=1)
+    before = sorted(redis_client.keys(keys.prefix + "*"))
+    with pytest.raises(Overloaded):
+        admit(queue, chat("b"), max_waiting=1)
+    assert sorted(redis_client.keys(keys.prefix + "*")) == before
+    assert redis_client.llen(keys.queue_list(MODEL)) == 1
 
 
 def test_every_key_has_a_ttl(queue: JobQueue, keys: Keys, redis_client: Any) -> None:
     admit(queue, chat("a"))
-    queue.send("a", MODEL, expires_s=10)
     queue.claim("a", MODEL, "incarnation_id")
     queue.cancel("a", MODEL)
     admit(queue, chat("b"))
@@ -132,7 +134,6 @@ def test_the_message_in_the_queue_is_the_id_alone(queue: JobQueue, keys: Keys, r
         id="a", model=MODEL, messages=[{"role": "user", "content": "s3cret"}], sampling=SamplingParams()
     )
     admit(queue, job)
-    queue.send("a", MODEL, expires_s=10)
     (message,) = redis_client.lrange(keys.queue_list(MODEL), 0, -1)
     assert b"s3cret" not in message
 
@@ -145,4 +146,30 @@ def test_an_unreachable_redis_is_queue_unavailable(keys: Keys) -> None:
     with pytest.raises(QueueUnavailable):
         admit(queue, chat("a"))
     with pytest.raises(QueueUnavailable):
-        queue.send("a", MODEL, expires_s=10)
+        queue.send_again("a", MODEL)
+
+
+def test_a_message_can_be_sent_again_while_its_job_waits(
+    queue: JobQueue, keys: Keys, redis_client: Any
+) -> None:
+    admit(queue, chat("a"))
+    assert queue.send_again("a", MODEL)
+    first, second = redis_client.lrange(keys.queue_list(MODEL), 0, -1)
+    assert json.loads(first)["headers"]["id"] == json.loads(second)["headers"]["id"] == "a"
+    tags = {json.loads(message)["properties"]["delivery_tag"] for message in (first, second)}
+    assert len(tags) == 2, "kombu keeps unacknowledged messages by their tags"
+    queue.claim("a", MODEL, "w")
+    assert not queue.send_again("a", MODEL)
+    queue.end("a")
+    assert not queue.send_again("a", MODEL)
+    assert redis_client.llen(keys.queue_list(MODEL)) == 2
+
+
+def test_a_job_of_another_version_names_its_web_process(
+    queue: JobQueue, keys: Keys, redis_client: Any
+) -> None:
+    admit(queue, chat("a"))
+    redis_client.hset(keys.job("a"), "body", b'{"type": "video", "id": "a"}')
+    with pytest.raises(UnreadableJob) as error:
+        queue.claim("a", MODEL, "w")
+    assert error.value.web_id == "w" and error.value.remaining_s > 50

@@ -12,6 +12,7 @@ import redis
 from config import Settings
 from protocol import events
 from protocol.connections import RedisClient, create_celery
+from protocol.errors import EngineError
 from protocol.event_sender import EventSender
 from protocol.events import Delta, Event, Failed, Finished, Started
 from protocol.jobs import ChatJob, Job, SamplingParams
@@ -28,6 +29,7 @@ class HandEngine:
     """Implements workers.engines.base.Engine: notes what it is asked, and generates nothing by itself."""
 
     def __init__(self) -> None:
+        self.refuses = False
         self.jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self.cancels: queue.SimpleQueue[tuple[str, CancelReason]] = queue.SimpleQueue()
 
@@ -35,6 +37,8 @@ class HandEngine:
         raise AssertionError("the runner does not load engines")
 
     def submit(self, job: Job) -> None:
+        if self.refuses:
+            raise RuntimeError("no job of mine")
         self.jobs.put(job)
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
@@ -53,8 +57,8 @@ class Bench:
     def __init__(self, server: RedisServer, keys: Keys, client: RedisClient | None = None) -> None:
         self.redis: Any = server.client
         self.keys = keys
-        celery = create_celery(Settings(redis_url=server.url), keys)
-        self.queue = JobQueue(client or self.redis, keys, celery, claim_ttl_s=100)
+        self.celery = create_celery(Settings(redis_url=server.url), keys)
+        self.queue = JobQueue(client or self.redis, keys, self.celery, claim_ttl_s=100)
         self.engine = HandEngine()
         self.sender = EventSender(self.redis, keys, prepare=lambda event: event)
         self.runner = Runner(
@@ -65,7 +69,7 @@ class Bench:
     def admit(self, request_id: str, *, web_id: str = "web", deadline_s: float = 60) -> None:
         messages = [{"role": "user", "content": "hi"}]
         job = ChatJob(id=request_id, model=MODEL, messages=messages, sampling=SamplingParams())
-        JobQueue(self.redis, self.keys, cast(Any, None), claim_ttl_s=100).admit(
+        JobQueue(self.redis, self.keys, self.celery, claim_ttl_s=100).admit(
             job, web_id=web_id, deadline_s=deadline_s, max_waiting=100
         )
 
@@ -150,7 +154,7 @@ def test_a_request_that_another_worker_has_claimed_is_left_to_it(bench: Bench) -
     assert bench.redis.exists(bench.keys.job("a"))
 
 
-def test_a_job_of_another_version_is_logged_and_not_submitted(
+def test_the_client_of_a_job_of_another_version_gets_an_error(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.admit("a")
@@ -160,6 +164,16 @@ def test_a_job_of_another_version_is_logged_and_not_submitted(
 
     assert bench.untouched()
     assert "another version of this service" in caplog.text
+    assert [type(event) for event in bench.replay("a")] == [Started, Failed]
+    assert not bench.redis.exists(bench.keys.job("a"))
+
+
+def test_the_client_of_a_job_that_the_engine_does_not_take_gets_an_error(bench: Bench) -> None:
+    bench.engine.refuses = True
+    bench.admit("a")
+    join(bench.start("a"))
+    assert bench.replay("a")[-1] == Failed.of(EngineError())
+    assert bench.runner.running() == [] and not bench.redis.exists(bench.keys.job("a"))
 
 
 class LostAnswers:
@@ -168,6 +182,9 @@ class LostAnswers:
     def __init__(self, client: RedisClient, failures: int) -> None:
         self._client = client
         self.failures = failures
+
+    def delete(self, name: str) -> None:
+        self._client.delete(name)
 
     def register_script(self, source: str) -> Callable[..., Any]:
         script = self._client.register_script(source)
@@ -239,24 +256,10 @@ def test_a_request_whose_events_cannot_be_delivered_is_cancelled_and_ends(bench:
 
     assert bench.engine.cancels.get(timeout=60) == ("a", "cancelled")
     assert bench.runner.running() == []
-    assert not list(bench.redis.scan_iter(bench.keys.completions(MODEL) + "*")), "it counts as completed"
 
 
-def test_only_finished_requests_count_as_completed(bench: Bench) -> None:
-    bench.admit("waiting")
-    for request_id, last in (("a", Finished()), ("b", Failed("engine_error", "it failed"))):
-        bench.admit(request_id)
-        task = bench.start_and_submit(request_id)
-        bench.emit(request_id, last)
-        join(task)
-
-    counters = list(bench.redis.scan_iter(bench.keys.completions(MODEL) + "*"))
-    assert sum(int(bench.redis.get(counter)) for counter in counters) == 1
-
-
-def test_requests_of_a_lost_web_process_are_cancelled_and_later_ones_dropped(bench: Bench) -> None:
+def test_requests_of_a_lost_web_process_are_cancelled_and_later_ones_run(bench: Bench) -> None:
     bench.admit("running", web_id="lost")
-    bench.admit("queued", web_id="lost")
     bench.admit("other", web_id="alive")
     task, other = bench.start_and_submit("running"), bench.start_and_submit("other")
     assert bench.runner.web_ids() == {"lost", "alive"}
@@ -265,13 +268,9 @@ def test_requests_of_a_lost_web_process_are_cancelled_and_later_ones_dropped(ben
     assert bench.engine.cancels.get(timeout=60) == ("running", "cancelled")
     bench.emit("running", Failed("cancelled", "nobody waits"))
     join(task)
-    join(bench.start("queued"))
+    assert bench.runner.web_ids() == {"alive"}
 
-    assert bench.untouched()
-    assert not bench.redis.exists(bench.keys.job("queued"))
-    # it is asked about again: a process that was only paused comes back
-    assert bench.runner.web_ids() == {"lost", "alive"}
-    bench.runner.set_lost_webs(set())
+    # the process was only paused: what it sends now is served
     bench.admit("later", web_id="lost")
     bench.start_and_submit("later")
     assert other.is_alive()
