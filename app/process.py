@@ -53,8 +53,8 @@ class WebProcess:
         self._router.stop()
 
     def connected(self) -> bool:
-        """Whether Redis answers and events are received, so that requests can be dispatched."""
-        return self._worker_view.reachable and self._router.subscribed.is_set()
+        """Whether Redis reads and writes and events are received, so that requests can be dispatched."""
+        return self._worker_view.reachable and self._monitor.writing and self._router.subscribed.is_set()
 
     def draining_for_s(self) -> float:
         """Return the seconds since gunicorn told this process to stop was first seen; 0 before that.

@@ -5,7 +5,7 @@ ServiceError
 ├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408
 ├─ PayloadTooLarge 413 · RateLimited 429 · Cancelled 499
 ├─ InternalError 500 (EngineError, OutOfMemory)
-├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, ShuttingDown)
+├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, ShuttingDown)
 └─ DeadlineExceeded 504
 
 A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt.
@@ -164,6 +164,13 @@ class WorkerLost(Unavailable):
 
     code = "worker_lost"
     default_message = "the worker that was generating this response was lost; send the request again"
+
+
+class Interrupted(Unavailable):
+    """Raised by the web process after a pause in which a worker cancelled a request whose client is still there."""
+
+    code = "interrupted"
+    default_message = "the request was interrupted; send it again"
 
 
 class ShuttingDown(Unavailable):

@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import suppress
 
+import redis
 from redis.exceptions import RedisError
 
 from protocol import events
@@ -23,6 +24,8 @@ POLL_S = 1.0
 """How long a read of the channel waits, and so how late a stop is noticed."""
 PING_AFTER_S = 5.0
 """A channel that is silent for so long is pinged: only a write shows that a peer vanished without a FIN."""
+PONG_S = 5.0
+"""A connection on which nothing arrives for so long after a ping is half open: it is made anew."""
 RECONNECT_PAUSE_S = 0.5
 
 
@@ -38,7 +41,6 @@ class Inbox:
         "_arrived",
         "admitted",
         "ended",
-        "expires_s",
         "gap_since",
         "incarnation_id",
         "last_event_at",
@@ -53,7 +55,6 @@ class Inbox:
         self.request_id = request_id
         self.model = model
         self.admitted = 0.0
-        self.expires_s = 0.0
         self.next_seq = 0
         # queue.Queue takes 2 KB more, a deque 700 bytes, and thousands of streams are open at once
         self._arrived: list[Event] = []
@@ -156,16 +157,18 @@ class EventRouter(threading.Thread):
     def _listen(self) -> None:
         with self._redis.pubsub() as pubsub:
             pubsub.subscribe(self._channel)
-            heard_at = time.monotonic()
+            heard_at, pinged_at = time.monotonic(), None
             while not self._stopping:
                 message = pubsub.get_message(timeout=POLL_S)
-                if message is not None:
-                    heard_at = time.monotonic()
-                elif time.monotonic() - heard_at >= PING_AFTER_S:
-                    pubsub.ping()
-                    heard_at = time.monotonic()
+                now = time.monotonic()
                 if message is None:
+                    if pinged_at is not None and now - pinged_at >= PONG_S:
+                        raise redis.TimeoutError("a ping was not answered")
+                    if pinged_at is None and now - heard_at >= PING_AFTER_S:
+                        pubsub.ping()
+                        pinged_at = now
                     continue
+                heard_at, pinged_at = now, None
                 if message["type"] == "subscribe":
                     self.subscribed.set()
                 elif message["type"] == "message":

@@ -1,7 +1,7 @@
 """Turns the events of a chat completion into a JSON document or SSE chunks. Knows no socket and no Flask."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import msgspec
@@ -43,17 +43,31 @@ class Reader(Protocol):
     def next_events(self) -> list[Event]: ...
 
 
-class ChatEventReader:
-    """Reads the events of `n` choices, and ends them with finish_reason "length" at a deadline after a token.
+class RequestReader(Reader, Protocol):
+    """Also tells whether an event is missing before some that have arrived."""
 
-    A worker ends its requests at their deadline by itself; this covers a worker that does not. Usage then has
-    the tokens received so far. Raises what `reader` raises, DeadlineExceeded only if no token was received.
+    @property
+    def incomplete(self) -> bool: ...
+
+
+ARRIVING_S = 5.0
+"""A response whose last token is older than this at its deadline has been broken off, not ended by the deadline."""
+
+
+class ChatEventReader:
+    """Reads the events of `n` choices, and ends them with finish_reason "length" at a deadline.
+
+    A worker ends its requests at their deadline by itself; this covers a worker that is a little late. It does so
+    only while tokens are arriving and none is missing: otherwise DeadlineExceeded is raised, since a response that
+    was broken off must not look complete. Usage has the tokens received so far. Raises what `reader` raises.
     """
 
-    __slots__ = ("_open", "_reader", "_tokens", "finished")
+    __slots__ = ("_arrived_at", "_clock", "_open", "_reader", "_tokens", "finished")
 
-    def __init__(self, reader: Reader, n: int) -> None:
+    def __init__(self, reader: RequestReader, n: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._reader = reader
+        self._clock = clock
+        self._arrived_at = 0.0
         self._open = set(range(n))
         self._tokens = 0
         self.finished = False
@@ -63,7 +77,8 @@ class ChatEventReader:
         try:
             batch = self._reader.next_events()
         except DeadlineExceeded:
-            if not self._tokens:
+            is_late = self._clock() - self._arrived_at > ARRIVING_S
+            if not self._tokens or is_late or self._reader.incomplete:
                 raise
             self.finished = True
             ends: list[Event] = [Delta("", index, 0, "length") for index in sorted(self._open)]
@@ -72,6 +87,7 @@ class ChatEventReader:
         for event in batch:
             if isinstance(event, Delta):
                 self._tokens += event.tokens
+                self._arrived_at = self._clock()
                 if event.finish_reason:
                     self._open.discard(event.index)
         return batch

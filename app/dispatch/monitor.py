@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from app.dispatch.worker_view import WorkerView
 from protocol import events
 from protocol.connections import RedisClient
-from protocol.errors import QueueUnavailable, ServiceError, WorkerLost
+from protocol.errors import NoWorker, QueueUnavailable, ServiceError, WorkerLost
 from protocol.event_router import EventRouter, Inbox
 from protocol.leases import REFRESH_S, Leases
 from protocol.names import Keys
@@ -29,6 +29,8 @@ GAP_LIMIT_S = 10.0
 """A request fails when its replay list has not filled a gap for this long."""
 ORPHAN_S = 5.0
 """An unclaimed id is sent again this long after its turn has passed."""
+UNSERVED_S = 5.0
+"""A waiting request fails when its model has had no worker, not even one that loads, for this long."""
 
 
 class RequestMonitor(threading.Thread):
@@ -54,6 +56,7 @@ class RequestMonitor(threading.Thread):
         self._router = router
         self._queue = queue
         self._renew_at = 0.0
+        self._writing = True
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -76,12 +79,16 @@ class RequestMonitor(threading.Thread):
         except RedisError:
             log.info("Redis can't be reached: the lease of this process was not released and will expire")
 
+    @property
+    def writing(self) -> bool:
+        """Whether Redis took the last write: it may be full or a replica, and then answers reads all the same."""
+        return self._writing
+
     def tick(self) -> None:
         """Check every silent request once. Raises redis.RedisError."""
         now = time.monotonic()
         if now >= self._renew_at:
-            self._leases.renew_web(self._web_id)
-            self._renew_at = now + REFRESH_S
+            self._renew(now)
         self._worker_view.refresh()
         self._queue.sweep()
         silent = [inbox for inbox in self._router.inboxes() if _is_silent(inbox, now)]
@@ -91,12 +98,23 @@ class RequestMonitor(threading.Thread):
         for inbox, claim, job_exists in self._look_up(silent):
             if inbox.ended or not _is_silent(inbox, time.monotonic()):
                 continue
-            incarnation_id = inbox.incarnation_id or claim
-            if failure := self._find_failure(inbox, incarnation_id, claim, job_exists):
+            if failure := self._find_failure(inbox, claim, job_exists):
                 inbox.fail(events.Failed.of(failure))
-            elif incarnation_id is None:
+            elif inbox.incarnation_id is None and claim is None:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
+
+    def _renew(self, now: float) -> None:
+        """Renew the lease of this process. A Redis that refuses it must not keep requests from being checked."""
+        try:
+            self._leases.renew_web(self._web_id)
+        except RedisError as error:
+            if self._writing:
+                log.warning("Redis refuses to write: %s", error)
+            self._writing = False
+        else:
+            self._writing = True
+            self._renew_at = now + REFRESH_S
 
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool]]:
         """Feed the inboxes from the replay lists.
@@ -114,27 +132,36 @@ class RequestMonitor(threading.Thread):
         for inbox, entries, claim, job_exists in zip(
             silent, replies[::3], replies[1::3], replies[2::3], strict=True
         ):
-            for envelope in sorted(map(events.decode, entries), key=lambda envelope: envelope.seq):
+            for envelope in sorted(events.decode_readable(entries), key=lambda envelope: envelope.seq):
                 inbox.feed(envelope)
             found.append((inbox, claim.decode() if claim else None, bool(job_exists)))
         return found
 
-    def _find_failure(
-        self, inbox: Inbox, incarnation_id: str | None, claim: str | None, job_exists: bool
-    ) -> ServiceError | None:
+    def _find_failure(self, inbox: Inbox, claim: str | None, job_exists: bool) -> ServiceError | None:
         """Return the reason why no more events can come, or None."""
-        if incarnation_id is not None and claim is None:
+        incarnation_id = inbox.incarnation_id or claim
+        if incarnation_id is None:
+            return self._find_failure_of_waiting(inbox, job_exists)
+        if claim is None:
             return QueueUnavailable(
                 "the queue lost its data while this request was running; send the request again"
             )
-        if incarnation_id is not None and self._worker_view.is_lost(incarnation_id):
+        if self._worker_view.is_lost(incarnation_id):
             return WorkerLost()
-        if incarnation_id is None and not job_exists:
+        if not job_exists:
+            # the worker deletes the job after it has written the last event, which was not in the same transaction
+            return QueueUnavailable("the worker could not deliver the response; send the request again")
+        if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
+            return QueueUnavailable("a part of the response was lost; send the request again")
+        return None
+
+    def _find_failure_of_waiting(self, inbox: Inbox, job_exists: bool) -> ServiceError | None:
+        if not job_exists:
             return QueueUnavailable(
                 "the queue lost its data while this request was waiting; send the request again"
             )
-        if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
-            return QueueUnavailable("a part of the response was lost; send the request again")
+        if self._worker_view.unserved_s(inbox.model) >= UNSERVED_S:
+            return NoWorker(f"no worker serves model {inbox.model!r} any more; try again soon")
         return None
 
     def _send_again(self, unclaimed: list[Inbox]) -> None:
@@ -165,7 +192,7 @@ class RequestMonitor(threading.Thread):
                     "request %s was lost between the queue and a worker: queued again", inbox.request_id
                 )
                 try:
-                    self._queue.send(inbox.request_id, inbox.model, expires_s=inbox.expires_s)
+                    self._queue.send_again(inbox.request_id, inbox.model)
                 except QueueUnavailable as error:
                     inbox.fail(events.Failed.of(error))
 

@@ -23,6 +23,7 @@ class WorkerView:
         self._records: list[WorkerRecord] = []
         self._refreshed_at = -math.inf
         self._observation = Observation(clock)
+        self._served_at: dict[str, float] = {}
 
     def refresh(self) -> None:
         """Take a new snapshot. Raises redis.RedisError; then the old one is kept and Redis is unreachable."""
@@ -33,6 +34,9 @@ class WorkerView:
             self._observation.interrupt()
             raise
         self._observation.seen()
+        for record in self._records:
+            if record.state in ("loading", "ready"):
+                self._served_at[record.model] = self._refreshed_at
 
     @property
     def reachable(self) -> bool:
@@ -55,6 +59,18 @@ class WorkerView:
             return found
         self.refresh()
         return self.has_ready(model)
+
+    def rate(self, model: str) -> float:
+        """Return the work that the workers of `model` finish in a second; 0 while one has a free slot or no rate."""
+        ready = [record for record in self._records if record.model == model and record.state == "ready"]
+        if any(record.running < record.slots or not record.rate for record in ready):
+            return 0.0
+        return sum(record.rate for record in ready)
+
+    def unserved_s(self, model: str) -> float:
+        """Return for how long, without a gap in observation, `model` has had no worker that is ready or loads."""
+        since_served = self._refreshed_at - self._served_at.get(model, -math.inf)
+        return min(self._observation.watched_s, since_served)
 
     def missing(self, models: Sequence[ModelEntry]) -> list[str]:
         """Return the names of the models for which no worker is ready."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream, completion
+from app.chat.response import ARRIVING_S, ChatEventReader, ChunkEncoder, ChunkStream, completion
 from app.http.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
 from protocol.events import Delta, Event, Finished, Started, Usage
@@ -20,6 +20,7 @@ class Batches:
     def __init__(self, batches: Iterable[list[Event] | Exception]) -> None:
         self._batches = list(batches)
         self.finished = False
+        self.incomplete = False
 
     def next_events(self) -> list[Event]:
         batch = self._batches.pop(0)
@@ -98,6 +99,25 @@ def test_a_response_ends_at_the_deadline_even_if_the_worker_does_not_end_it() ->
     assert events(parts)[-1]["usage"]["completion_tokens"] == 2
     plain = completion(ChatEventReader(Batches([[Delta("one", 0)], late]), 1), "cmpl-1", "m", n=1)
     assert plain["choices"][0]["finish_reason"] == "length" and plain["usage"]["completion_tokens"] == 1
+
+
+def test_a_response_that_was_broken_off_before_the_deadline_is_an_error_and_not_a_length() -> None:
+    now = 0.0
+    reader = Batches([[Delta("one", 0)], DeadlineExceeded("too late")])
+    chat = ChatEventReader(reader, 1, lambda: now)
+    chat.next_events()
+    now += ARRIVING_S + 1
+    with pytest.raises(DeadlineExceeded):
+        chat.next_events()
+
+
+def test_a_response_with_a_gap_is_an_error_at_the_deadline() -> None:
+    reader = Batches([[Delta("one", 0)], DeadlineExceeded("too late")])
+    reader.incomplete = True
+    chat = ChatEventReader(reader, 1)
+    chat.next_events()
+    with pytest.raises(DeadlineExceeded):
+        chat.next_events()
 
 
 def test_without_a_token_the_deadline_is_an_error() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from app.dispatch.dispatcher import DEADLINE_GRACE_S, EventReader
-from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown, WorkerLost
+from protocol.errors import Cancelled, DeadlineExceeded, Interrupted, ShuttingDown, WorkerLost
 from protocol.event_router import Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 
@@ -72,3 +72,21 @@ def test_a_stream_that_is_never_silent_is_checked_too(
     client.left = left
     with pytest.raises(kind):
         reader.next_events()
+
+
+def test_a_cancelled_request_whose_client_is_still_there_was_interrupted() -> None:
+    reader, client, _ = reader_of(Started("w"), Failed.of(Cancelled()))
+    assert reader.next_events() == [Started("w")]
+    with pytest.raises(Interrupted) as error:
+        reader.next_events()
+    assert error.value.status == 503
+    client.left = True
+    with pytest.raises(Cancelled):
+        reader.next_events()
+
+
+def test_a_gap_makes_the_stream_incomplete() -> None:
+    reader, _, _ = reader_of(Started("w"))
+    assert not reader.incomplete
+    reader._inbox.feed(Envelope("r", 5, Delta("late")))
+    assert reader.incomplete

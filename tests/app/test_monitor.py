@@ -7,8 +7,9 @@ import threading
 from typing import Any
 
 import pytest
+from redis.exceptions import OutOfMemoryError
 
-from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, RequestMonitor
+from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, UNSERVED_S, RequestMonitor
 from app.dispatch.worker_view import WorkerView
 from config import Settings
 from protocol import events
@@ -43,6 +44,7 @@ class Web:
         self.queue = JobQueue(self.redis, keys, celery, claim_ttl_s=100)
         self.leases = Leases(self.redis, keys)
         self.router = EventRouter(self.redis, keys, WEB)
+        self.worker_view = WorkerView(self.leases)
         self.monitor = self.new_monitor(RequestMonitor)
 
     def new_monitor(self, kind: type[RequestMonitor]) -> RequestMonitor:
@@ -51,7 +53,7 @@ class Web:
             self.keys,
             web_id=WEB,
             leases=self.leases,
-            worker_view=WorkerView(self.leases),
+            worker_view=self.worker_view,
             router=self.router,
             queue=self.queue,
         )
@@ -59,10 +61,8 @@ class Web:
     def request(self, name: str = "r") -> Inbox:
         """An admitted and queued request that has been silent for long enough to be checked."""
         inbox = self.router.open(name, MODEL)
-        inbox.expires_s = 60
         job = ChatJob(id=name, model=MODEL, messages=[], sampling=SamplingParams())
         inbox.admitted = self.queue.admit(job, web_id=WEB, deadline_s=60, max_waiting=9)
-        self.queue.send(name, MODEL, expires_s=60)
         inbox.last_event_at -= SILENCE_S
         return inbox
 
@@ -77,7 +77,7 @@ class Web:
         inbox.last_event_at -= SILENCE_S
         return inbox
 
-    def lease(self, incarnation_id: str) -> None:
+    def lease(self, incarnation_id: str, state: str = "ready") -> None:
         """Renew the lease of a worker with this incarnation id."""
         record = WorkerRecord(
             cid=incarnation_id.partition(":")[0],
@@ -90,7 +90,7 @@ class Web:
             service_id="s",
             node="",
             gpus=[],
-            state="ready",
+            state=state,
         )
         self.leases.renew_worker(record)
 
@@ -199,6 +199,79 @@ def test_a_request_whose_job_is_lost_fails(web: Web) -> None:
     assert found.code == "queue_unavailable" and "while this request was waiting" in found.message
 
 
+def test_a_request_that_its_worker_has_given_up_fails(web: Web) -> None:
+    inbox = web.running()
+    web.queue.end("r")
+    web.monitor.tick()
+    found = failure(inbox)
+    assert found.code == "queue_unavailable" and "could not deliver" in found.message
+
+
+def test_a_request_fails_when_an_event_can_not_be_read_and_no_other_does(web: Web) -> None:
+    inbox, other = web.running(), web.running("other")
+    started, second = envelopes("r", 0, 2)
+    web.write("r", started)
+    web.redis.rpush(web.keys.replay("r"), b'["r",1,["new-event",1]]', events.encode(second))
+    web.write("other", *envelopes("other", 0, 1))
+    web.monitor.tick()
+    assert other.next_events(0) == [Delta("one")]
+    assert inbox.gap_since is not None
+    inbox.gap_since -= GAP_LIMIT_S + 1
+    web.monitor.tick()
+    assert "a part of the response was lost" in failure(inbox).message and not other.ended
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def unserved(web: Web, state: str) -> Inbox:
+    """A waiting request whose model's only worker has had `state` for longer than UNSERVED_S."""
+    clock = Clock()
+    web.worker_view = WorkerView(web.leases, clock)
+    web.monitor = web.new_monitor(RequestMonitor)
+    web.lease(WORKER)
+    inbox = web.request()
+    web.monitor.tick()
+    web.lease(WORKER, state)
+    for _ in range(int(UNSERVED_S)):
+        web.monitor.tick()
+        assert not inbox.ended
+        clock.now += 1
+    web.monitor.tick()
+    return inbox
+
+
+def test_a_waiting_request_fails_when_its_model_has_no_worker_any_more(web: Web) -> None:
+    assert failure(unserved(web, "draining")).code == "no_worker"
+
+
+def test_a_waiting_request_is_kept_while_a_worker_loads(web: Web) -> None:
+    assert not unserved(web, "loading").ended
+
+
+def test_a_redis_that_refuses_writes_is_noticed_and_requests_are_checked(
+    web: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = web.running()
+    web.lease("gpu0:second")
+
+    def refuse(web_id: str) -> None:
+        raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
+
+    assert web.monitor.writing
+    monkeypatch.setattr(web.leases, "renew_web", refuse)
+    web.monitor.tick()
+    assert not web.monitor.writing
+    assert failure(inbox).code == "worker_lost"
+    monkeypatch.undo()
+    web.monitor.tick()
+    assert web.monitor.writing
+
+
 def test_a_terminal_event_in_the_replay_list_wins_over_a_lost_worker(web: Web) -> None:
     inbox = web.running()
     web.write("r", *envelopes("r", 0, 1, 2, 3))
@@ -275,7 +348,7 @@ def test_an_id_that_waits_in_the_queue_is_not_sent_again(web: Web) -> None:
     web.pop()
     web.monitor.tick()
     assert inbox.orphan_since is not None
-    web.queue.send("r", MODEL, expires_s=60)
+    assert web.queue.send_again("r", MODEL)
     web.monitor.tick()
     assert inbox.orphan_since is None and not inbox.resent and web.queued() == 1
 

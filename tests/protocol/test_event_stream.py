@@ -15,6 +15,7 @@ from protocol.event_router import EventRouter, Inbox
 from protocol.event_sender import EventSender
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 from protocol.names import Keys
+from tests.deployment import wait_until
 
 WEB = "web-1"
 
@@ -220,3 +221,59 @@ def test_what_an_acl_forbids_is_given_up_at_once(
     sender.emit([("r", Delta("a"))])
     assert ends.get(timeout=30) is None
     sender.stop(5)
+
+
+def test_an_event_of_another_version_does_not_keep_back_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    known = Envelope("mine", 3, Delta("text"))
+    unknown = b'["other",0,["thinking","hm"]]'
+    message = b"[" + unknown + b"," + events.encode(known) + b"]"
+    for _ in range(3):
+        assert events.decode_batch(message) == [known]
+    assert events.decode_readable([unknown, events.encode(known), b"not JSON"]) == [known]
+    assert caplog.text.count("'thinking'") <= 1
+
+
+class SilentChannel:
+    """A subscription that takes everything and answers nothing, as on a half-open connection."""
+
+    def __init__(self, answers: bool) -> None:
+        self.answers = answers
+        self.pings = 0
+        self.subscriptions = 0
+        self._messages: list[dict[str, Any]] = []
+
+    def pubsub(self) -> "SilentChannel":
+        return self
+
+    def __enter__(self) -> "SilentChannel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def subscribe(self, channel: str) -> None:
+        self.subscriptions += 1
+        self._messages.append({"type": "subscribe"})
+
+    def ping(self) -> None:
+        self.pings += 1
+        if self.answers:
+            self._messages.append({"type": "pong", "data": b""})
+
+    def get_message(self, timeout: float) -> dict[str, Any] | None:
+        time.sleep(0.001)
+        return self._messages.pop(0) if self._messages else None
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_channel_that_does_not_answer_a_ping_is_made_anew(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    for name in ("PING_AFTER_S", "PONG_S", "RECONNECT_PAUSE_S"):
+        monkeypatch.setattr(f"protocol.event_router.{name}", 0.02)
+    channel = SilentChannel(answers)
+    router = EventRouter(cast(Any, channel), keys, WEB)
+    router.start()
+    wait_until(lambda: channel.pings >= 5, timeout_s=30, what="the silent channel is pinged")
+    router.stop()
+    assert (channel.subscriptions > 1) is not answers
