@@ -1,7 +1,8 @@
-"""Calls a model as the node does, and judges the answer as the node does: byte for byte what it sends, nothing kinder.
+"""Calls a model as the node does and interprets the response as the node does (docs/node.md).
 
-JSON is JSON only under exactly `application/json`; then the HTTP status is ignored and `code` alone decides; one field of
-a wrong type spoils the answer. What the node would garble on its way to the user is an AssertionError here.
+Requests are byte for byte those of the node. A body is JSON only under exactly `application/json`; then `code` alone
+decides, not the HTTP status, and one field of a wrong type makes the whole response invalid. A response that the node
+would not pass on correctly raises AssertionError.
 """
 
 import http.client
@@ -38,7 +39,7 @@ IMAGE: Spec = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What the node understood (`seen`: its typed fields, zero where nothing came) of what was sent (`body`)."""
+    """A response: `body` as it was sent; `seen`, the typed fields that the node decodes, zero where missing."""
 
     status: int
     headers: dict[str, str]
@@ -55,13 +56,13 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Content of the first choice of a chat."""
+        """The content of a chat's first choice."""
         return str(self.seen["choices"][0]["message"]["content"])
 
 
 @dataclass
 class Stream:
-    """A streamed answer, copied through without a look: its data payloads, and whether `[DONE]` came last."""
+    """A streamed response, which the node passes on unread: its chunks, when each arrived, and whether `[DONE]` was last."""
 
     status: int
     headers: dict[str, str]
@@ -76,7 +77,7 @@ class Stream:
 
 
 class NodeCaller:
-    """The node's HTTP client. Idle connections are used again and a POST is never repeated; safe for many threads."""
+    """The node's HTTP client: it reuses idle connections and never repeats a POST. Safe for many threads."""
 
     def __init__(self) -> None:
         self._idle: dict[str, list[http.client.HTTPConnection]] = {}
@@ -90,12 +91,12 @@ class NodeCaller:
             self._idle.clear()
 
     def call_chat(self, api: str, model: str, messages: Any, **fields: Any) -> Answer:
-        """A plain chat. `fields`: temperature, top_p, wallet, signature, hash; nothing else ever arrives."""
+        """Send a plain chat. `fields`: temperature, top_p, wallet, signature, hash; the node passes no others on."""
         response, raw = self._post_whole(api, _chat_body(model, messages, False, fields), CHAT_LIMIT_S)
-        return _judge(response, raw, CHAT, needs="choices")
+        return _decoded(response, raw, CHAT, needs="choices")
 
     def call_stream(self, api: str, model: str, messages: Any, **fields: Any) -> Stream | Answer:
-        """A streamed chat read to its end. An Answer when the service replied with plain JSON (then an error)."""
+        """Send a streamed chat and read it to its end. Returns an Answer if the response is plain JSON, then an error."""
         opened = self.open_stream(api, model, messages, **fields)
         if isinstance(opened, Answer):
             return opened
@@ -107,11 +108,11 @@ class NodeCaller:
     def open_stream(
         self, api: str, model: str, messages: Any, **fields: Any
     ) -> Answer | tuple[Stream, Iterator[dict[str, Any]]]:
-        """A streamed chat to be read chunk by chunk; `[DONE]` ends the iterator, and so does a service that dies."""
+        """Send a streamed chat; return its chunks as an iterator, which ends after `[DONE]` or when the connection breaks."""
         deadline = time.monotonic() + CHAT_LIMIT_S
         connection, response = self._post(api, _chat_body(model, messages, True, fields), CHAT_LIMIT_S)
         if response.getheader("Content-Type") == "application/json":
-            answer = _judge(response, response.read(), CHAT, needs=None)
+            answer = _decoded(response, response.read(), CHAT, needs=None)
             self._keep(api, connection, response)
             assert answer.code != 0, "JSON with code 0 to a streamed request: the user gets an empty body"
             return answer
@@ -140,13 +141,13 @@ class NodeCaller:
                 stream.chunks.append(decode(payload, object))
                 yield stream.chunks[-1]
         except (http.client.HTTPException, OSError):
-            # to the node a death in mid-stream looks like a clean end: only [DONE] says that it was one
+            # The node can't tell a broken connection from a complete stream: only [DONE] shows the difference.
             connection.close()
             return
         self._keep(api, connection, response)
 
     def call_image(self, api: str, model: str, prompt: str, **fields: Any) -> Answer:
-        """A generation. What the user left out arrives as 0 or "". `fields`: n, size, width, height, step, …"""
+        """Send a generation. Fields that the user omits are sent as 0 or "". `fields`: n, size, width, height, step, …"""
         body = {"model": model, "prompt": prompt, "n": 0, "size": "", "width": 0, "height": 0}
         body |= {name: fields.pop(name) for name in ("n", "size", "width", "height") if name in fields}
         if step := fields.pop("step", 0):
@@ -155,8 +156,8 @@ class NodeCaller:
         body |= _wallet(fields)
         response, raw = self._post_whole(api, body, IMAGE_LIMIT_S)
         relayed = body["response_format"] == "b64_json" or len(raw) <= RELAY_LIMIT_BYTES
-        assert relayed, f"an answer of {len(raw)} bytes is lost between nodes"
-        return _judge(response, raw, IMAGE, needs="data")
+        assert relayed, f"a response of {len(raw)} bytes is lost between nodes"
+        return _decoded(response, raw, IMAGE, needs="data")
 
     def call_edit(
         self,
@@ -167,7 +168,7 @@ class NodeCaller:
         filename: str = "image.png",
         **fields: Any,
     ) -> Answer:
-        """An edit: files first, as octet-stream, then the form fields in the order given. Passed on raw to the user."""
+        """Send an edit: the files first, as octet-stream, then `fields` as form fields in the given order."""
         boundary = secrets.token_hex(30)
         parts = []
         for name, data in (("image", image), ("mask", mask)):
@@ -185,7 +186,7 @@ class NodeCaller:
         connection, response = self._post(api, body, EDIT_LIMIT_S, kind)
         raw = response.read()
         self._keep(api, connection, response)
-        return _judge(response, raw, IMAGE, needs="data")
+        return _decoded(response, raw, IMAGE, needs="data")
 
     # ----- connections
 
@@ -234,7 +235,7 @@ class NodeCaller:
 
 
 def _chat_body(model: str, messages: Any, stream: bool, fields: dict[str, Any]) -> dict[str, Any]:
-    """`messages` None arrives as null; temperature and top_p of 0 don't arrive at all."""
+    """Return the node's body of a chat: `messages` None as null, temperature and top_p left out if they are 0."""
     body = {"model": model, "messages": messages, "stream": stream}
     fields = dict(fields)
     body |= {name: value for name in ("temperature", "top_p") if (value := fields.pop(name, 0))}
@@ -251,8 +252,8 @@ def _encode(body: dict[str, Any]) -> bytes:
     return json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def _judge(response: http.client.HTTPResponse, raw: bytes, spec: Spec, needs: str | None) -> Answer:
-    """Raises AssertionError with what the node would tell the user instead of the answer."""
+def _decoded(response: http.client.HTTPResponse, raw: bytes, spec: Spec, needs: str | None) -> Answer:
+    """Return the response as the node decodes it. Raises AssertionError with what the node would tell the user instead."""
     kind = response.getheader("Content-Type")
     assert kind == "application/json", (
         f"HTTP {response.status} with Content-Type {kind!r}: not JSON to the node"

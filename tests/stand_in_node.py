@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self, get_args
 
+from tests.deployment import free_port
 from tests.node_book import PEER_ID, Mode, NodeBook
 from tests.stand_in_caller import Answer, NodeCaller, Stream
 
@@ -39,10 +40,10 @@ class Call:
 
 
 class StandInNode:
-    """The node. Registrations survive `stop` and `start`, as the real one's do; times in seconds."""
+    """The node. Registrations survive `stop` and `start`, as the real one's do. `port`: by default a free one."""
 
-    def __init__(self, port: int = 0, *, verbose: bool = False) -> None:
-        self.port = port
+    def __init__(self, port: int | None = None, *, verbose: bool = False) -> None:
+        self.port = port or free_port()
         self.calls: list[Call] = []
         self.book = NodeBook()
         self.caller = NodeCaller()
@@ -57,7 +58,6 @@ class StandInNode:
         if forget:
             self.book.projects = {}
         self._server = _Server(("127.0.0.1", self.port), self)
-        self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, args=(0.02,), name="node", daemon=True).start()
         return self
 
