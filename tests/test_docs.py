@@ -1,0 +1,125 @@
+"""What a machine can check of the documentation: links, paths, commands, the version, and the files for GitHub."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from config import VERSION
+from tests.deployment import ROOT
+
+GENERATED = (".venv/", ".run/")
+"""Beginnings of paths that are made at run time."""
+INVENTED = {"own.py"}
+"""Names of files that tests write."""
+
+
+@cache
+def tracked() -> frozenset[str]:
+    """Return the files of the repository, new ones included."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return frozenset(name for name in listed.stdout.splitlines() if (ROOT / name).is_file())
+
+
+def named(pattern: str) -> list[str]:
+    return sorted(name for name in tracked() if re.search(pattern, name))
+
+
+PAGES = named(r"\.md$")
+TEXTS = named(r"\.(md|py|toml|ya?ml|txt|Dockerfile)$|^(scripts|\.ci)/")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text()
+
+
+def exists(path: str) -> bool:
+    """Whether a file or a folder of the repository has this path, or a path that ends so."""
+    if path.endswith("/"):
+        return any(f"/{path}" in f"/{name}" for name in tracked())
+    return any(f"/{name}".endswith(f"/{path}") for name in tracked()) or exists(path + "/")
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_relative_links_lead_to_files_and_headings() -> None:
+    broken = []
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+            path, _, anchor = link.partition("#")
+            target = (ROOT / page).parent / path if path else ROOT / page
+            if "://" in link or (target.exists() and (not anchor or anchor in anchors(target))):
+                continue
+            broken.append(f"{page}: {link}")
+    assert not broken
+
+
+def test_paths_in_backticks_exist() -> None:
+    folders = {name.partition("/")[0] for name in tracked() if "/" in name}
+    missing = []
+    for page in PAGES:
+        for quoted in re.findall(r"`([^`\n]+)`", text_of(page)):
+            for word in quoted.split():
+                is_path = re.fullmatch(r"[\w.-]+/[\w./-]*", word) and word.partition("/")[0] in folders
+                if is_path and not exists(word):
+                    missing.append(f"{page}: {word}")
+    assert not missing
+
+
+def test_python_files_that_are_named_exist() -> None:
+    missing = []
+    for name in TEXTS:
+        for path in re.findall(r"(?<![\w.*/{}<-])[\w./-]*\w\.py\b(?![\w(-])", text_of(name)):
+            if not path.startswith((*GENERATED, "/")) and path not in INVENTED and not exists(path):
+                missing.append(f"{name}: {path}")
+    assert not missing
+
+
+def test_modules_that_are_run_exist() -> None:
+    missing = [
+        f"{name}: {module}"
+        for name in TEXTS
+        for module in re.findall(r"python3? -m ([\w.]+\w)", text_of(name))
+        if find_spec(module) is None
+    ]
+    assert not missing
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    released = re.findall(r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert VERSION == tomllib.loads(text_of("pyproject.toml"))["project"]["version"] == released[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        (".github/workflows/ci.yml", "github-workflows"),
+        (".github/ISSUE_TEMPLATE/config.yml", "github-issue-config"),
+        (".github/ISSUE_TEMPLATE/bug.yml", "github-issue-forms"),
+        (".github/ISSUE_TEMPLATE/feature.yml", "github-issue-forms"),
+    ],
+)
+def test_files_for_github_are_valid(name: str, schema: str) -> None:
+    check = Path(sys.executable).with_name("check-jsonschema")
+    done = subprocess.run(
+        [check, "--builtin-schema", f"vendor.{schema}", ROOT / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
