@@ -16,13 +16,8 @@ from node.client import NodeClient
 from node.election import Election
 from node.lock import NodeLock
 from node.reconciler import ELECTION_TTL_S, Reconciler
-from protocol.connections import (
-    RedisClient,
-    connect_redis,
-    create_celery,
-    namespace_of,
-    visibility_timeout_s,
-)
+from protocol.celery_app import create_celery, visibility_timeout_s
+from protocol.connections import RedisClient, connect_redis, namespace_of
 from protocol.event_router import EventRouter
 from protocol.image_store import ImageStore
 from protocol.leases import Leases

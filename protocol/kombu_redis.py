@@ -38,6 +38,6 @@ class ReconnectingChannel(kombu_redis.Channel):
 
 
 class ReconnectingTransport(kombu_redis.Transport):
-    """The transport for `redis` and `rediss` URLs (protocol.connections.create_celery)."""
+    """The transport for `redis` and `rediss` URLs (protocol.celery_app.create_celery)."""
 
     Channel = ReconnectingChannel

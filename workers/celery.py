@@ -11,7 +11,8 @@ from celery.signals import worker_init
 
 from catalogue import Catalogue, ModelEntry
 from config import EXIT_CONFIGURATION, ConfigurationError, Settings
-from protocol.connections import consume, create_celery, namespace_of
+from protocol.celery_app import consume, create_celery
+from protocol.connections import namespace_of
 from protocol.names import Keys
 from workers.lifecycle import WorkerProcess
 

@@ -26,7 +26,8 @@ from node.lock import NodeLock
 from node.registrar import NoRegistrar, Registrar
 from node.registration import default_cid, registration_for
 from node.web_watch import http_probe
-from protocol.connections import connect_redis, namespace_of, visibility_timeout_s
+from protocol.celery_app import visibility_timeout_s
+from protocol.connections import connect_redis, namespace_of
 from protocol.errors import WorkerLost
 from protocol.event_sender import EventSender
 from protocol.events import Failed

@@ -13,7 +13,7 @@ from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, UNSERVED_S, R
 from app.dispatch.worker_view import WorkerView
 from config import Settings
 from protocol import events
-from protocol.connections import create_celery
+from protocol.celery_app import create_celery
 from protocol.event_router import EventRouter, Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 from protocol.jobs import ChatJob, SamplingParams

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from config import Settings
-from protocol.connections import create_celery
+from protocol.celery_app import create_celery
 from protocol.errors import Overloaded, QueueUnavailable
 from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
 from protocol.names import Keys

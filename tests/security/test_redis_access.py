@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from config import Settings
-from protocol.connections import connect_redis, create_celery
+from protocol.celery_app import create_celery
+from protocol.connections import connect_redis
 from protocol.kombu_redis import ReconnectingTransport
 from protocol.names import Keys
 from tests.deployment import Deployment, free_port, wait_until

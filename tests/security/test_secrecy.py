@@ -21,7 +21,8 @@ from PIL import Image, PngImagePlugin
 from app.http.errors import register_error_handlers
 from catalogue import Catalogue
 from config import Settings
-from protocol.connections import create_celery, namespace_of
+from protocol.celery_app import create_celery
+from protocol.connections import namespace_of
 from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, free_port, wait_until
 from tests.security.conftest import Answer, GuardedRedis, KeyedDeployment, ask

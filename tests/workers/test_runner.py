@@ -11,7 +11,8 @@ import redis
 
 from config import Settings
 from protocol import events
-from protocol.connections import RedisClient, create_celery
+from protocol.celery_app import create_celery
+from protocol.connections import RedisClient
 from protocol.errors import EngineError
 from protocol.event_sender import EventSender
 from protocol.events import Delta, Event, Failed, Finished, Started
