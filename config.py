@@ -4,6 +4,7 @@ Imports nothing of this project, nor Flask, Celery, Redis or torch, so that ever
 Each setting has its help beside its default; docs/settings.md and `scripts/run --help` are made from both.
 """
 
+import hashlib
 import re
 import socket
 from pathlib import Path
@@ -61,8 +62,9 @@ class Settings(BaseSettings):
         "Default: made from SERVICE_ID, NAMESPACE, host, GPUs (on a CPU the worker's name) and model",
     )
     service_id: str = Field(
-        default_factory=socket.gethostname,
-        description="marks this deployment's registrations at the node. Default: the host name",
+        default="",
+        description="marks this deployment's registrations at the node: the same for all processes beside "
+        "one node, another on each machine. Default: the host name and digits made from /etc/machine-id",
     )
     node_url: str = Field(
         default="http://127.0.0.1:6000", description="the network node; empty: models are not registered"
@@ -145,6 +147,7 @@ class Settings(BaseSettings):
         # The model is frozen; these are written once, before anything else sees the object.
         object.__setattr__(self, "service_url", service_url)
         object.__setattr__(self, "public_url", public_url.rstrip("/"))
+        object.__setattr__(self, "service_id", self.service_id or default_service_id())
         object.__setattr__(self, "node_url", self.node_url.rstrip("/"))
         return self
 
@@ -171,6 +174,24 @@ class Settings(BaseSettings):
         if self.rate_limit and not self.api_keys:
             found.append("RATE_LIMIT applies to each API key and API_KEYS is empty: nothing is limited")
         return found
+
+
+MACHINE_ID_FILE = Path("/etc/machine-id")
+"""Unique to an installation of Linux (machine-id(5)). Containers often have none."""
+
+
+def default_service_id(machine_id_file: Path = MACHINE_ID_FILE) -> str:
+    """The host name, and digits that differ between two machines of one host name.
+
+    The digits are a hash, because the id itself must not be shown to others. They are left out where there is no id.
+    """
+    try:
+        machine_id = machine_id_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine_id = ""
+    host = socket.gethostname()
+    digits = hashlib.sha256(f"modelservice {machine_id}".encode()).hexdigest()[:8]
+    return f"{host}-{digits}" if machine_id else host
 
 
 _RATE = re.compile(r"[1-9][0-9]{0,8}/([1-9][0-9]{0,4} )?(second|minute|hour|day)s?")

@@ -61,15 +61,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),
         )
     )
-    app.cli.add_command(
-        node_commands(
-            settings,
-            project=catalogue.project,
-            namespace=services.namespace,
-            leases=services.leases,
-            lock=services.node_lock,
-        )
-    )
+    app.cli.add_command(node_commands(services.deployment, leases=services.leases, lock=services.node_lock))
     for warning in settings.warnings():
         log.warning("%s", warning)
     return app

@@ -13,6 +13,7 @@ from app.process import WebProcess
 from catalogue import Catalogue
 from config import Settings
 from node.client import NodeClient
+from node.deployment import Deployment
 from node.election import Election
 from node.lock import NodeLock
 from node.reconciler import ELECTION_TTL_S, Reconciler
@@ -29,7 +30,7 @@ from protocol.queue import JobQueue
 class Services:
     """The collaborators that `create_app` hands to hooks, blueprints and commands, to each what it uses."""
 
-    namespace: str
+    deployment: Deployment
     process: WebProcess
     gate: Gate
     metrics: Metrics
@@ -52,6 +53,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
     router = EventRouter(client, keys, web_id)
+    deployment = Deployment(settings, namespace, catalogue.project)
     node_lock = NodeLock(client, keys, settings.node_url, settings.service_id)
     reconciler = None
     if settings.node_url:
@@ -60,9 +62,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             leases,
             NodeClient(settings.node_url),
             node_lock,
-            settings=settings,
-            namespace=namespace,
-            project=catalogue.project,
+            deployment=deployment,
         )
     process = WebProcess(
         router=router,
@@ -76,7 +76,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
     return Services(
-        namespace=namespace,
+        deployment=deployment,
         process=process,
         gate=Gate(settings, _build_limiter(settings, client, keys, worker_view)),
         metrics=Metrics(worker_view, router),

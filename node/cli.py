@@ -2,36 +2,25 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from typing import NamedTuple
 
 import click
 from flask.cli import AppGroup
 from redis.exceptions import RedisError
 
-from config import Settings
 from node.client import NodeClient, NodeError
+from node.deployment import Deployment, Mark, worker_of
 from node.lock import NodeLock
-from node.registration import Registration, is_of_node, is_ours, registrations_of
+from node.registration import Registration
 from protocol.leases import Leases, WorkerRecord
 
 TIMEOUT_S = 15.0
 
 
-class Mark(StrEnum):
-    """How an entry of the node and the workers fit together."""
-
-    OK = "ok"
-    MISSING = "missing"
-    CHANGING = "changing"
-    STALE = "stale"
-    FOREIGN = "foreign"
-
-
 MEANINGS = {
     Mark.OK: "a ready worker stands for it",
     Mark.MISSING: "a ready worker that the node doesn't list yet",
-    Mark.CHANGING: "its worker lives and will correct the entry",
+    Mark.CHANGING: "its worker lives and corrects the entry",
     Mark.STALE: "ours, but no living worker stands for it: `node prune` removes it",
     Mark.FOREIGN: "not of this deployment",
 }
@@ -45,37 +34,30 @@ class Row(NamedTuple):
     state: str
 
 
-def compare(
-    entries: list[Registration], records: list[WorkerRecord], settings: Settings, namespace: str
-) -> list[Row]:
+def compare(entries: list[Registration], records: list[WorkerRecord], deployment: Deployment) -> list[Row]:
     """The node's entries in its order, then those that are missing."""
-    expected = registrations_of(records, settings)
-    states = {record.cid: record.state for record in records if is_of_node(record, settings)}
-    rows = []
-    for entry in entries:
-        state = states.get(entry.cid, "")
-        if entry in expected:
-            mark = Mark.OK
-        elif state not in ("", "lost"):
-            mark = Mark.CHANGING
-        elif state or is_ours(entry.cid, settings.service_id, namespace):
-            mark = Mark.STALE
-        else:
-            mark = Mark.FOREIGN
-        rows.append(Row(mark, entry, state))
+    rows = [
+        Row(deployment.mark(entry, records), entry, _state(worker_of(entry, records))) for entry in entries
+    ]
     listed = {(entry.project, entry.model, entry.cid) for entry in entries}
-    missing = [entry for entry in expected if (entry.project, entry.model, entry.cid) not in listed]
-    return rows + [Row(Mark.MISSING, entry, states[entry.cid]) for entry in missing]
+    missing = [
+        entry
+        for entry in deployment.registrations(records)
+        if (entry.project, entry.model, entry.cid) not in listed
+    ]
+    return rows + [Row(Mark.MISSING, entry, "ready") for entry in missing]
 
 
-def node_commands(
-    settings: Settings, *, project: str, namespace: str, leases: Leases, lock: NodeLock
-) -> AppGroup:
+def _state(worker: WorkerRecord | None) -> str:
+    return worker.state if worker is not None else ""
+
+
+def node_commands(deployment: Deployment, *, leases: Leases, lock: NodeLock) -> AppGroup:
     """Make the command group `node`. Nothing connects before a command runs."""
     group = AppGroup(
         "node", help="Show and correct what the network node lists.", short_help="The network node."
     )
-    admin = NodeAdmin(settings, project, namespace, leases, lock)
+    admin = NodeAdmin(deployment, leases, lock)
 
     @group.command("list")
     def list_entries() -> None:
@@ -109,12 +91,8 @@ def node_commands(
 class NodeAdmin:
     """What the commands do. Methods raise NodeError, redis.RedisError and click.ClickException."""
 
-    def __init__(
-        self, settings: Settings, project: str, namespace: str, leases: Leases, lock: NodeLock
-    ) -> None:
-        self._settings = settings
-        self._project = project
-        self._namespace = namespace
+    def __init__(self, deployment: Deployment, leases: Leases, lock: NodeLock) -> None:
+        self._deployment = deployment
         self._leases = leases
         self._lock = lock
 
@@ -126,8 +104,8 @@ class NodeAdmin:
             click.echo(f"{node.url} lists nothing, and no worker is ready")
 
     def register_project(self, yes: bool) -> None:
-        node, project = self._connect(), self._project
-        expected = registrations_of(self._leases.workers(), self._settings)
+        node, project = self._connect(), self._deployment.project
+        expected = self._deployment.registrations(self._leases.workers())
         ready = [entry for entry in expected if entry.project == project]
         if not ready:
             raise click.ClickException(
@@ -143,7 +121,7 @@ class NodeAdmin:
         click.echo(f"{project}: {len(ready)} registered")
 
     def unregister_project(self, yes: bool) -> None:
-        node, project = self._connect(), self._project
+        node, project = self._connect(), self._deployment.project
         if not yes:
             click.confirm(f"Remove project {project} with all its models from {node.url}?", abort=True)
         with self._lock.turn():
@@ -160,12 +138,13 @@ class NodeAdmin:
         click.echo(f"{len(stale)} stale")
 
     def _connect(self) -> NodeClient:
-        if not self._settings.node_url:
+        node_url = self._deployment.settings.node_url
+        if not node_url:
             raise click.ClickException("NODE_URL is empty: there is no node to call")
-        return NodeClient(self._settings.node_url, timeout_s=TIMEOUT_S)
+        return NodeClient(node_url, timeout_s=TIMEOUT_S)
 
     def _rows(self, node: NodeClient) -> list[Row]:
-        return compare(node.models(), self._leases.workers(), self._settings, self._namespace)
+        return compare(node.models(), self._leases.workers(), self._deployment)
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from redis.exceptions import RedisError
 
-from config import Settings
 from node.backoff import Backoff
 from node.client import NodeClient, NodeError
+from node.deployment import Deployment, Mark, worker_of
 from node.election import Election, Result
 from node.lock import NodeLock
-from node.registration import Registration, is_of_node, is_ours
+from node.registration import Registration
 from protocol.leases import LEASE_TTL_S, Leases, Observation, WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,7 @@ class Reconciler:
         node: NodeClient,
         lock: NodeLock,
         *,
-        settings: Settings,
-        namespace: str,
-        project: str,
+        deployment: Deployment,
         timing: Timing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -63,9 +62,7 @@ class Reconciler:
         self._leases = leases
         self._node = node
         self._lock = lock
-        self._settings = settings
-        self._namespace = namespace
-        self._project = project
+        self._deployment = deployment
         self._timing = timing or Timing()
         self._clock = clock
         self._stop = threading.Event()
@@ -73,8 +70,10 @@ class Reconciler:
         self._observation = Observation(clock)
         self._unregistered: dict[tuple[str, str], float] = {}
         """Cid and incarnation id of lost workers that aren't on the node any more, and since when."""
+        self._listed: list[Registration] = []
+        """The node's entries, as they were last read."""
         self._orphans: dict[Registration, float] = {}
-        """Entries of ours without a worker's record, and since when."""
+        """Entries of ours that no worker stands for, and since when."""
         self._backoff = Backoff(self._timing.every_s, self._timing.backoff_max_s)
         self._read_list_at = 0.0
         self._last_error = ""
@@ -119,36 +118,48 @@ class Reconciler:
         self._observation.seen()
         now = self._clock()
         try:
-            if self._observation.absence_counts(self._timing.lost_after_s):
-                self._forget_unregistered(records, now)
-                self._unregister_lost(records, now)
+            self._unregister_leftovers(records, now)
+            self._read_list(now)
         except NodeError as error:
             self._report(str(error))
+
+    def _read_list(self, now: float) -> None:
+        """Read the node's list, once in `read_list_every_s`. Raises NodeError."""
+        if now >= self._read_list_at:
+            self._read_list_at = now + self._timing.read_list_every_s
+            self._listed = self._node.models()
+            self._last_error = ""
+
+    def _unregister_leftovers(self, records: list[WorkerRecord], now: float) -> None:
+        """Remove what is due, unless the node has failed a moment ago. Raises NodeError."""
+        stale = [entry for entry in self._listed if self._is_orphan(entry, records)]
+        self._orphans = {entry: self._orphans.get(entry, now) for entry in stale}
+        if not self._observation.absence_counts(self._timing.lost_after_s):
+            return
+        self._forget_unregistered(records, now)
+        if now < self._backoff.retry_at:
+            return
         try:
-            self._unregister_orphans(records, now)
-        except NodeError as error:
-            self._report(str(error))
+            self._unregister_lost(records, now)
+            self._unregister_orphans(now)
+        except NodeError:
+            self._backoff.failed(now)
+            raise
+        self._backoff.reset()
 
     # ----- workers whose lease has expired
 
     def _unregister_lost(self, records: list[WorkerRecord], now: float) -> None:
         """Remove lost workers of this node from it, each incarnation once. Raises NodeError."""
-        if now < self._backoff.retry_at:
-            return
-        try:
-            for record in records:
-                incarnation = (record.cid, record.incarnation_id)
-                if record.state != "lost" or incarnation in self._unregistered:
-                    continue
-                if not is_of_node(record, self._settings):
-                    continue
-                if self._unregister(record.project, record.model, record.cid, _still_lost(record)):
-                    log.warning("worker %s was lost: unregistered", record.cid)
-                    self._unregistered[incarnation] = now
-        except NodeError:
-            self._backoff.failed(now)
-            raise
-        self._backoff.reset()
+        for record in records:
+            incarnation = (record.cid, record.incarnation_id)
+            if record.state != "lost" or incarnation in self._unregistered:
+                continue
+            if not self._deployment.has_worker(record):
+                continue
+            if self._unregister(record.project, record.model, record.cid, _still_lost(record)):
+                log.warning("worker %s was lost: unregistered", record.cid)
+                self._unregistered[incarnation] = now
 
     def _forget_unregistered(self, records: list[WorkerRecord], now: float) -> None:
         """Delete the records of lost workers that aren't on the node and were shown for long enough."""
@@ -160,28 +171,23 @@ class Reconciler:
             if now - self._unregistered.get(key, now) >= self._timing.show_lost_s:
                 self._leases.forget_worker(record.cid)
 
-    # ----- entries without a worker's record
+    # ----- entries that no worker stands for
 
-    def _unregister_orphans(self, records: list[WorkerRecord], now: float) -> None:
-        """Remove entries with a cid of this deployment for which there is no record. Raises NodeError."""
-        if now >= self._read_list_at:
-            self._read_list_at = now + self._timing.read_list_every_s
-            ours = [entry for entry in self._node.models() if self._is_ours(entry)]
-            self._last_error = ""
-            self._orphans = {entry: self._orphans.get(entry, now) for entry in ours}
-        known = {record.cid for record in records}
-        self._orphans = {entry: since for entry, since in self._orphans.items() if entry.cid not in known}
-        for entry, since in list(self._orphans.items()):
-            unknown_for_s = min(now - since, self._observation.watched_s)
-            if unknown_for_s < self._timing.unknown_after_s:
+    def _unregister_orphans(self, now: float) -> None:
+        """Remove the entries that no worker has stood for during `unknown_after_s`. Raises NodeError."""
+        for entry, since in self._orphans.items():
+            if min(now - since, self._observation.watched_s) < self._timing.unknown_after_s:
                 continue
-            if self._unregister(entry.project, entry.model, entry.cid, _still_unknown(entry)):
+            if self._unregister(entry.project, entry.model, entry.cid, partial(self._is_orphan, entry)):
                 log.warning("no worker stands for %s: unregistered", entry.cid)
-            del self._orphans[entry]
+            self._listed.remove(entry)
 
-    def _is_ours(self, entry: Registration) -> bool:
-        ours = is_ours(entry.cid, self._settings.service_id, self._namespace)
-        return ours and entry.project == self._project
+    def _is_orphan(self, entry: Registration, records: list[WorkerRecord]) -> bool:
+        """Whether an entry is stale, save those of workers that `_unregister_lost` sees to."""
+        worker = worker_of(entry, records)
+        if worker is not None and self._deployment.has_worker(worker):
+            return False
+        return self._deployment.mark(entry, records) is Mark.STALE
 
     # ----- the node
 
@@ -209,7 +215,3 @@ class Reconciler:
 def _still_lost(record: WorkerRecord) -> Callable[[list[WorkerRecord]], bool]:
     wanted = (record.cid, record.incarnation_id, "lost")
     return lambda records: any((other.cid, other.incarnation_id, other.state) == wanted for other in records)
-
-
-def _still_unknown(entry: Registration) -> Callable[[list[WorkerRecord]], bool]:
-    return lambda records: all(other.cid != entry.cid for other in records)

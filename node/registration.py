@@ -1,8 +1,6 @@
-"""What the node is told of a worker, and which of its entries are this deployment's."""
+"""What the node is told of a worker, and the cid of a worker that was given none."""
 
 import hashlib
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from catalogue import TASKS, ModelEntry
@@ -29,14 +27,9 @@ def registration_for(entry: ModelEntry, settings: Settings, project: str, cid: s
     return _registration(project, entry.name, entry.tasks, settings.service_url, cid)
 
 
-def registrations_of(records: Iterable[WorkerRecord], settings: Settings) -> list[Registration]:
-    """The entries that this machine's node should have: one for each ready worker that registers there."""
-    found = [
-        _registration(record.project, record.model, record.tasks, settings.service_url, record.cid)
-        for record in records
-        if record.state == "ready" and is_of_node(record, settings)
-    ]
-    return [registration for registration in found if registration is not None]
+def registration_of(record: WorkerRecord, service_url: str) -> Registration | None:
+    """The same, read from a worker's record."""
+    return _registration(record.project, record.model, record.tasks, service_url, record.cid)
 
 
 def _registration(
@@ -49,25 +42,16 @@ def _registration(
     return None
 
 
-def is_of_node(record: WorkerRecord, settings: Settings) -> bool:
-    """Whether this worker registers with the node of this process (same NODE_URL, same machine's SERVICE_ID)."""
-    return bool(record.node) and record.node == settings.node_url and record.service_id == settings.service_id
-
-
 def default_cid(service_id: str, namespace: str, *parts: str) -> str:
-    """The cid of a worker that was given none: the same after a restart, and recognised by `is_ours`.
+    """The cid of a worker that was given none: the same after a restart, and recognised by `Deployment.is_ours`.
 
     `parts` tell the workers of a deployment apart: host, GPU UUIDs or Celery node name, model.
     """
-    return _cid_prefix(service_id, namespace) + _hex("\0".join(parts), 10)
+    return cid_prefix(service_id, namespace) + _hex("\0".join(parts), 10)
 
 
-def is_ours(cid: str, service_id: str, namespace: str) -> bool:
-    """Whether `default_cid` of this deployment made `cid`. Another NAMESPACE on the same node never matches."""
-    return re.fullmatch(re.escape(_cid_prefix(service_id, namespace)) + "[0-9a-f]{10}", cid) is not None
-
-
-def _cid_prefix(service_id: str, namespace: str) -> str:
+def cid_prefix(service_id: str, namespace: str) -> str:
+    """What all default cids of a deployment begin with. Another NAMESPACE on the same machine has another."""
     return f"{service_id}-{_hex(namespace, 6)}"
 
 

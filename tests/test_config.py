@@ -1,8 +1,11 @@
 """The settings: what the environment becomes, and errors that name the variable."""
 
+import socket
+from pathlib import Path
+
 import pytest
 
-from config import ConfigurationError, Settings
+from config import ConfigurationError, Settings, default_service_id
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +27,31 @@ def test_with_keys_the_node_has_its_own_listener_and_image_links_use_the_public_
 def test_image_links_use_service_url_where_only_that_is_set() -> None:
     settings = Settings(service_url="http://10.0.0.1:1088/")
     assert (settings.service_url, settings.public_url) == ("http://10.0.0.1:1088", "http://10.0.0.1:1088")
+
+
+def test_the_service_id_differs_between_machines_of_one_host_name(tmp_path: Path) -> None:
+    files = [tmp_path / "one", tmp_path / "other"]
+    for number, file in enumerate(files):
+        file.write_text(f"{number:032x}\n")
+    one, other = map(default_service_id, files)
+
+    assert one != other
+    assert one == default_service_id(files[0])
+    assert one.startswith(f"{socket.gethostname()}-")
+    assert f"{0:08x}" not in one, "the id itself must not be shown"
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\xff"])
+def test_without_a_machine_id_the_service_id_is_the_host_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "machine-id").write_text(content, encoding="latin-1")
+
+    assert default_service_id(tmp_path / "machine-id") == socket.gethostname()
+    assert default_service_id(tmp_path / "missing") == socket.gethostname()
+
+
+def test_an_empty_service_id_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVICE_ID", "")
+    assert Settings.from_env().service_id == default_service_id()
 
 
 def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from config import Settings
+from node.deployment import Deployment
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
@@ -86,6 +87,11 @@ def node() -> Iterator[StandInNode]:
 @pytest.fixture
 def settings(node: StandInNode) -> Settings:
     return Settings(service_id="host-1", node_url=node.url, bind="127.0.0.1:1088", namespace="P")
+
+
+@pytest.fixture
+def deployment(settings: Settings) -> Deployment:
+    return Deployment(settings, "P", "P")
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from click.testing import Result
 from config import Settings
 from node.cli import compare, node_commands
 from node.client import NodeClient
+from node.deployment import Deployment
 from node.lock import NodeLock
-from node.registration import Registration, default_cid, registrations_of
+from node.registration import Registration, default_cid
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
@@ -23,23 +24,24 @@ STALE = default_cid("host-1", "P", "gone")
 
 
 @pytest.fixture
-def run(settings: Settings, leases: Leases, client: RedisClient, keys: Keys) -> Run:
+def run(settings: Settings, deployment: Deployment, leases: Leases, client: RedisClient, keys: Keys) -> Run:
     app = flask.Flask("test")
     lock = NodeLock(client, keys, settings.node_url, settings.service_id)
-    app.cli.add_command(node_commands(settings, project="P", namespace="P", leases=leases, lock=lock))
+    app.cli.add_command(node_commands(deployment, leases=leases, lock=lock))
     runner = app.test_cli_runner()
     return lambda *words, **options: runner.invoke(args=["node", *words], **options)
 
 
 @pytest.fixture
-def mixed(node: StandInNode, settings: Settings, leases: Leases, record: Make) -> None:
+def mixed(node: StandInNode, deployment: Deployment, leases: Leases, record: Make) -> None:
     """One entry of each kind."""
     listed, missing = record("c-ok"), record("c-missing")
     for worker in (listed, missing, record("c-leaving", state="draining")):
         leases.renew_worker(worker)
-    NodeClient(node.url).register_model(registrations_of([listed], settings)[0])
-    for cid in ("c-leaving", STALE, "d15c4007271b"):
+    NodeClient(node.url).register_model(deployment.registrations([listed])[0])
+    for cid in ("c-leaving", STALE, "old-host-1"):
         node.add("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", cid=cid)
+    node.add("P", "Chat", "http://127.0.0.1:1099/v1/chat/completions", cid="d15c4007271b")
 
 
 def marks(output: str) -> dict[str, str]:
@@ -57,6 +59,7 @@ def test_list_compares_entries_with_workers(run: Run) -> None:
         "c-ok": "ok",
         "c-leaving": "changing",
         STALE: "stale",
+        "old-host-1": "stale",
         "d15c4007271b": "foreign",
         "c-missing": "missing",
     }
@@ -71,7 +74,7 @@ def test_prune_removes_only_stale_entries(run: Run, node: StandInNode) -> None:
     result = run("prune")
 
     assert result.exit_code == 0
-    assert STALE in result.output
+    assert STALE in result.output and "old-host-1" in result.output
     assert node.cids() == ["c-ok", "c-leaving", "d15c4007271b"]
 
 
@@ -112,17 +115,17 @@ def test_a_node_that_is_down_is_one_line(run: Run, node: StandInNode) -> None:
     assert result.output == f"Error: node {node.url} is unreachable: Connection refused\n"
 
 
-def test_an_entry_with_another_url_is_corrected_by_its_worker(settings: Settings, record: Make) -> None:
+def test_an_entry_with_another_url_is_corrected_by_its_worker(deployment: Deployment, record: Make) -> None:
     entry = Registration("P", "Chat", "http://127.0.0.1:9/v1", 0, "c-1")
 
-    rows = compare([entry], [record("c-1")], settings, "P")
+    rows = compare([entry], [record("c-1")], deployment)
 
     assert [(row.mark, row.state) for row in rows] == [("changing", "ready")]
 
 
-def test_the_entry_of_a_lost_worker_is_stale_with_any_cid(settings: Settings, record: Make) -> None:
-    entry = Registration("P", "Chat", "http://127.0.0.1:1088/v1", 0, "by-hand")
+def test_the_entry_of_a_lost_worker_is_stale_with_any_cid(deployment: Deployment, record: Make) -> None:
+    entry = Registration("P", "Chat", "http://127.0.0.1:9/v1", 0, "by-hand")
 
-    rows = compare([entry], [record("by-hand", state="lost")], settings, "P")
+    rows = compare([entry], [record("by-hand", state="lost")], deployment)
 
     assert [row.mark for row in rows] == ["stale"]

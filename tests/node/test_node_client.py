@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -16,7 +17,8 @@ from node.client import (
     NodeUnreachable,
     NodeUnsupported,
 )
-from node.registration import Registration, default_cid, is_ours, registration_for, registrations_of
+from node.deployment import Deployment
+from node.registration import Registration, default_cid, registration_for
 from tests.stand_in_node import StandInNode
 
 CHAT = Registration("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", 0, "c-1")
@@ -215,7 +217,7 @@ def test_what_is_registered_for_a_model(tasks: list[str], path: str, kind: int, 
     assert registration == Registration("P", "M", f"http://127.0.0.1:1088{path}", kind, "c-1")
 
 
-def test_our_list_is_the_ready_workers_of_this_node(settings: Settings, record) -> None:
+def test_our_list_is_the_ready_workers_of_this_node(deployment: Deployment, record) -> None:
     records = [
         record("ready"),
         record("loading", state="loading"),
@@ -225,7 +227,7 @@ def test_our_list_is_the_ready_workers_of_this_node(settings: Settings, record) 
         record("no-node", node=""),
     ]
 
-    assert [entry.cid for entry in registrations_of(records, settings)] == ["ready"]
+    assert [entry.cid for entry in deployment.registrations(records)] == ["ready"]
 
 
 def test_a_default_cid_is_stable_and_ours_by_form() -> None:
@@ -233,11 +235,19 @@ def test_a_default_cid_is_stable_and_ours_by_form() -> None:
 
     assert cid == default_cid("host.1", "P", "h", "GPU-1", "Chat")
     assert cid != default_cid("host.1", "P", "hG", "PU-1", "Chat")
-    assert is_ours(cid, "host.1", "P")
+
+
+def test_an_entry_is_ours_by_the_form_of_its_cid(settings: Settings) -> None:
+    deployment = Deployment(settings.model_copy(update={"service_id": "host.1"}), "P", "P")
+    cid = default_cid("host.1", "P", "h", "GPU-1", "Chat")
+    entry = Registration("P", "Chat", "http://127.0.0.1:9/v1", 0, cid)
+
+    assert deployment.is_ours(entry)
     for other in (cid + "0", "x" + cid, cid.replace("host.1", "hostx1"), cid + "\n", "d15c4007271b"):
-        assert not is_ours(other, "host.1", "P")
-    assert not is_ours(cid, "host.1", "another namespace")
-    assert not is_ours(cid, "host", "P")
+        assert not deployment.is_ours(replace(entry, cid=other))
+    assert not deployment.is_ours(replace(entry, project="Q"))
+    assert not Deployment(deployment.settings, "another namespace", "P").is_ours(entry)
+    assert not Deployment(settings.model_copy(update={"service_id": "host"}), "P", "P").is_ours(entry)
 
 
 def test_the_networks_lists_are_not_the_nodes_own(node: StandInNode) -> None:

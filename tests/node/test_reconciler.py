@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from config import Settings
+from node.cli import compare
 from node.client import NodeClient
+from node.deployment import Deployment, Mark
 from node.election import Election, Result
 from node.lock import NodeLock
 from node.reconciler import ELECTION_TTL_S, Reconciler, Timing
-from node.registration import default_cid, registrations_of
+from node.registration import default_cid
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
@@ -29,22 +31,22 @@ OURS, SIBLING, DEAD = (default_cid("host-1", "P", slot) for slot in ("0", "1", "
 class Bench:
     """Reconcilers on one Redis and one node, with a clock that tests move on: minutes pass at once."""
 
-    def __init__(self, client: RedisClient, keys: Keys, node: StandInNode, settings: Settings) -> None:
-        self.client, self.keys, self.node, self.settings = client, keys, node, settings
+    def __init__(self, client: RedisClient, keys: Keys, node: StandInNode, deployment: Deployment) -> None:
+        self.client, self.keys, self.node, self.deployment = client, keys, node, deployment
         self.leases = Leases(client, keys)
         self.now = 1000.0
 
-    def reconciler(self, keys: Keys | None = None, namespace: str = "P", **options: Any) -> Reconciler:
-        settings, keys = self.settings, keys or self.keys
+    def reconciler(self, deployment: Deployment | None = None, **options: Any) -> Reconciler:
+        """Of this deployment, or of another one on the same Redis."""
+        deployment = deployment or self.deployment
+        settings, keys = deployment.settings, Keys.of(deployment.namespace)
         key = keys.reconciler(settings.node_url, settings.service_id)
         return Reconciler(
             Election(self.client, key, ELECTION_TTL_S),
             Leases(self.client, keys),
             NodeClient(settings.node_url, timeout_s=2.0),
             NodeLock(self.client, keys, settings.node_url, settings.service_id),
-            settings=settings,
-            namespace=namespace,
-            project="P",
+            deployment=deployment,
             **{"clock": lambda: self.now, **options},
         )
 
@@ -52,7 +54,7 @@ class Bench:
         """Give these workers a lease and an entry at the node."""
         for record in records:
             self.leases.renew_worker(record)
-        for entry in registrations_of(records, self.settings):
+        for entry in self.deployment.registrations(records):
             NodeClient(self.node.url).register_model(entry)
 
     def expire(self, *records: WorkerRecord) -> None:
@@ -79,8 +81,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(client: RedisClient, keys: Keys, node: StandInNode, settings: Settings) -> Bench:
-    return Bench(client, keys, node, settings)
+def bench(client: RedisClient, keys: Keys, node: StandInNode, deployment: Deployment) -> Bench:
+    return Bench(client, keys, node, deployment)
 
 
 def test_a_lost_worker_is_unregistered_once_its_siblings_and_foreign_entries_stay(
@@ -218,13 +220,90 @@ def test_a_stale_cid_of_ours_is_unregistered_and_no_other(
         ("Other", default_cid("host-1", "P", "9")),
     ]
     for project, cid in foreign:
-        node.add(project, "Chat", "http://127.0.0.1:1088/v1", cid=cid)
+        node.add(project, "Chat", "http://127.0.0.1:1099/v1/chat/completions", cid=cid)
     reconciler = bench.reconciler()
 
     bench.watch_until(reconciler, lambda: DEAD not in node.cids(), within_s=33)
     bench.watch(reconciler, 300)
 
     assert node.cids() == [OURS, *(cid for _, cid in foreign)]
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "cid"),
+    [
+        ("Chat", "/v1/chat/completions", default_cid("a former host name", "P", "0")),
+        ("Chat", "/v1/chat/completions", "of-a-former-WORKER_CID"),
+        ("Chat", "/v1/chat/completions", default_cid("host-1", "a former namespace", "0")),
+        ("No longer in the catalogue", "/v1/images/edits", OURS),
+    ],
+)
+def test_what_points_at_our_url_and_has_no_worker_is_unregistered(
+    bench: Bench, node: StandInNode, record: Make, model: str, path: str, cid: str
+) -> None:
+    bench.live(record(OURS))
+    node.add("P", model, f"http://127.0.0.1:1088{path}", cid=cid)
+    elsewhere = f"http://127.0.0.1:1088/behind/a/proxy{path}"
+    node.add("P", model, elsewhere, cid="d15c4007271b")
+
+    bench.watch_until(
+        bench.reconciler(), lambda: (model, cid) not in listed(node), within_s=Timing().unknown_after_s + 6
+    )
+    bench.watch(bench.reconciler(), 300)
+
+    assert listed(node) == [("Chat", OURS), (model, "d15c4007271b")]
+
+
+def listed(node: StandInNode) -> list[tuple[str, str]]:
+    """Model and cid of each entry."""
+    return [(entry["model"], entry["cid"]) for entry in node.entries()]
+
+
+def test_what_it_removes_is_what_the_commands_call_stale(
+    bench: Bench, node: StandInNode, deployment: Deployment, record: Make
+) -> None:
+    lost, former = record("c-lost"), record("c-former", service_id="a former host name")
+    bench.live(lost, record("c-1"))
+    for worker in (former, record("c-moved", node="http://127.0.0.1:7000")):
+        bench.leases.renew_worker(worker)
+    for cid in ("c-former", "c-moved", "c-unknown", DEAD):
+        node.add("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", cid=cid)
+    for cid in ("c-1", "c-lost"):
+        node.add("Other", "Chat", "http://127.0.0.1:1088/v1/chat/completions", cid=cid)
+    node.add("P", "Chat", "http://127.0.0.1:1099/v1/chat/completions", cid="d15c4007271b")
+    reconciler = bench.reconciler()
+    bench.watch(reconciler, 60)
+    bench.expire(lost, former)
+    # the one whose NODE_URL is another lives
+    bench.leases.renew_worker(record("c-moved", node="http://127.0.0.1:7000"))
+    bench.watch(reconciler, 3)
+
+    rows = compare(NodeClient(node.url).models(), bench.leases.workers(), deployment)
+    stale = {row.entry for row in rows if row.mark is Mark.STALE}
+    kept = [row.entry for row in rows if row.mark is not Mark.STALE]
+    bench.watch(reconciler, 180)
+
+    assert {entry.cid for entry in stale} >= {"c-former"}
+    assert NodeClient(node.url).models() == kept
+
+
+def test_each_of_two_machines_with_one_redis_sees_to_its_own_node(
+    bench: Bench, node: StandInNode, settings: Settings, record: Make
+) -> None:
+    """Same host name and, on its own machine, the same NODE_URL: here only the other stand-in has another port."""
+    here, there = record("c-here"), record("c-there", service_id="host-2")
+    bench.live(here)
+    bench.leases.renew_worker(there)
+    node.add("P", "Chat", "http://127.0.0.1:1088/v1/chat/completions", cid="c-there")
+    mine = bench.reconciler()
+    other = bench.reconciler(Deployment(settings.model_copy(update={"service_id": "host-2"}), "P", "P"))
+    bench.expire(there)
+
+    bench.watch(mine, 20)
+    assert not node.seen("model/unregister")
+    bench.watch_until(other, lambda: "c-there" not in node.cids(), within_s=15)
+
+    assert node.cids() == ["c-here"]
 
 
 def test_a_loading_worker_stands_for_its_cid(bench: Bench, node: StandInNode, record: Make) -> None:
@@ -239,8 +318,9 @@ def test_a_loading_worker_stands_for_its_cid(bench: Bench, node: StandInNode, re
 def test_two_namespaces_on_one_redis_and_one_node(bench: Bench, node: StandInNode, record: Make) -> None:
     """Same machine, same SERVICE_ID, same project: the other deployment's reconciler knows no record of ours."""
     bench.live(record(OURS), record(SIBLING))
+    settings = bench.deployment.settings.model_copy(update={"service_url": "http://127.0.0.1:1099"})
 
-    bench.watch(bench.reconciler(Keys.of("Q"), "Q"), 300)
+    bench.watch(bench.reconciler(Deployment(settings, "Q", "P")), 300)
 
     assert node.cids() == [OURS, SIBLING]
 
