@@ -41,22 +41,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduli
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `pytest -n`, let fault tests, which mostly wait, run beside the others, which compute."""
-    if not hasattr(config, "workerinput"):
-        return
-    units: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        units.setdefault(unit_of(item.nodeid), []).append(item)
-    faults = [unit for unit in units.values() if unit[0].nodeid.startswith("tests/faults/")]
-    others = [unit for unit in units.values() if not unit[0].nodeid.startswith("tests/faults/")]
-    placed = _spread(faults) + _spread(others)
-    items[:] = [item for _, unit in sorted(placed, key=lambda pair: pair[0]) for item in unit]
-
-
-def _spread(units: list[list[pytest.Item]]) -> list[tuple[float, list[pytest.Item]]]:
-    """Place units evenly between 0 and 1. Those with slow tests come first: started last, they would end long after all."""
-    slow_first = sorted(units, key=lambda unit: all(item.get_closest_marker("slow") is None for item in unit))
-    return [(index / len(units), unit) for index, unit in enumerate(slow_first)]
+    """Under `pytest -n`, put the units with slow tests first: begun last, they would end long after the others."""
+    if hasattr(config, "workerinput"):
+        slow = {unit_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: unit_of(item.nodeid) not in slow)
 
 
 @pytest.fixture(scope="session")
