@@ -7,7 +7,9 @@ over to other machines.
 """
 
 import argparse
+import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,6 +45,42 @@ def first_token(rounds: int) -> dict[str, float]:
             plain.append((time.monotonic() - began) * 1000)
     ours, flask = percentile(tokens, 0.5), percentile(plain, 0.5)
     return {"first_token_ms_p50": ours, "plain_flask_ms_p50": flask, "over_plain_ms": ours - flask}
+
+
+def request_cpu(requests: int) -> dict[str, float]:
+    """Measure the web process's CPU time for a plain chat request, and for a Flask route that does nothing."""
+    with tempfile.TemporaryDirectory() as folder, deployment(folder, 0, 8) as service:
+        service.start("echo")
+        assert service.web is not None
+        (pid,) = _children(service.web.pid)
+        chat = ("POST", "/v1/chat/completions", json.dumps(body(1)))
+        flask = ("GET", "/healthz", None)
+        _send(service.port, requests // 4, *chat)
+        found: dict[str, list[float]] = {"chat": [], "flask": []}
+        for _ in range(3):
+            for name, request in (("chat", chat), ("flask", flask)):
+                before = _cpu_s(pid)
+                _send(service.port, requests, *request)
+                found[name].append((_cpu_s(pid) - before) / requests * 1000)
+    return {"request_cpu_ms": min(found["chat"]), "plain_flask_cpu_ms": min(found["flask"])}
+
+
+def _send(port: int, requests: int, method: str, path: str, content: str | None) -> None:
+    """Send `requests` requests over four kept connections."""
+
+    def some() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        for _ in range(requests // 4):
+            connection.request(method, path, content, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            response.read()
+            assert response.status == 200, response.status
+
+    threads = [threading.Thread(target=some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def relay(streams: int, tokens: int) -> dict[str, float]:
@@ -105,6 +143,12 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def _cpu_s(pid: int) -> float:
+    """User and system time of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def _resident_kb(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
@@ -116,13 +160,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--idle", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--only", choices=["first", "relay", "idle", "import"])
+    parser.add_argument("--only", choices=["first", "cpu", "relay", "idle", "import"])
     options = parser.parse_args()
     figures: dict[str, float] = {}
     if options.only in (None, "import"):
         figures |= import_cost()
     if options.only in (None, "first"):
         figures |= first_token(options.rounds)
+    if options.only in (None, "cpu"):
+        figures |= request_cpu(800)
     if options.only in (None, "relay"):
         figures |= relay(options.streams, options.tokens)
     if options.only in (None, "idle"):
