@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
 from pathlib import Path
@@ -278,6 +279,27 @@ def test_web_and_worker_are_paused_together_for_longer_than_a_lease(start: Start
     reader.wait_end(60)
     assert reader.done, reader.error
     assert reader.text == counted(100)
+
+
+def test_web_is_paused_alone_for_longer_than_its_lease(start: Starter) -> None:
+    """The worker cancels the requests of a web process that looks dead; their clients are still there."""
+    service = start(step_ms=50)
+    (reader,) = read(service, 2000)
+    plain = ThreadPoolExecutor(1).submit(service.chat, "hi", "echo", max_tokens=2000)
+    wait_until(lambda: service.worker_rows()[0]["running"] == 2, timeout_s=20, what="both requests run")
+    assert service.web is not None
+    os.killpg(service.web.pid, signal.SIGSTOP)
+    redis = service.redis.client
+    wait_until(lambda: not redis.keys("Test:job:*"), timeout_s=60, what="the worker cancels both requests")
+    os.killpg(service.web.pid, signal.SIGCONT)
+    reader.wait_end(20)
+    assert not reader.done
+    assert reader.error is not None, "the stream must not end without a word"
+    assert reader.error["error"]["code"] == "interrupted" and reader.error["code"] == 503
+    status, body = plain.result(timeout=30)
+    assert (status, body["error"]["code"]) == (503, "interrupted")
+    status, body = service.chat("hi", "echo", max_tokens=3)
+    assert status == 200, "the first request after the pause is served"
 
 
 def probes(service: Deployment) -> float:

@@ -2,6 +2,7 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.deployment import ECHO_CATALOGUE, Deployment, demo_catalogue, wait_until
@@ -38,6 +39,27 @@ def test_sigterm_with_running_streams(start: Starter) -> None:
             timeout_s=20,
             what="the stopped worker is no longer listed",
         )
+
+
+def test_what_waits_for_the_only_worker_fails_soon_after_it_was_stopped(start: Starter) -> None:
+    """Without this, requests admitted just before the stop waited for their whole deadline."""
+    service = start(step_ms=50, slots=1)
+    (running,) = read(service, 40)
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(service.chat, "hi", "echo", max_tokens=3) for _ in range(5)]
+        wait_until(
+            lambda: service.redis.client.zcard("Test:waiting:echo") == 5,
+            timeout_s=20,
+            what="all requests wait",
+        )
+        began = time.monotonic()
+        service.workers["echo-1"].signal(signal.SIGTERM)
+        for answer in waiting:
+            status, body = answer.result(timeout=30)
+            assert (status, body["error"]["code"]) == (503, "no_worker")
+        assert time.monotonic() - began < 20
+    running.wait_end(30)
+    assert running.done and running.text == counted(40), "what runs is finished"
 
 
 def test_many_signals_stop_it_as_one_does(start: Starter) -> None:
