@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,6 +236,18 @@ def test_an_edit_keeps_the_proportions_of_its_source(loaded):
     engine.submit(job("edit", image=png(Image.new("RGB", (200, 50), "red"))))
     width, height = collector.images("edit")[0].size
     assert (width, height) == (64, 16)
+
+
+@pytest.mark.parametrize(
+    ("size", "fields"), [((1, 500), {"width": 64}), ((500, 1), {"height": 64, "n": 2})], ids=["high", "wide"]
+)
+def test_a_derived_side_beyond_the_limits_is_refused(loaded, calls, size, fields):
+    engine, collector = loaded
+    name = f"thin {size}"
+    engine.submit(job(name, image=png(Image.new("RGB", size)), **fields))
+    failure = collector.failure(name)
+    assert (failure.code, failure.param) == ("invalid_request", next(iter(fields)))
+    assert "32000" in failure.message and calls == []
 
 
 def test_an_edit_has_the_requested_size(loaded):
@@ -495,8 +508,10 @@ def test_steps_of_a_pipeline_without_callback_are_counted_at_its_denoiser(loaded
 
 
 def test_a_default_size_that_clients_could_not_request_is_a_load_error(weights):
-    with pytest.raises(EngineLoadError, match="size_multiple"):
-        ImageEngine(entry(weights, default_size=SIDE, size_multiple=24)).load(Collector())
+    for limit, value in (("size_multiple", 24), ("max_side", 16), ("max_pixels", 1000)):
+        options: dict[str, Any] = {"default_size": SIDE, limit: value}
+        with pytest.raises(EngineLoadError, match="set default_size"):
+            ImageEngine(entry(weights, **options)).load(Collector())
 
 
 def test_the_native_size_of_the_model_is_the_default(weights):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from protocol.errors import InvalidImage
-from workers.engines.images.pixels import Source, decode_source, encode_png, fit, paste_back, same_shape
+from workers.engines.images.pixels import Source, decode_source, encode_png, fit, paste_back
 
 
 def file(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
@@ -114,20 +114,6 @@ def test_paste_back_keeps_unmarked_pixels_at_any_size():
         assert (np.asarray(result)[:, half:] == np.asarray(expected)[:, half:]).all()
     whole = Image.new("RGB", (8, 4), "lime")
     assert paste_back(whole, source._replace(mask=None)) is whole
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((100, 100), (64, 64)),
-        ((200, 50), (128, 32)),
-        ((1, 4096), (8, 4096)),
-        ((4000, 3000), (72, 56)),
-        ((3, 3), (64, 64)),
-    ],
-)
-def test_same_shape_keeps_proportions_and_area(size, expected):
-    assert same_shape(size, 64 * 64, 8) == expected
 
 
 def test_results_have_no_metadata():

@@ -19,6 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from catalogue import ImageEngineOptions, ImageModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
+from workers.engines.images.size import size_problem
 
 
 class Pipelines(NamedTuple):
@@ -31,7 +32,7 @@ class Pipelines(NamedTuple):
     image2image: ImagePipeline | None
     inpaint: ImagePipeline | None
     default_side: int
-    size_multiple: int
+    limits: ImageEngineOptions
 
 
 def load_pipelines(entry: ImageModelEntry) -> Pipelines:
@@ -48,16 +49,14 @@ def load_pipelines(entry: ImageModelEntry) -> Pipelines:
     if "edit" in entry.tasks and image2image is None and inpaint is None:
         raise EngineLoadError(f"{entry.name}: diffusers can't edit images with a {type(pipe).__name__}")
     default_side = options.default_size or _native_side(pipe)
-    if default_side % options.size_multiple:
-        raise EngineLoadError(
-            f"{entry.name}: the default size {default_side} is not a multiple of size_multiple {options.size_multiple}"
-        )
+    if problem := size_problem((default_side, default_side), options):
+        raise EngineLoadError(f"{entry.name}: the default size can't be served: {problem}; set default_size")
     return Pipelines(
         text2image and ImagePipeline(text2image, "text2image"),
         image2image and ImagePipeline(image2image, "image2image"),
         inpaint and ImagePipeline(inpaint, "inpaint"),
         default_side=default_side,
-        size_multiple=options.size_multiple,
+        limits=options,
     )
 
 

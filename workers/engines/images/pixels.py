@@ -4,7 +4,6 @@ Uses Pillow only. Sizes are (width, height) in pixels. Masks are of mode "L" wit
 image may change, 0 where it must not.
 """
 
-import math
 from io import BytesIO
 from typing import NamedTuple
 
@@ -63,17 +62,6 @@ def paste_back(result: Image.Image, source: Source) -> Image.Image:
         return result
     fitted = fit(source, result.size)
     return Image.composite(result.convert("RGB"), fitted.image, fitted.mask or result)
-
-
-def same_shape(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
-    """Scale `size` to about `pixels` in all, keeping its proportions as far as `multiple` allows."""
-    scale = math.sqrt(pixels / (size[0] * size[1]))
-    return round_side(size[0] * scale, multiple), round_side(size[1] * scale, multiple)
-
-
-def round_side(side: float, multiple: int) -> int:
-    """Return the multiple of `multiple` nearest to `side`, but at least `multiple`."""
-    return max(1, round(side / multiple)) * multiple
 
 
 def encode_png(image: Image.Image) -> bytes:

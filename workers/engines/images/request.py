@@ -10,7 +10,8 @@ from protocol.errors import UnsupportedParameter
 from protocol.jobs import ImageJob
 from workers.engines.images.loader import Pipelines
 from workers.engines.images.pipeline import CallParams, ImageParams, ImagePipeline, Kind
-from workers.engines.images.pixels import Source, decode_source, encode_png, fit, round_side, same_shape
+from workers.engines.images.pixels import Source, decode_source, encode_png, fit
+from workers.engines.images.size import edit_size, generation_size
 
 SEED_LIMIT = 2**63
 
@@ -49,17 +50,18 @@ class Request:
 def prepare(job: ImageJob, pipelines: Pipelines) -> Request:
     """Decode and scale the source, settle the size and choose the pipeline.
 
-    Raises InvalidImage for files that can't be decoded and UnsupportedParameter for what the model can't do.
+    Raises InvalidImage for files that can't be decoded, InvalidRequest for a size beyond the limits and
+    UnsupportedParameter for what the model can't do.
     """
     source: Source | None = None
     kind: Kind = "text2image"
     if job.task == "edit":
         decoded = decode_source(job.image or b"", job.mask)
-        size = _edit_size(job, decoded.image.size, pipelines)
+        size = edit_size(job, decoded.image.size, pipelines.default_side, pipelines.limits)
         source = fit(_with_usable_mask(decoded, pipelines), size)
         kind = "inpaint" if source.mask else "image2image"
     else:
-        size = (job.width or pipelines.default_side, job.height or pipelines.default_side)
+        size = generation_size(job, pipelines.default_side, pipelines.limits)
     pipeline: ImagePipeline | None = getattr(pipelines, kind)
     if pipeline is None:
         raise UnsupportedParameter(f"model {job.model!r} can't serve the task {job.task!r}", param="model")
@@ -104,19 +106,3 @@ def _with_usable_mask(source: Source, pipelines: Pipelines) -> Source:
         # An inpainting model needs a mask: the whole image may change.
         return source._replace(mask=Image.new("L", source.image.size, 255))
     return source
-
-
-def _edit_size(job: ImageJob, source_size: tuple[int, int], pipelines: Pipelines) -> tuple[int, int]:
-    """Return the size of the result. Sides that the job leaves out keep the proportions of the source.
-
-    Without either side the result has about as many pixels as the model's default size.
-    """
-    multiple = pipelines.size_multiple
-    width, height = source_size
-    if job.width and job.height:
-        return job.width, job.height
-    if job.width:
-        return job.width, round_side(job.width * height / width, multiple)
-    if job.height:
-        return round_side(job.height * width / height, multiple), job.height
-    return same_shape(source_size, pipelines.default_side**2, multiple)
