@@ -1,10 +1,13 @@
 """The settings of every process, read from the environment. The only module that reads it.
 
-Imports nothing of this project, nor Flask, Celery, Redis or torch, so that every process can import it first.
+Imports neither Flask, Celery, Redis nor torch, and of this project only the checks in addresses.py, so that
+every process can import it first.
 Each setting has its help beside its default; docs/settings.md and `scripts/run --help` are made from both.
 """
 
+import difflib
 import hashlib
+import os
 import re
 import socket
 from pathlib import Path
@@ -13,6 +16,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from addresses import callable_address, check_http_url, check_redis_url, split_address
 
 VERSION = "0.2.0"
 """Version of the service: pyproject.toml and CHANGELOG.md name the same."""
@@ -30,7 +35,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=False)
 
-    bind: str = Field(default="127.0.0.1:1088", description="host:port that the web process listens on")
+    bind: str = Field(
+        default="127.0.0.1:1088",
+        description="host:port that the web process listens on; 0.0.0.0 or [::] as host for every address",
+    )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="comma-separated bearer keys; without any, requests need no key"
     )
@@ -45,7 +53,8 @@ class Settings(BaseSettings):
     )
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
-        description="Redis for the queue, events, leases and images. Unset under scripts/run: an embedded one",
+        description="Redis (6.2 or later) for the queue, events, leases and images. "
+        "Unset or empty under scripts/run: an embedded one",
     )
     namespace: str = Field(
         default="",
@@ -67,12 +76,13 @@ class Settings(BaseSettings):
         "one node, another on each machine. Default: the host name and digits made from /etc/machine-id",
     )
     node_url: str = Field(
-        default="http://127.0.0.1:6000", description="the network node; empty: models are not registered"
+        default="http://127.0.0.1:6000",
+        description="the network node, for AIL2-ComputeNet http://127.0.0.1:7002; empty: models are not registered",
     )
     service_url: str = Field(
         default="",
         description="base of the URLs that the node calls; its host must be an address of the node's machine. "
-        "Default: http:// and BIND, with API_KEYS http:// and NODE_BIND",
+        "Default: http:// and BIND, with API_KEYS http:// and NODE_BIND; the loopback for 0.0.0.0 and [::]",
     )
     node_bind: str = Field(
         default="127.0.0.1:1089",
@@ -87,7 +97,9 @@ class Settings(BaseSettings):
         default=290, gt=0, description="the same for an image generation; the node's limit is 300"
     )
     edit_deadline_s: float = Field(
-        default=170, gt=0, description="the same for an image edit; the node's limit is 180"
+        default=170,
+        gt=0,
+        description="the same for an image edit; the node's limit is 180, AIL2-ComputeNet's 300 (set 290)",
     )
     max_waiting: int = Field(
         default=256, ge=1, description="requests that may wait in the queue of each model; more get 503"
@@ -130,6 +142,30 @@ class Settings(BaseSettings):
             raise ValueError("contains no key; unset it to serve without keys")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_redis_url_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
+        return {name: value for name, value in values.items() if name != "redis_url" or value}
+
+    @field_validator("bind", "node_bind")
+    @classmethod
+    def _valid_address(cls, value: str) -> str:
+        split_address(value)
+        return value
+
+    @field_validator("service_url", "public_url", "node_url")
+    @classmethod
+    def _valid_url(cls, value: str) -> str:
+        if value:
+            check_http_url(value)
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _valid_redis_url(cls, value: str) -> str:
+        check_redis_url(value)
+        return value
+
     @field_validator("rate_limit")
     @classmethod
     def _valid_rate(cls, value: str) -> str:
@@ -141,9 +177,11 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _derive_urls(self) -> Self:
         listener = self.node_bind if self.api_keys else self.bind
-        service_url = (self.service_url or f"http://{listener}").rstrip("/")
+        service_url = (self.service_url or f"http://{callable_address(listener)}").rstrip("/")
         # The node's own listener serves no image links, so with keys they need the public one.
-        public_url = self.public_url or (f"http://{self.bind}" if self.api_keys else service_url)
+        public_url = self.public_url or (
+            f"http://{callable_address(self.bind)}" if self.api_keys else service_url
+        )
         # The model is frozen; these are written once, before anything else sees the object.
         object.__setattr__(self, "service_url", service_url)
         object.__setattr__(self, "public_url", public_url.rstrip("/"))
@@ -173,7 +211,7 @@ class Settings(BaseSettings):
             )
         if self.rate_limit and not self.api_keys:
             found.append("RATE_LIMIT applies to each API key and API_KEYS is empty: nothing is limited")
-        return found
+        return found + _similar_variables()
 
 
 MACHINE_ID_FILE = Path("/etc/machine-id")
@@ -196,6 +234,16 @@ def default_service_id(machine_id_file: Path = MACHINE_ID_FILE) -> str:
 
 _RATE = re.compile(r"[1-9][0-9]{0,8}/([1-9][0-9]{0,4} )?(second|minute|hour|day)s?")
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
+
+
+def _similar_variables() -> list[str]:
+    """Return a warning for each variable of the environment whose name is almost that of a setting."""
+    known = [name.upper() for name in Settings.model_fields] + ["WEB_CONCURRENCY", "HF_TOKEN", "HF_HOME"]
+    found = []
+    for name in sorted(set(os.environ)):  # noqa: TID251
+        if name.upper() not in known and (close := difflib.get_close_matches(name.upper(), known, 1, 0.85)):
+            found.append(f"{name} is set, but is no setting; {close[0]} is one")
+    return found
 
 
 def _host(url: str) -> str:

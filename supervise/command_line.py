@@ -53,7 +53,7 @@ def main() -> int:
 
 def _run(settings: Settings, models_file: Path) -> None:
     catalogue = Catalogue.from_file(models_file)
-    own_redis = not settings.redis_url or "redis_url" not in settings.model_fields_set
+    own_redis = "redis_url" not in settings.model_fields_set
     probe = Probe(settings)
     with contextlib.ExitStack() as stack:
         # first, since the checks would find the ports of a service that is still starting free

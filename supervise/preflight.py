@@ -3,14 +3,12 @@
 import re
 from pathlib import Path
 
-import redis
-
 from catalogue import Catalogue, ModelEntry
 from config import ConfigurationError, Settings
-from supervise.listeners import Unavailable, check_free
+from supervise.listeners import check_free
 from supervise.plan import visible_gpus
+from supervise.redis_check import check_redis
 
-REDIS_TIMEOUT_S = 3.0
 _ECHO = "echo:"  # the engine of tests and benchmarks, which has no weights
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.1-8B-Instruct"
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -26,7 +24,7 @@ def check(settings: Settings, catalogue: Catalogue, models_file: Path, *, own_re
         _check_gpus(model, settings, models_file)
     check_free(settings)
     if not own_redis:
-        _check_redis(settings.redis_url)
+        check_redis(settings.redis_url, settings.namespace or catalogue.project)
 
 
 def _check_weights(model: ModelEntry, models_file: Path) -> None:
@@ -59,17 +57,3 @@ def _check_gpus(model: ModelEntry, settings: Settings, models_file: Path) -> Non
             raise ConfigurationError(
                 f"{models_file}: workers of {model.name!r}: GPU {gpu} does not exist, {which} {count}"
             )
-
-
-def _check_redis(url: str) -> None:
-    shown = re.sub(r"//[^@/]*@", "//…@", url)
-    try:
-        client = redis.Redis.from_url(
-            url, socket_timeout=REDIS_TIMEOUT_S, socket_connect_timeout=REDIS_TIMEOUT_S, retry=None
-        )
-        with client:
-            client.ping()
-    except ValueError as error:
-        raise ConfigurationError(f"REDIS_URL: {shown}: {error}") from error
-    except redis.RedisError as error:
-        raise Unavailable(f"REDIS_URL: {shown} can't be reached: {error}") from error

@@ -5,8 +5,8 @@ import json
 from collections import Counter
 from typing import Any
 
+from addresses import callable_address, split_address
 from config import Settings
-from supervise.listeners import split_address
 
 ANSWER_TIMEOUT_S = 3.0
 
@@ -15,15 +15,14 @@ class Probe:
     """A client of the web process that `settings` describe. It blocks, so call it from a thread."""
 
     def __init__(self, settings: Settings) -> None:
-        host, self.port = split_address("BIND", settings.bind)
-        self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._address = callable_address(settings.bind)
+        self._host, self.port = split_address(self._address)
         self._headers = {"Authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
 
     @property
     def base_url(self) -> str:
         """The web process's URL as seen from this machine."""
-        host = f"[{self._host}]" if ":" in self._host else self._host
-        return f"http://{host}:{self.port}"
+        return f"http://{self._address}"
 
     def ready(self, web_pid: int | None = None) -> bool:
         """Whether `/readyz` answers 200; with `web_pid`, whether that process (gunicorn's master) does.

@@ -54,6 +54,35 @@ def test_an_empty_service_id_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Settings.from_env().service_id == default_service_id()
 
 
+def test_an_address_to_listen_on_becomes_one_to_call() -> None:
+    settings = Settings(bind="0.0.0.0:1")
+    assert (settings.service_url, settings.public_url) == ("http://127.0.0.1:1", "http://127.0.0.1:1")
+    settings = Settings(bind="[::]:1", node_bind="[::]:2", api_keys=("key",))
+    assert (settings.service_url, settings.public_url) == ("http://[::1]:2", "http://[::1]:1")
+    assert any("PUBLIC_URL is http://[::1]:1" in warning for warning in settings.warnings())
+
+
+def test_an_empty_redis_url_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "")
+    settings = Settings.from_env()
+    assert settings.redis_url == "redis://127.0.0.1:6379/0"
+    assert "redis_url" not in settings.model_fields_set
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("API_KEY", "API_KEYS"), ("MODEL_FILE", "MODELS_FILE"), ("WEB_CONCURENCY", "WEB_CONCURRENCY")],
+)
+def test_a_variable_that_looks_like_a_setting_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, name: str, meant: str
+) -> None:
+    monkeypatch.setenv(name, "hidden")
+    monkeypatch.setenv("HOME_URL", "x")
+    assert [warning for warning in Settings.from_env().warnings() if "is no setting" in warning] == [
+        f"{name} is set, but is no setting; {meant} is one"
+    ]
+
+
 def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", "one, two,")
     monkeypatch.setenv("ALLOWED_IMAGE_HOSTS", "a:80,b")
@@ -69,6 +98,15 @@ def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DRAIN_S", "-1", "Input should be greater than or equal to 0"),
         ("API_KEYS", " , ", "contains no key; unset it to serve without keys"),
         ("RATE_LIMIT", "60", 'must be like "60/minute" or "100/5 minutes" (second, minute, hour, day)'),
+        ("BIND", "1088", "'1088' is not host:port, such as 127.0.0.1:1088 or [::1]:1088"),
+        ("NODE_BIND", "h", "'h' is not host:port, such as 127.0.0.1:1088 or [::1]:1088"),
+        ("NODE_URL", "127.0.0.1:6000", "is not a URL such as http://127.0.0.1:1088"),
+        ("SERVICE_URL", "http://0.0.0.0:1", "0.0.0.0 is an address to listen on, which can't be called"),
+        (
+            "REDIS_URL",
+            "redis://:hidden@h/x",
+            "ends with a database that is not a number; redis://127.0.0.1:6379/0 has database 0",
+        ),
         ("MAX_WAITING", "", "Input should be a valid integer, unable to parse string as an integer"),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from flask import Flask, request
 
+from addresses import split_address
 from catalogue import TASKS
 from config import Settings
 from protocol.errors import NotFound, Unauthorized
@@ -81,20 +82,17 @@ class Gate:
             return False
         host, port = self._node_listener
         name = connection.getsockname()
-        # the name of a Unix socket is a string; the node's listener is never one
-        return isinstance(name, tuple) and name[1] == port and host in (None, name[0])
+        return name[1] == port and host in (None, name[0])
 
 
-def _listener(settings: Settings) -> tuple[str | None, int] | None:
+def _listener(settings: Settings) -> tuple[str | None, int]:
     """Return the address and port of the node's listener; address None if no other listener has that port.
 
     The port is then enough, and a host name or wildcard would never equal the address from `getsockname`.
     """
-    host, _, port = settings.node_bind.rpartition(":")
-    if not port.isdigit():
-        return None
-    alone = settings.bind.rpartition(":")[2] != port
-    return None if alone else host.strip("[]"), int(port)
+    host, port = split_address(settings.node_bind)
+    alone = split_address(settings.bind)[1] != port
+    return None if alone else host, port
 
 
 def _forms(key: str) -> set[bytes]:

@@ -86,7 +86,11 @@ def test_node_port_taken(tmp_path: Path, taken: str) -> None:
 
 @pytest.mark.parametrize("bind", ["1088", "127.0.0.1:http", ":1088", "127.0.0.1:70000"])
 def test_bind_is_no_address(tmp_path: Path, bind: str) -> None:
-    assert run(catalogue(tmp_path), BIND=bind) == (78, f"run: BIND: {bind!r} is not host:port")
+    status, line = run(catalogue(tmp_path), BIND=bind)
+    assert (status, line) == (
+        78,
+        f"run: environment: BIND: {bind!r} is not host:port, such as 127.0.0.1:1088 or [::1]:1088",
+    )
 
 
 def test_address_of_another_machine(tmp_path: Path) -> None:
@@ -175,7 +179,7 @@ def test_redis_unreachable(tmp_path: Path) -> None:
 def test_redis_url_is_no_url(tmp_path: Path) -> None:
     status, line = run(catalogue(tmp_path), REDIS_URL="localhost")
     assert status == 78
-    assert line.startswith("run: REDIS_URL: localhost:")
+    assert line.startswith("run: environment: REDIS_URL: must begin with redis://")
 
 
 def test_wrong_setting(tmp_path: Path) -> None:

@@ -230,8 +230,6 @@ def test_a_host_header_does_not_reach_the_nodes_listener(service: Deployment) ->
         ("10.0.0.3:1088", "127.0.0.1:1088", ("127.0.0.1", 1088), True),
         ("10.0.0.3:1088", "127.0.0.1:1088", ("10.0.0.3", 1088), False),
         ("127.0.0.1:1088", "127.0.0.1:1089", ("127.0.0.1", 1088), False),
-        ("unix:/run/a", "127.0.0.1:1089", "/run/a", False),
-        ("127.0.0.1:1088", "unix:/run/b", "/run/b", False),
     ],
 )
 def test_which_listener_is_the_nodes(bind: str, node_bind: str, name: Any, through: bool) -> None:
