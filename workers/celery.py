@@ -5,6 +5,7 @@ with EXIT_CONFIGURATION, after which the supervisor does not restart it.
 """
 
 import sys
+from functools import partial
 
 from celery import Celery
 from celery.signals import worker_init
@@ -14,7 +15,8 @@ from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 from protocol.celery_app import consume, create_celery
 from protocol.connections import namespace_of
 from protocol.names import Keys
-from workers.lifecycle import WorkerProcess
+from workers.lifecycle import connect_signals
+from workers.services import build_worker
 
 
 def create_worker_app(settings: Settings) -> Celery:
@@ -27,7 +29,7 @@ def create_worker_app(settings: Settings) -> Celery:
         return celery
     entry = _find_entry(settings, catalogue)
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
-    WorkerProcess(settings, catalogue, entry, celery).connect_signals()
+    connect_signals(celery, partial(build_worker, settings, catalogue, entry, celery))
     return celery
 
 

@@ -1,4 +1,4 @@
-"""A worker's heartbeat: renews its lease, cancels requests that nobody waits for, watches the engine."""
+"""Renews the worker's lease, cancels requests that nobody waits for, and checks the engine, once a second."""
 
 import logging
 import threading
@@ -9,8 +9,8 @@ from redis.exceptions import RedisError
 
 from protocol.leases import REFRESH_S, Leases, Observation, WorkerRecord
 from protocol.queue import JobQueue
-from workers.engines.base import Engine
 from workers.runner import Runner
+from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -19,131 +19,102 @@ STOP_S = 5.0
 """Above the time limit of a command to Redis."""
 
 
-class Heartbeat(threading.Thread):
-    """Runs from before the model is loaded until the process ends.
+class WorkerReplaced(Exception):
+    """Raised by the heartbeat when another worker has taken this one's cid: its lease is not this worker's any more."""
 
-    `describe()` returns the current record. `on_expired()` is called when the lease had expired, so that this
-    worker looked lost; `on_replaced()` when another incarnation holds the lease; `on_hung(reason)` when the
-    engine's thread has died or the engine makes no progress.
+
+class Heartbeat:
+    """Works from before the model is loaded until the process ends, in the thread that calls `run`.
+
+    `get_record` returns the record to write. `renew_now` is set by others when that record has changed. `on_expired` is
+    called when the lease had expired, after which others may have taken this worker for lost.
     """
 
     def __init__(
         self,
         leases: Leases,
         queue: JobQueue,
+        runner: Runner,
+        watchdog: Watchdog,
         *,
-        describe: Callable[[], WorkerRecord],
+        get_record: Callable[[], WorkerRecord],
+        renew_now: threading.Event,
         on_expired: Callable[[], None],
-        on_replaced: Callable[[], None],
-        on_hung: Callable[[str], None],
-        hang_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(name="heartbeat", daemon=True)
         self._leases = leases
         self._queue = queue
-        self._describe = describe
+        self._runner = runner
+        self._watchdog = watchdog
+        self._get_record = get_record
+        self._renew_now = renew_now
         self._on_expired = on_expired
-        self._on_replaced = on_replaced
-        self._on_hung = on_hung
-        self._hang_s = hang_s
         self._clock = clock
         self._observation = Observation(clock)
-        self._wake = threading.Event()
         self._stopping = False
         self._renewing = threading.Lock()
-        self._watched: tuple[Engine, Runner] | None = None
-        self._judging = True
         self._renew_at = 0.0
         self._renewed_once = False
-        self._progress = (0, clock())
 
-    def watch(self, engine: Engine, runner: Runner) -> None:
-        """Begin to watch the engine. Called after it has loaded and passed its canary."""
-        self._progress = (engine.status().steps, self._clock())
-        self._watched = (engine, runner)
-
-    def spare_engine(self) -> None:
-        """Stop watching the engine, because it is being closed."""
-        self._judging = False
-
-    def beat_now(self) -> None:
-        """Renew the lease at once, because the record has changed."""
-        self._renew_at = 0.0
-        self._wake.set()
+    def run(self) -> None:
+        """Tick until `stop`. Raises EngineHung and WorkerReplaced: then the process must end."""
+        while not self._stopping:
+            self.tick()
+            self._renew_now.wait(TICK_S)
 
     def stop(self) -> None:
-        """End the thread. Waits, for at most STOP_S, for a renewal under way: it would undo a release."""
+        """Renew no more. Returns once no renewal is in progress, which would undo a release; after STOP_S at most."""
         self._stopping = True
-        self._wake.set()
+        self._renew_now.set()
         if self._renewing.acquire(timeout=STOP_S):
             self._renewing.release()
 
-    def run(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            self.tick()
-            self._wake.wait(TICK_S)
-
     def tick(self) -> None:
-        """Check the engine, renew the lease when it is due, cancel what nobody waits for. Never raises."""
-        self._judge_engine()
+        """Check the engine, renew the lease when it is due, and cancel what nobody waits for.
+
+        Raises EngineHung and WorkerReplaced.
+        """
+        self._watchdog.check()
         try:
-            self._beat()
+            if self._renew_now.is_set():
+                self._renew_now.clear()
+                self._renew_at = 0.0
+            if self._clock() >= self._renew_at:
+                self._renew()
+            for request_id in self._queue.cancelled(self._runner.running()):
+                self._runner.cancel(request_id)
+        except WorkerReplaced:
+            raise
         except RedisError as error:
             self._observation.interrupt()
-            log.warning("lease not renewed, Redis can't be reached: %s", error)
+            log.warning("the lease was not renewed, Redis can't be reached: %s", error)
         except Exception:
-            # without this thread the worker would be taken for dead
+            # without this thread the lease would expire, so it must go on
             self._observation.interrupt()
-            log.exception("a beat failed")
+            log.exception("the heartbeat failed")
 
-    def _beat(self) -> None:
-        now = self._clock()
-        if now >= self._renew_at:
-            record = self._describe()
-            with self._renewing:
-                if self._stopping:
-                    return
-                before = self._leases.renew_worker(record)
-            self._renew_at = now + REFRESH_S
-            if before and before != record.incarnation_id and self._renewed_once:
-                self._on_replaced()
-            elif not before and self._renewed_once:
-                log.warning("the lease had expired")
-                self._on_expired()
-            self._renewed_once = True
-            self._cancel_for_lost_webs()
-        if self._watched is not None:
-            runner = self._watched[1]
-            for request_id in self._queue.cancelled(runner.running()):
-                runner.cancel(request_id)
+    def _renew(self) -> None:
+        record, now = self._get_record(), self._clock()
+        with self._renewing:
+            if self._stopping:
+                return
+            before = self._leases.renew_worker(record)
+        self._renew_at = now + REFRESH_S
+        if self._renewed_once and not before:
+            log.warning("the lease had expired")
+            self._on_expired()
+        elif self._renewed_once and before != record.incarnation_id:
+            raise WorkerReplaced
+        self._renewed_once = True
+        self._cancel_for_lost_webs()
 
     def _cancel_for_lost_webs(self) -> None:
         """Cancel the requests of web processes whose lease has expired: nobody reads their events any more.
 
-        A missing lease counts only after leases have been watched for long enough (`Observation`). While the
-        model loads there are no requests, and the renewal itself is the look.
+        A missing lease counts only after leases have been watched for long enough (`Observation`).
         """
-        if self._watched is None:
-            self._observation.seen()
-            return
-        runner = self._watched[1]
-        web_ids = runner.web_ids()
+        web_ids = self._runner.web_ids()
         living = self._leases.living_webs(sorted(web_ids))
         self._observation.seen()
         if self._observation.absence_counts():
-            runner.set_lost_webs(web_ids - living)
-
-    def _judge_engine(self) -> None:
-        if self._watched is None or not self._judging:
-            return
-        status = self._watched[0].status()
-        now = self._clock()
-        steps, since = self._progress
-        if status.steps != steps or status.running + status.waiting == 0:
-            self._progress = (status.steps, now)
-        elif now - since > self._hang_s:
-            self._on_hung(f"the engine made no progress for {self._hang_s:g} s with requests running")
-        if not status.alive:
-            self._on_hung("the engine's thread has died")
+            self._runner.set_lost_webs(web_ids - living)

@@ -1,4 +1,4 @@
-"""workers.heartbeat.Heartbeat: how it stops, and for which web processes it cancels requests."""
+"""workers.heartbeat: renewals on a real Redis, lost web processes, and how it ends."""
 
 import threading
 from typing import Any, cast
@@ -6,62 +6,71 @@ from typing import Any, cast
 import pytest
 import redis
 
-from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
+from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
 from protocol.names import Keys
-from workers.engines.base import EngineStatus
-from workers.heartbeat import Heartbeat
+from workers.heartbeat import Heartbeat, WorkerReplaced
+from workers.watchdog import EngineHung
 
 
-def nothing(*_: object) -> None:
-    raise AssertionError("neither expired nor replaced nor hung")
+def record() -> WorkerRecord:
+    return WorkerRecord(
+        cid="cid",
+        incarnation_id="cid:1",
+        model="echo",
+        tasks=("chat",),
+        project="P",
+        pid=1,
+        host="h",
+        service_id="s",
+        node="",
+        gpus=[],
+    )
 
 
 class Bench:
-    """A heartbeat on real leases, with a clock of its own. Stands in for engine, runner and queue."""
+    """A heartbeat on real leases, with a clock of its own. Stands in for runner, queue and watchdog."""
 
     def __init__(self, client: Any, keys: Keys) -> None:
         self.now = 1000.0
         self.reachable = True
         self.client, self.keys = client, keys
         self.leases = Leases(client, keys)
+        self.renew_now = threading.Event()
+        self.renewals = 0
+        self.expired = 0
+        self.hung = False
         self.webs = {"web"}
         self.lost: set[str] = set()
+        self.requests: list[str] = []
+        self.marked: set[str] = set()
+        self.cancelled_requests: list[str] = []
+        stand_in = cast(Any, self)
         self.heartbeat = Heartbeat(
-            cast(Any, self),
-            cast(Any, self),
-            describe=self.describe,
-            on_expired=lambda: None,
-            on_replaced=nothing,
-            on_hung=nothing,
-            hang_s=60,
+            stand_in,
+            stand_in,
+            stand_in,
+            stand_in,
+            get_record=record,
+            renew_now=self.renew_now,
+            on_expired=self.on_expired,
             clock=lambda: self.now,
         )
-        self.heartbeat.watch(cast(Any, self), cast(Any, self))
 
-    def describe(self) -> WorkerRecord:
-        return WorkerRecord(
-            cid="cid",
-            incarnation_id="cid:1",
-            model="echo",
-            tasks=("chat",),
-            project="P",
-            pid=1,
-            host="h",
-            service_id="s",
-            node="",
-            gpus=[],
-        )
+    def on_expired(self) -> None:
+        self.expired += 1
+
+    def check(self) -> None:
+        if self.hung:
+            raise EngineHung("stuck")
 
     def renew_worker(self, record: WorkerRecord) -> str:
         if not self.reachable:
             raise redis.ConnectionError("gone")
+        self.renewals += 1
         return self.leases.renew_worker(record)
 
     def living_webs(self, web_ids: list[str]) -> set[str]:
         return self.leases.living_webs(web_ids)
-
-    def status(self) -> EngineStatus:
-        return EngineStatus(alive=True, running=0, waiting=0, steps=0)
 
     def web_ids(self) -> set[str]:
         return self.webs
@@ -70,10 +79,13 @@ class Bench:
         self.lost = web_ids
 
     def running(self) -> list[str]:
-        return []
+        return self.requests
 
     def cancelled(self, request_ids: list[str]) -> set[str]:
-        return set()
+        return self.marked.intersection(request_ids)
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled_requests.append(request_id)
 
     def expire(self) -> None:
         self.client.delete(self.keys.web_lease("web"), self.keys.lease("cid"))
@@ -91,6 +103,62 @@ def bench(redis_client: Any, keys: Keys) -> Bench:
     bench.watch(LEASE_TTL_S + 5)
     assert not bench.lost
     return bench
+
+
+def test_the_lease_is_renewed_every_three_seconds_and_when_the_record_has_changed(bench: Bench) -> None:
+    bench.renewals = 0
+    bench.watch(3 * REFRESH_S)
+    assert bench.renewals == 3
+    bench.renew_now.set()
+    bench.heartbeat.tick()
+    bench.heartbeat.tick()
+    assert bench.renewals == 4
+
+
+def test_a_changed_record_is_written_when_redis_is_back(bench: Bench) -> None:
+    bench.renewals, bench.reachable = 0, False
+    bench.renew_now.set()
+    bench.heartbeat.tick()
+    bench.reachable = True
+    bench.heartbeat.tick()
+    assert bench.renewals == 1
+
+
+def test_a_lease_that_had_expired_is_renewed_and_reported(bench: Bench) -> None:
+    bench.expire()
+    bench.watch(REFRESH_S)
+    assert bench.expired == 1
+    assert bench.client.get(bench.keys.lease("cid")) == b"cid:1"
+
+
+def test_a_lease_of_another_incarnation_ends_the_worker(bench: Bench) -> None:
+    other = record()
+    other.incarnation_id = "cid:2"
+    bench.leases.renew_worker(other)
+    with pytest.raises(WorkerReplaced):
+        bench.watch(REFRESH_S)
+
+
+def test_an_earlier_incarnation_of_this_worker_is_replaced(redis_client: Any, keys: Keys) -> None:
+    earlier = record()
+    earlier.incarnation_id = "cid:0"
+    Leases(redis_client, keys).renew_worker(earlier)
+    bench = Bench(redis_client, keys)
+    bench.watch(REFRESH_S)
+    assert redis_client.get(keys.lease("cid")) == b"cid:1"
+    assert not bench.expired
+
+
+def test_an_engine_that_hangs_ends_the_worker_without_redis_too(bench: Bench) -> None:
+    bench.reachable, bench.hung = False, True
+    with pytest.raises(EngineHung):
+        bench.heartbeat.run()
+
+
+def test_requests_that_were_marked_as_cancelled_are_cancelled_within_a_second(bench: Bench) -> None:
+    bench.requests, bench.marked = ["a", "b"], {"b", "elsewhere"}
+    bench.heartbeat.tick()
+    assert bench.cancelled_requests == ["b"]
 
 
 def test_a_web_process_whose_lease_expired_is_lost_and_may_come_back(bench: Bench) -> None:
@@ -122,35 +190,29 @@ def test_no_web_process_is_lost_for_a_redis_that_was_away(bench: Bench) -> None:
     assert bench.lost == {"web"}
 
 
-def test_a_stop_waits_for_a_renewal_under_way_which_would_undo_the_release() -> None:
+def test_a_stop_waits_for_a_renewal_in_progress_which_would_undo_the_release(bench: Bench) -> None:
     begun, go, order = threading.Event(), threading.Event(), []
 
-    class SlowLeases:
-        def renew_worker(self, record: object) -> None:
-            begun.set()
-            go.wait(60)
-            order.append("renewed")
+    def renew_slowly(record: WorkerRecord) -> str:
+        begun.set()
+        go.wait(60)
+        order.append("renewed")
+        return record.incarnation_id
 
-    heartbeat = Heartbeat(
-        cast(Any, SlowLeases()),
-        cast(Any, None),
-        describe=lambda: cast(Any, object()),
-        on_expired=nothing,
-        on_replaced=nothing,
-        on_hung=nothing,
-        hang_s=60,
-    )
+    cast(Any, bench).renew_worker = renew_slowly
+    bench.renew_now.set()
 
     def stop() -> None:
-        heartbeat.stop()
+        bench.heartbeat.stop()
         order.append("stopped")
 
-    heartbeat.start()
+    thread = threading.Thread(target=bench.heartbeat.run, daemon=True)
+    thread.start()
     assert begun.wait(30)
-    stopper = threading.Thread(target=stop)
+    stopper = threading.Thread(target=stop, daemon=True)
     stopper.start()
-    stopper.join(0.2)  # one that doesn't wait is through by now
+    stopper.join(0.2)  # time enough for one that doesn't wait
     go.set()
     stopper.join(30)
-    heartbeat.join(30)
+    thread.join(30)
     assert order == ["renewed", "stopped"]

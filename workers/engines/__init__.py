@@ -1,15 +1,48 @@
-"""Engines: loaded models that work on jobs. torch and other large libraries are imported when one is created."""
+"""Engines: loaded models that work on jobs. torch and other large libraries are imported when one is loaded."""
 
 from catalogue import ChatModelEntry, ImageModelEntry, ModelEntry
-from workers.engines.base import Engine
+from protocol.jobs import Job
+from workers.engines.base import CancelReason, Emit, Engine, EngineStatus
 from workers.engines.echo import PREFIX, EchoEngine
 
 
-def create_engine(entry: ModelEntry) -> Engine:
-    """Make the engine for a catalogue entry. The caller loads it."""
+class LazyEngine:
+    """Implements Engine with the engine of a catalogue entry, which is made when it is loaded.
+
+    Importing torch takes seconds. By then the worker holds its lease and hears a stop.
+    """
+
+    def __init__(self, entry: ModelEntry) -> None:
+        self._entry = entry
+        self._engine: Engine | None = None
+
+    def load(self, emit: Emit) -> None:
+        self._engine = _create_engine(self._entry)
+        self._engine.load(emit)
+
+    def submit(self, job: Job) -> None:
+        """Raises RuntimeError before `load`."""
+        if self._engine is None:
+            raise RuntimeError(f"request {job.id} came before the engine was loaded")
+        self._engine.submit(job)
+
+    def cancel(self, request_id: str, reason: CancelReason) -> None:
+        if self._engine is not None:
+            self._engine.cancel(request_id, reason)
+
+    def status(self) -> EngineStatus:
+        if self._engine is None:
+            return EngineStatus(alive=False, running=0, waiting=0, steps=0)
+        return self._engine.status()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def _create_engine(entry: ModelEntry) -> Engine:
     if entry.weights.startswith(PREFIX):
         return EchoEngine(entry)
-    # Imported here, because Flower and the command line import this package and must not import torch.
     match entry:
         case ChatModelEntry():
             from workers.engines.chat import ChatEngine

@@ -1,0 +1,327 @@
+"""workers.lifecycle with stand-ins for all collaborators but the status: what happens in which order."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any, cast
+from unittest.mock import Mock
+
+import pytest
+from celery import Celery
+from celery.signals import worker_init
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from catalogue import Catalogue
+from config import EXIT_CONFIGURATION
+from protocol.errors import EngineError
+from protocol.events import Delta, Failed, Finished
+from protocol.jobs import Job
+from protocol.leases import WorkerRecord
+from tests.deployment import wait_until
+from workers.engines.base import Emit, EngineLoadError, EngineStatus
+from workers.heartbeat import WorkerReplaced
+from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
+from workers.services import Worker
+from workers.status import WorkerStatus
+from workers.watchdog import EngineHung
+
+IDENTITY = WorkerRecord(
+    cid="cid",
+    incarnation_id="cid:1",
+    model="m",
+    tasks=("chat",),
+    project="P",
+    pid=1,
+    host="h",
+    service_id="s",
+    node="",
+    gpus=[],
+)
+CATALOGUE = Catalogue.model_validate(
+    {"project": "P", "models": [{"name": "m", "tasks": ["chat"], "weights": "echo:"}]}
+)
+
+
+class Bench:
+    """A lifecycle whose collaborators note each call in `parts.mock_calls`."""
+
+    def __init__(self, drain_s: float = 60) -> None:
+        self.parts = Mock()
+        self.stop = threading.Event()
+        self.heartbeat_runs = threading.Event()
+        self.heartbeat_ends = threading.Event()
+        self.heartbeat_error: Exception | None = None
+        self.ended: list[int] = []
+        self.requests: list[str] = []
+        self.canary_result: Finished | Failed = Finished()
+        self.emit: Emit = lambda gained: None
+        parts = self.parts
+        parts.engine.load.side_effect = self.load
+        parts.engine.submit.side_effect = self.generate
+        parts.engine.status.return_value = EngineStatus(True, 0, 0, 7)
+        parts.runner.running.side_effect = lambda: list(self.requests)
+        parts.registrar.registered = parts.registrar.maybe_registered = False
+        parts.registrar.last_error = ""
+        parts.heartbeat.run.side_effect = self.hold_lease
+        self.status = WorkerStatus(IDENTITY, parts.engine, parts.runner, parts.registrar, threading.Event())
+        worker = Worker(
+            entry=CATALOGUE.models[0],
+            engine=parts.engine,
+            sender=parts.sender,
+            runner=parts.runner,
+            registrar=parts.registrar,
+            status=self.status,
+            watchdog=parts.watchdog,
+            heartbeat=parts.heartbeat,
+            leases=parts.leases,
+            drain_s=drain_s,
+        )
+        self.lifecycle = Lifecycle(worker, cast(Any, self.stop), self.ended.append)
+
+    def load(self, emit: Emit) -> None:
+        assert self.heartbeat_runs.wait(30), "the lease is held before the load"
+        self.emit = emit
+
+    def generate(self, job: Job) -> None:
+        self.emit([(job.id, Delta("text")), (job.id, self.canary_result)])
+
+    def hold_lease(self) -> None:
+        self.heartbeat_runs.set()
+        self.heartbeat_ends.wait(60)
+        if self.heartbeat_error is not None:
+            raise self.heartbeat_error
+
+    def wait_end(self) -> int:
+        """The status with which the process was ended."""
+        wait_until(lambda: self.ended, timeout_s=60, what="the process ends")
+        return self.ended[0]
+
+    def calls(self) -> list[str]:
+        """Names of the calls so far, without questions."""
+        names = [call[0] for call in self.parts.mock_calls]
+        return [name for name in names if name not in ("engine.status", "runner.running", "heartbeat.run")]
+
+    def released(self) -> WorkerRecord:
+        """The record with which the lease was released."""
+        record: WorkerRecord = self.parts.leases.release_worker.call_args.args[0]
+        return record
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.lifecycle.EXIT_S", 0.0)
+    monkeypatch.setattr("workers.lifecycle.DRAIN_POLL_S", 0.01)
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    yield bench
+    bench.requests.clear()
+    bench.stop.set()
+    bench.heartbeat_ends.set()
+
+
+STARTED = ["sender.start", "registrar.start", "engine.load", "engine.submit", "watchdog.start"]
+
+
+def test_it_loads_generates_once_and_registers_when_celery_is_ready(bench: Bench) -> None:
+    bench.lifecycle.start()
+    assert bench.calls() == STARTED
+    assert bench.status.record().state == "loading"
+
+    bench.lifecycle.serve()
+    assert bench.calls() == [*STARTED, "registrar.set_serving"]
+    bench.parts.registrar.set_serving.assert_called_once_with(True)
+    assert bench.status.record().state == "ready"
+    assert bench.status.record().steps == 7
+
+
+def test_events_reach_clients_only_after_the_canary(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.parts.sender.emit.assert_not_called()
+    gained = [("a", Delta("text"))]
+    bench.emit(gained)
+    bench.parts.sender.emit.assert_called_once_with(gained)
+
+
+def test_at_a_stop_it_unregisters_then_waits_for_requests_then_ends(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.lifecycle.serve()
+    before = bench.calls()
+    bench.requests = ["a"]
+
+    bench.stop.set()
+    wait_until(lambda: bench.parts.registrar.drain.called, timeout_s=60, what="it unregisters")
+    looks = bench.parts.runner.running.call_count
+    wait_until(lambda: bench.parts.runner.running.call_count > looks + 3, timeout_s=60, what="it waits")
+    assert bench.calls() == [*before, "registrar.drain"]
+    assert bench.status.record().state == "draining"
+
+    bench.requests = []
+    assert bench.wait_end() == 0
+    assert bench.calls()[len(before) :] == [
+        "registrar.drain",
+        "watchdog.stop",
+        "engine.close",
+        "sender.stop",
+        "heartbeat.stop",
+        "leases.release_worker",
+    ]
+
+
+def test_a_drain_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench(drain_s=0.05)
+    bench.lifecycle.start()
+    bench.requests = ["a"]
+    bench.stop.set()
+    assert bench.wait_end() == 0
+    assert "engine.close" in bench.calls()
+    assert "1 requests did not finish within 0.05 s" in caplog.text
+    bench.heartbeat_ends.set()
+
+
+def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: Bench) -> None:
+    loading, go = threading.Event(), threading.Event()
+
+    def load(emit: Emit) -> None:
+        loading.set()
+        go.wait(60)
+        bench.emit = emit
+
+    bench.parts.engine.load.side_effect = load
+    starting = threading.Thread(target=bench.lifecycle.start, daemon=True)
+    starting.start()
+    assert loading.wait(30)
+
+    bench.stop.set()
+    assert bench.wait_end() == 0
+    assert bench.calls() == [
+        "sender.start",
+        "registrar.start",
+        "engine.load",
+        "registrar.drain",
+        "heartbeat.stop",
+        "leases.release_worker",
+    ]
+    # the load has ended just before the process does, and Celery is ready
+    go.set()
+    starting.join(30)
+    bench.lifecycle.serve()
+    assert "registrar.set_serving" not in bench.calls()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (EngineLoadError("no such weights"), EXIT_CONFIGURATION, "no such weights"),
+        (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_ends_the_process(
+    bench: Bench, caplog: pytest.LogCaptureFixture, error: Exception, status: int, reason: str
+) -> None:
+    bench.parts.engine.load.side_effect = error
+    with pytest.raises(SystemExit) as ended:
+        bench.lifecycle.start()
+    assert ended.value.code == status
+    assert bench.calls()[-2:] == ["heartbeat.stop", "leases.release_worker"]
+    # the supervisor shows this line
+    assert caplog.records[-1].getMessage() == reason
+
+
+def test_a_failed_canary_is_a_model_that_cannot_be_loaded(bench: Bench) -> None:
+    bench.canary_result = Failed.of(EngineError("no kernel"))
+    with pytest.raises(SystemExit) as ended:
+        bench.lifecycle.start()
+    assert ended.value.code == EXIT_CONFIGURATION
+    assert "watchdog.start" not in bench.calls()
+
+
+def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.lifecycle.serve()
+    before = bench.calls()
+    bench.parts.registrar.maybe_registered = True
+    bench.heartbeat_error = EngineHung("no progress")
+    bench.heartbeat_ends.set()
+
+    assert bench.wait_end() == EXIT_HUNG
+    assert bench.calls()[len(before) :] == [
+        "registrar.drain",
+        "runner.fail_all",
+        "sender.stop",
+        "heartbeat.stop",
+        "leases.release_worker",
+    ]
+    (failure,) = bench.parts.runner.fail_all.call_args.args
+    assert failure.code == "worker_lost"
+    released = bench.released()
+    assert (released.state, released.last_error, released.registered) == ("draining", "no progress", True)
+
+
+def test_a_replaced_worker_leaves_lease_and_entry_to_the_new_one(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.lifecycle.serve()
+    before = bench.calls()
+    bench.heartbeat_error = WorkerReplaced()
+    bench.heartbeat_ends.set()
+
+    assert bench.wait_end() == EXIT_CONFIGURATION
+    assert bench.calls()[len(before) :] == [
+        "registrar.abandon",
+        "registrar.drain",
+        "runner.fail_all",
+        "sender.stop",
+    ]
+
+
+@pytest.mark.parametrize("maybe_registered", [False, True])
+def test_when_celery_has_ended_it_unregisters_and_releases_the_lease(
+    bench: Bench, maybe_registered: bool
+) -> None:
+    bench.lifecycle.start()
+    before = bench.calls()
+    bench.parts.registrar.maybe_registered = maybe_registered
+
+    bench.lifecycle.shut_down()
+
+    assert bench.calls()[len(before) :] == [
+        "registrar.drain",
+        "sender.stop",
+        "heartbeat.stop",
+        "leases.release_worker",
+    ]
+    # the reconciler finds what may still be at the node by the record
+    assert bench.parts.leases.release_worker.call_args.kwargs == {"keep_record": maybe_registered}
+
+
+def test_without_redis_the_lease_is_left_to_expire(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.parts.leases.release_worker.side_effect = RedisConnectionError("gone")
+    bench.lifecycle.start()
+    bench.lifecycle.shut_down()
+    assert "the lease was not released" in caplog.text
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """Give the signals of this process and of Celery back after the test."""
+    receivers, handler = worker_init.receivers, signal.getsignal(signal.SIGTERM)
+    worker_init.receivers = []
+    yield
+    worker_init.receivers = receivers
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(-1)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
+    def build(node_name: str) -> Worker:
+        raise TimeoutError(f"no driver for {node_name}")
+
+    connect_signals(Celery("test", set_as_current=False), build)
+    with pytest.raises(SystemExit) as ended, caplog.at_level(logging.ERROR):
+        worker_init.send(sender="w@h")
+    assert ended.value.code == 1
+    assert "no driver for w@h" in caplog.text

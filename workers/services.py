@@ -1,0 +1,136 @@
+"""The composition root of a worker process: makes every collaborator once."""
+
+import os
+import threading
+import uuid
+from dataclasses import dataclass
+from functools import partial
+
+from celery import Celery
+
+from catalogue import Catalogue, ModelEntry
+from config import Settings
+from node.client import NodeClient
+from node.lock import NodeLock
+from node.registrar import NoRegistrar, Registrar
+from node.registration import default_cid, registration_for
+from node.web_watch import http_probe
+from protocol.celery_app import visibility_timeout_s
+from protocol.connections import RedisClient, connect_redis, namespace_of
+from protocol.event_sender import EventSender
+from protocol.image_store import ImageStore
+from protocol.leases import Leases, WorkerRecord
+from protocol.names import Keys
+from protocol.queue import JobQueue
+from workers.device import visible_gpus
+from workers.engines import LazyEngine
+from workers.engines.base import Engine
+from workers.heartbeat import Heartbeat
+from workers.image_keeper import keep_image
+from workers.runner import Runner
+from workers.status import WorkerStatus
+from workers.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The collaborators of one worker process, for workers/lifecycle.py. Nothing runs yet."""
+
+    entry: ModelEntry
+    engine: Engine
+    sender: EventSender
+    runner: Runner
+    registrar: Registrar | NoRegistrar
+    status: WorkerStatus
+    watchdog: Watchdog
+    heartbeat: Heartbeat
+    leases: Leases
+    drain_s: float
+
+
+def build_worker(
+    settings: Settings, catalogue: Catalogue, entry: ModelEntry, celery: Celery, node_name: str
+) -> Worker:
+    """Make everything. `node_name`: Celery's name of this worker. Asks the driver for GPUs; connects to nothing."""
+    namespace = namespace_of(settings, catalogue)
+    keys = Keys.of(namespace)
+    redis = connect_redis(settings)
+    identity = _identify(settings, catalogue, entry, namespace, node_name)
+    leases = Leases(redis, keys)
+    queue = JobQueue(redis, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
+    image_store = ImageStore(
+        redis, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
+    )
+    sender = EventSender(redis, keys, prepare=partial(keep_image, image_store))
+    engine = LazyEngine(entry)
+    runner = Runner(
+        model=entry.name, incarnation_id=identity.incarnation_id, queue=queue, engine=engine, sender=sender
+    )
+    record_changed = threading.Event()
+    registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
+    status = WorkerStatus(identity, engine, runner, registrar, record_changed)
+    watchdog = Watchdog(engine, settings.hang_s)
+    heartbeat = Heartbeat(
+        leases,
+        queue,
+        runner,
+        watchdog,
+        get_record=status.record,
+        renew_now=record_changed,
+        on_expired=registrar.lease_was_lost,
+    )
+    return Worker(
+        entry=entry,
+        engine=engine,
+        sender=sender,
+        runner=runner,
+        registrar=registrar,
+        status=status,
+        watchdog=watchdog,
+        heartbeat=heartbeat,
+        leases=leases,
+        drain_s=settings.drain_s,
+    )
+
+
+def _identify(
+    settings: Settings, catalogue: Catalogue, entry: ModelEntry, namespace: str, node_name: str
+) -> WorkerRecord:
+    """The record of this incarnation, with the fields that never change."""
+    host, gpus = os.uname().nodename, visible_gpus(settings)
+    # workers on the CPU of one host are told apart by their Celery names
+    parts = (host, *(gpus or [node_name]), entry.name)
+    cid = settings.worker_cid or default_cid(settings.service_id, namespace, *parts)
+    return WorkerRecord(
+        cid=cid,
+        incarnation_id=f"{cid}:{uuid.uuid4().hex[:12]}",
+        model=entry.name,
+        tasks=entry.tasks,
+        project=catalogue.project,
+        pid=os.getpid(),
+        host=host,
+        service_id=settings.service_id,
+        node=settings.node_url,
+        gpus=gpus,
+    )
+
+
+def _build_registrar(
+    settings: Settings,
+    catalogue: Catalogue,
+    entry: ModelEntry,
+    cid: str,
+    redis: RedisClient,
+    keys: Keys,
+    record_changed: threading.Event,
+) -> Registrar | NoRegistrar:
+    registration = registration_for(entry, settings, catalogue.project, cid)
+    if not settings.node_url or registration is None:
+        return NoRegistrar()
+    return Registrar(
+        registration,
+        NodeClient(settings.node_url),
+        http_probe(settings.service_url),
+        NodeLock(redis, keys, settings.node_url, settings.service_id).turn,
+        on_change=record_changed.set,
+    )
