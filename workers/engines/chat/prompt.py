@@ -24,7 +24,7 @@ RESERVED_TEMPLATE_NAMES = frozenset(
         "continue_final_message",
     }
     | {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
-    | {"tokenizer_kwargs"}
+    | {"tokenizer_kwargs", "sanitize_control_tokens"}
 )
 """Arguments of `apply_chat_template` that a request's `chat_template_kwargs` must not set."""
 

@@ -1,0 +1,178 @@
+"""From a job to a request: chat template, limits, and the defaults of the sampling parameters."""
+
+import inspect
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from protocol.errors import ContextLengthExceeded, InvalidRequest
+from protocol.jobs import ChatJob, SamplingParams
+from tests.engines.tiny_chat import VOCABULARY, make_tokenizer
+from workers.engines.chat.prompt import RESERVED_TEMPLATE_NAMES, PromptBuilder
+from workers.engines.chat.sequence import Request, Sampling
+
+TOKENIZER = make_tokenizer()
+EOS = TOKENIZER.eos_token_id
+CONTEXT = 64
+HELLO = ({"role": "user", "content": "hello"},)
+
+
+def builder(template: str | None = None, generation: Any = None, context: int = CONTEXT) -> PromptBuilder:
+    tokenizer = make_tokenizer() if template is not None else TOKENIZER
+    if template is not None:
+        tokenizer.chat_template = template
+    return PromptBuilder(tokenizer, generation or GenerationConfig(), VOCABULARY, context)
+
+
+def job(*messages: dict[str, Any], **fields: Any) -> ChatJob:
+    sampling = fields.pop("sampling", SamplingParams())
+    return ChatJob(id="r", model="tiny", messages=list(messages or HELLO), sampling=sampling, **fields)
+
+
+def text_of(request: Request) -> str:
+    return TOKENIZER.decode(request.prompt)
+
+
+def sampling_of(generation: Any = None, **params: Any) -> Sampling:
+    return builder(generation=generation).build(job(sampling=SamplingParams(**params))).sampling
+
+
+def test_the_prompt_is_what_the_template_makes_of_the_messages():
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    request = builder().build(job(*messages, sampling=SamplingParams(n=3)))
+    assert text_of(request) == "<|system|>be brief<|end|><|user|>hello<|end|><|assistant|>"
+    assert request.id == "r"
+    assert [sequence.index for sequence in request.sequences] == [0, 1, 2]
+
+
+def test_continue_final_message_ends_the_prompt_with_that_message():
+    messages = [*HELLO, {"role": "assistant", "content": "The answer is"}]
+    request = builder().build(job(*messages, continue_final_message=True))
+    assert text_of(request) == "<|user|>hello<|end|><|assistant|>The answer is"
+
+
+def test_a_final_message_that_the_template_drops_cannot_be_continued():
+    dropping = builder("{%- for message in messages[:-1] -%}{{- message['content'] -}}{%- endfor -%}")
+    messages = [*HELLO, {"role": "assistant", "content": "secret"}]
+    with pytest.raises(InvalidRequest, match="can't be applied") as caught:
+        dropping.build(job(*messages, continue_final_message=True))
+    assert caught.value.param == "messages"
+    assert "secret" not in caught.value.message
+
+
+def test_what_the_template_rejects_is_the_clients_error_in_the_templates_words():
+    with pytest.raises(InvalidRequest, match="Unknown role: bad") as caught:
+        builder().build(job({"role": "bad", "content": "secret"}))
+    assert caught.value.param == "messages"
+    assert "secret" not in caught.value.message
+
+
+def test_an_error_inside_the_template_is_named_without_its_text():
+    with pytest.raises(InvalidRequest, match=r"\(TypeError\)") as caught:
+        builder("{{ messages[0]['content'] + 1 }}").build(job())
+    assert caught.value.param == "messages"
+    assert "str" not in caught.value.message
+
+
+def test_messages_that_give_no_token_are_refused():
+    with pytest.raises(InvalidRequest, match="empty prompt") as caught:
+        builder("{{ '' }}").build(job())
+    assert caught.value.param == "messages"
+
+
+def test_the_context_must_hold_the_prompt_and_one_token():
+    length = len(builder().build(job()).prompt)
+    with pytest.raises(ContextLengthExceeded) as caught:
+        builder(context=length).build(job())
+    assert caught.value.param == "messages"
+    assert f"context is {length} tokens and the messages have {length}" in caught.value.message
+    assert builder(context=length + 1).build(job()).sampling.max_tokens == 1
+
+
+def test_max_tokens_and_min_tokens_are_limited_by_the_room_that_the_prompt_leaves():
+    sampling = SamplingParams(max_tokens=1000, min_tokens=500)
+    request = builder().build(job(sampling=sampling))
+    room = CONTEXT - len(request.prompt)
+    assert (request.sampling.max_tokens, request.sampling.min_tokens) == (room, room)
+    assert sampling_of(max_tokens=7, min_tokens=3).min_tokens == 3
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED_TEMPLATE_NAMES))
+def test_template_arguments_that_belong_to_the_service_are_refused(name):
+    with pytest.raises(InvalidRequest, match=f"can't set {name}") as caught:
+        builder().build(job(chat_template_kwargs={name: True}))
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_every_argument_of_transformers_is_reserved_or_meant_for_the_template():
+    arguments = set(inspect.signature(TOKENIZER.apply_chat_template).parameters)
+    assert arguments - RESERVED_TEMPLATE_NAMES == {"tools", "documents", "kwargs"}
+
+
+def test_other_template_arguments_reach_the_template():
+    request = builder().build(job(chat_template_kwargs={"prefix": "xyz"}))
+    assert text_of(request).endswith("<|assistant|>xyz")
+
+
+PARAMETERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+CONFIGURED = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}
+REQUESTED = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_parameter_is_the_requests_then_the_generation_configs_then_neutral(name):
+    configured = GenerationConfig(do_sample=True, **CONFIGURED)
+    assert getattr(sampling_of(), name) == NEUTRAL[name]
+    assert getattr(sampling_of(configured), name) == CONFIGURED[name]
+    assert getattr(sampling_of(configured, **{name: REQUESTED[name]}), name) == REQUESTED[name]
+
+
+def test_a_generation_config_that_does_not_sample_makes_a_request_greedy():
+    greedy = GenerationConfig(do_sample=False)
+    assert sampling_of(greedy).greedy
+    assert not sampling_of(greedy, temperature=0.5).greedy
+
+
+def test_a_request_without_a_seed_gets_one_of_its_own():
+    assert sampling_of(seed=0).seed == 0
+    assert sampling_of().seed != sampling_of().seed
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        pytest.param(GenerationConfig(), {EOS}, id="tokenizer"),
+        pytest.param(GenerationConfig(eos_token_id=7), {7}, id="one"),
+        pytest.param(GenerationConfig(eos_token_id=[7, 9]), {7, 9}, id="several"),
+    ],
+)
+def test_end_tokens_are_the_generation_configs_then_the_tokenizers(generation, expected):
+    assert sampling_of(generation).stop_token_ids == expected
+    assert sampling_of(generation, stop_token_ids=(3,)).stop_token_ids == expected | {3}
+    assert sampling_of(generation, stop_token_ids=(3,), ignore_eos=True).stop_token_ids == {3}
+
+
+def test_a_model_without_end_tokens_stops_at_the_requests_own():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    made = PromptBuilder(tokenizer, GenerationConfig(), VOCABULARY, CONTEXT)
+    assert made.build(job()).sampling.stop_token_ids == frozenset()
+
+
+def test_stop_tokens_that_the_model_does_not_have_are_ignored():
+    given = (-1, 0, VOCABULARY - 1, VOCABULARY)
+    assert sampling_of(stop_token_ids=given, ignore_eos=True).stop_token_ids == {0, VOCABULARY - 1}
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_bias_for_a_token_that_the_model_does_not_have_is_refused(token):
+    with pytest.raises(InvalidRequest, match=f"token {token}; .* 0 to {VOCABULARY - 1}") as caught:
+        sampling_of(logit_bias={3: 1.0, token: 1.0})
+    assert caught.value.param == "logit_bias"
+
+
+def test_biases_for_the_first_and_the_last_token_are_accepted():
+    bias = {0: -1.0, VOCABULARY - 1: 1.0}
+    assert dict(sampling_of(logit_bias=bias).logit_bias) == bias
