@@ -1,4 +1,4 @@
-"""A real generation before the first caller's: a worker that can't answer must not say that it serves."""
+"""Generates something small before the worker serves, so that one with a broken model never gets a request."""
 
 import io
 import threading
@@ -16,7 +16,7 @@ CANARY_S = 600
 
 
 class SwitchableEmit:
-    """Where an engine's events go: to the canary first, to callers once it has passed."""
+    """The `emit` of an engine, with a `target` that can be changed: the canary first, then the event sender."""
 
     def __init__(self) -> None:
         self.target: Emit = lambda gained: None
@@ -25,8 +25,11 @@ class SwitchableEmit:
         self.target(gained)
 
 
-def run_canary(engine: Engine, entry: ModelEntry, outlet: SwitchableEmit) -> None:
-    """Generate something small and wait for it. Raises EngineLoadError when it fails or takes ten minutes."""
+def run_canary(engine: Engine, entry: ModelEntry, emit: SwitchableEmit) -> None:
+    """Generate something small and wait for its end; `emit` is that of the engine.
+
+    Raises EngineLoadError if the generation fails or takes longer than CANARY_S.
+    """
     ended = threading.Event()
     last: list[Event] = []
 
@@ -36,7 +39,7 @@ def run_canary(engine: Engine, entry: ModelEntry, outlet: SwitchableEmit) -> Non
                 last.append(event)
                 ended.set()
 
-    outlet.target = listen
+    emit.target = listen
     engine.submit(_job(entry))
     if not ended.wait(CANARY_S):
         raise EngineLoadError(f"the first generation of {entry.name!r} did not end within {CANARY_S} s")
@@ -45,7 +48,7 @@ def run_canary(engine: Engine, entry: ModelEntry, outlet: SwitchableEmit) -> Non
 
 
 def _job(entry: ModelEntry) -> Job:
-    """The job of the first of JOBS that the model can do."""
+    """A job for the first task of JOBS that the model has."""
     return next(make(entry.name) for task, make in JOBS.items() if task in entry.tasks)
 
 
@@ -76,4 +79,4 @@ def _edit(model: str) -> Job:
 
 
 JOBS: dict[str, Callable[[str], Job]] = {CHAT.name: _chat, GENERATION.name: _generation, EDIT.name: _edit}
-"""What makes a small job for a model, by task."""
+"""Makes a small job for a model, by task."""

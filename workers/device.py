@@ -1,5 +1,7 @@
-"""Which GPUs are this worker's, and the name (`cid`) that follows from them. Asks the driver, never torch: the lease must
-stand before torch is imported, and a name must not depend on what torch sees."""
+"""Finds the GPUs of this worker, from which its cid is made.
+
+Asks the driver and not torch: the lease is taken before torch is imported, and the cid must not depend on torch.
+"""
 
 import shutil
 import subprocess
@@ -10,9 +12,9 @@ NVIDIA_SMI_S = 10
 
 
 def visible_gpus(settings: Settings) -> list[str]:
-    """UUIDs of the GPUs that CUDA_VISIBLE_DEVICES leaves this process, in its order; [] for a worker on the CPU.
+    """UUIDs of the GPUs that CUDA_VISIBLE_DEVICES gives this process, in its order; [] for a worker on the CPU.
 
-    Without the variable a worker takes the first GPU alone.
+    Without the variable a worker takes the first GPU. Raises subprocess.TimeoutExpired if the driver does not answer.
     """
     installed = _installed_gpus()
     if settings.cuda_visible_devices is None:
@@ -21,7 +23,7 @@ def visible_gpus(settings: Settings) -> list[str]:
     for item in filter(None, (part.strip() for part in settings.cuda_visible_devices.split(","))):
         if item.isdigit():
             if int(item) >= len(installed):
-                # CUDA ignores this entry and all after it
+                # CUDA ignores this item and all after it
                 break
             found.append(installed[int(item)])
         else:
@@ -30,6 +32,7 @@ def visible_gpus(settings: Settings) -> list[str]:
 
 
 def _installed_gpus() -> list[str]:
+    """UUIDs of all GPUs of this machine; [] without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
