@@ -4,10 +4,10 @@ import random
 
 
 class Backoff:
-    """Waits that double with each failure in a row, from `first_s` to `max_s`, each shortened at random by up to half.
+    """Waits that double with each failure in a row, from `first_s` to `max_s`.
 
-    The random part keeps workers that failed together from retrying together. `retry_at`: when the next attempt may
-    start, by the clock that `failed` is given.
+    Each is shortened at random by up to half. That keeps workers that failed together from retrying
+    together. `retry_at`: when the next attempt may start, by the clock that `failed` is given.
     """
 
     def __init__(self, first_s: float, max_s: float) -> None:

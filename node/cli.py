@@ -1,4 +1,4 @@
-"""`flask --app wsgi node ...`: compares the node's list with the living workers, and makes the calls of a person."""
+"""`flask --app wsgi node ...`: shows and corrects the node's list."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
 """The HTTP client of the network node, v0.2.1 or newer: its calls for models and projects, and its own list.
 
-Who registers, and when, is decided by node/registrar.py (a worker's own entry), node/reconciler.py (entries without a
-worker) and node/cli.py (a person). docs/node.md says how the node behaves.
+Who registers, and when, is decided by node/registrar.py (a worker's own entry), node/reconciler.py (entries
+without a worker) and node/cli.py (a person). docs/node.md says how the node behaves.
 """
 
 import time
@@ -50,8 +50,9 @@ class NodeUnsupported(NodeRefused):
 class NodeClient:
     """Calls one node. Every method is one exchange (`models`: two) and raises NodeError.
 
-    `timeout_s` bounds connecting and each wait for an answer. After a timeout calls may take `patient_timeout_s`, until
-    one is answered within `timeout_s` again; a method's own `timeout_s` overrides both. Safe for several threads.
+    `timeout_s` bounds connecting and each wait for an answer. After a timeout calls may take
+    `patient_timeout_s`, until one is answered within `timeout_s` again; a method's own `timeout_s`
+    overrides both. Safe for several threads.
     """
 
     def __init__(
@@ -82,8 +83,9 @@ class NodeClient:
     def models(self) -> list[Registration]:
         """All entries of this node, in all projects.
 
-        Read as what the node tells of one peer, itself. `/ai/projects/list` and `/ai/projects/models` are no help: they
-        cover the whole network, give names alone, and fail on nodes that don't collect their peers (500, code 1010).
+        Read as what the node tells of one peer, itself. `/ai/projects/list` and `/ai/projects/models` are
+        no help: they cover the whole network, give names alone, and fail on nodes that don't collect their
+        peers (500, code 1010).
         """
         peer_id = self._call("GET", NODE_ID).get("peer_id")
         answer = self._call("POST", PROJECTS_OF_NODE, {"node_id": peer_id})
@@ -122,7 +124,7 @@ class NodeClient:
         return self._parse_answer(path, response)
 
     def _parse_answer(self, path: str, response: requests.Response) -> dict[str, Any]:
-        """The answer's body. Success is a 2xx whose `code` is 0 or, as nodes send it, missing. Raises NodeRefused."""
+        """The answer's body; success is a 2xx with `code` 0 or, as nodes send it, none. Raises NodeRefused."""
         try:
             body = response.json()
         except ValueError:
@@ -140,7 +142,7 @@ class NodeClient:
 
 
 def _model(registration: Registration) -> dict[str, Any]:
-    """An entry as the node takes it, with every field: it reads a missing one as empty, and a missing `type` as 0."""
+    """An entry as the node takes it. It reads missing fields as empty, and a missing `type` as 0."""
     return {
         "model": registration.model,
         "api": registration.api,
@@ -158,7 +160,7 @@ def _parse(project: str, entry: dict[str, Any]) -> Registration:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause in a few words, without the addresses of objects that urllib3 puts in its messages."""
+    """The innermost cause in a few words, without urllib3's addresses of objects."""
     cause: BaseException = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner

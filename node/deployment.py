@@ -33,7 +33,7 @@ class Deployment:
     project: str
 
     def has_worker(self, record: WorkerRecord) -> bool:
-        """Whether this worker registers with our node. SERVICE_ID tells machines with the same NODE_URL apart."""
+        """Whether this worker registers with our node. SERVICE_ID separates machines with one NODE_URL."""
         settings = self.settings
         return (
             bool(record.node)
@@ -53,8 +53,9 @@ class Deployment:
     def is_ours(self, entry: Registration) -> bool:
         """Whether this deployment made an entry of our node's list, now or in an earlier run.
 
-        Its cid has the form that `default_cid` makes, or it points at our own URL, where no other deployment can
-        listen: then it is ours with any cid, such as one of a former host name. Entries of other projects never are.
+        Its cid has the form that `default_cid` makes, or it points at our own URL, where no other
+        deployment can listen: then it is ours with any cid, such as one of a former host name. Entries of
+        other projects never are.
         """
         if entry.project != self.project:
             return False
@@ -72,6 +73,6 @@ class Deployment:
 
 
 def worker_of(entry: Registration, records: Iterable[WorkerRecord]) -> WorkerRecord | None:
-    """The worker that an entry names, living or lost. A worker of the same cid with another model is another one."""
+    """The worker that an entry names, living or lost. With another model the cid is another worker's."""
     name = (entry.project, entry.model, entry.cid)
     return next((record for record in records if (record.project, record.model, record.cid) == name), None)

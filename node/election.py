@@ -5,8 +5,8 @@ from enum import Enum
 
 from protocol.connections import RedisClient
 
-# KEYS: the lease. ARGV: the candidate's id, TTL in milliseconds. Returns 1 if the candidate holds it: only its holder
-# may prolong a lease, since another process may have won it while this one was paused.
+# KEYS: the lease. ARGV: the candidate's id, TTL in milliseconds. Returns 1 if the candidate holds it: only
+# its holder may prolong a lease, since another process may have won it while this one was paused.
 _RENEW = """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -31,7 +31,7 @@ class Result(Enum):
 
 
 class Election:
-    """A candidate for the lease `key`, which expires `ttl_s` after its last `hold`. Methods raise redis.RedisError."""
+    """A candidate for the lease `key`, which expires `ttl_s` after a `hold`. Methods raise RedisError."""
 
     def __init__(self, client: RedisClient, key: str, ttl_s: float) -> None:
         self._redis = client

@@ -30,7 +30,8 @@ class Step(Enum):
 class EntryState:
     """The entry should be at the node while `serving`, `web_up` and not `draining`. Times: time.monotonic().
 
-    The node's list is read every `read_every_s` seconds, in case somebody else has removed or changed the entry.
+    The node's list is read every `read_every_s` seconds, in case somebody else has removed or changed the
+    entry.
     """
 
     def __init__(self, read_every_s: float, backoff: Backoff) -> None:
@@ -50,7 +51,7 @@ class EntryState:
         """The call that makes the node's list right, and the time from which on it may be made."""
         wanted = self.serving and self.web_up and not self.draining
         if wanted != self._wanted:
-            # the target state changed: try now, whatever failed before
+            # the target state changed: retry now and reset the backoff
             self._wanted = wanted
             self._backoff.reset()
         if not wanted and self.at_node is AtNode.ABSENT:

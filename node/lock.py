@@ -13,12 +13,12 @@ from protocol.names import Keys
 log = logging.getLogger(__name__)
 
 LOCK_TTL_S = 20
-"""A lock whose holder was killed is free again after this. Longer than a call with the client's patient timeout."""
+"""A lock whose holder was killed is free after this. Longer than the client's patient timeout."""
 WAIT_S = 1.0
 
 
 class NodeLock:
-    """A lock in Redis for calls to one node, which handles parallel registrations badly. Advisory: see `turn`."""
+    """A lock in Redis for calls to one node, which handles parallel registrations badly."""
 
     def __init__(self, client: RedisClient, keys: Keys, node_url: str, service_id: str) -> None:
         self._redis = client
@@ -28,8 +28,8 @@ class NodeLock:
     def turn(self, wait_s: float = WAIT_S) -> Iterator[bool]:
         """Hold the lock; yields False if it was not free within `wait_s` (longer only while Redis stalls).
 
-        Yields True without the lock when Redis can't be reached: calls must go on then, and two at once do less harm
-        than none.
+        Yields True without the lock when Redis can't be reached: calls must go on then, and two at once do
+        less harm than none.
         """
         lock = self._redis.lock(self._name, timeout=LOCK_TTL_S, blocking_timeout=wait_s, thread_local=False)
         try:

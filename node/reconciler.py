@@ -1,8 +1,8 @@
-"""Removes entries from the node that no living worker stands for. Never registers, never touches entries of others.
+"""Removes entries from the node that no living worker stands for. It registers nothing.
 
-The node keeps an entry indefinitely, so somebody must notice workers that were killed. One web process of the machine
-that has the node does, chosen by a lease. A missing lease or record is weak evidence, so any gap in observation restarts
-the waiting period (`protocol.leases.Observation`).
+The node keeps an entry indefinitely, so somebody must notice workers that were killed. One web process of
+the machine that has the node does, chosen by a lease. A missing lease or record is weak evidence, so any
+gap in observation restarts the waiting period (`protocol.leases.Observation`).
 """
 
 import logging
@@ -32,8 +32,8 @@ class Timing:
     """Seconds. A missing lease counts after `lost_after_s` of watching without a gap, a missing record after
     `unknown_after_s`: by then a worker that lives has written its record again.
 
-    With a lease's 10 s, `every_s` leaves a killed worker on the node for 13 s. `show_lost_s`: how long a lost worker
-    stays in /v1/workers.
+    With a lease's 10 s, `every_s` leaves a killed worker on the node for 13 s. `show_lost_s`: how long a
+    lost worker stays in /v1/workers.
     """
 
     every_s: float = 3.0
@@ -110,7 +110,7 @@ class Reconciler:
     def _round(self) -> None:
         held = self._election.hold()
         if held is not Result.KEPT:
-            # another watched until now, or this process's own lease was missing: then so may be those of workers
+            # another watched until now, or this process's own lease was missing, as may be those of workers
             self._observation.interrupt()
         if held is Result.OTHER:
             return
@@ -196,8 +196,8 @@ class Reconciler:
     ) -> bool:
         """Unregister if `still` holds for the records read while this process has its turn at the node.
 
-        A worker renews its lease before it waits for a turn to register. So a new incarnation either shows in these
-        records, or registers after this call.
+        A worker renews its lease before it waits for a turn to register. So a new incarnation either shows
+        in these records, or registers after this call.
         """
         with self._lock.turn() as mine:
             if not mine or not still(self._leases.workers()):

@@ -1,8 +1,8 @@
-"""Keeps one worker's entry at the node: registered while the worker serves, the web process answers and nothing drains.
+"""Keeps one worker's entry at the node while the worker serves and the web process answers.
 
-One daemon thread compares what should be with what is known of the node, and makes one call at a time until they agree,
-without end and without anybody waiting for it. Only the worker registers itself; entries of workers that were killed are
-removed by node/reconciler.py.
+One daemon thread compares what should be with what is known of the node, and makes one call at a time until
+they agree, without end and without anybody waiting for it. Only the worker registers itself; entries of
+workers that were killed are removed by node/reconciler.py.
 """
 
 import logging
@@ -37,8 +37,9 @@ class Timing:
 class Registrar:
     """The owner of one entry.
 
-    `probe` says whether the web process answers and never raises; `take_turn` gives the node to one process at a time;
-    `on_change` is called, from any thread and without locks held, when `registered` or `last_error` has changed.
+    `probe` says whether the web process answers and never raises; `take_turn` gives the node to one process
+    at a time; `on_change` is called, from any thread and without locks held, when `registered` or
+    `last_error` has changed.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Registrar:
 
     @property
     def registered(self) -> bool:
-        """Whether the node has accepted the registration and was not told otherwise since."""
+        """Whether the node has accepted the registration, and no later call has removed it."""
         return self._entry.at_node is AtNode.PRESENT
 
     @property
@@ -98,13 +99,13 @@ class Registrar:
             self._changed.notify_all()
 
     def lease_was_lost(self) -> None:
-        """This worker's lease had expired and is renewed: the reconciler may have removed the entry meanwhile."""
+        """This worker's lease had expired: the reconciler may have removed the entry."""
         with self._changed:
             self._entry.read_list_soon()
             self._changed.notify_all()
 
     def drain(self) -> bool:
-        """Remove the entry and never register again; returns within `drain_s`. Whether the entry is gone by then.
+        """Remove the entry and never register again. Returns within `drain_s` whether it is gone.
 
         If not, the call is repeated while the process lives; after that the reconciler removes the entry.
         """
@@ -114,7 +115,7 @@ class Registrar:
             self._changed.notify_all()
             if self._thread is None or self._ended:
                 return not self.maybe_registered
-            # the thread does it, unless a call in progress, a probe or a stalled Redis takes the time: then another
+            # the thread does it; if a call in progress, a probe or a stalled Redis delays it, another one
             if not self._changed.wait_for(self._drain_has_ended, self._timing.drain_s * 0.6):
                 threading.Thread(target=self._unregister_out_of_turn, name="unregister", daemon=True).start()
                 self._changed.wait_for(self._drain_has_ended, max(0.0, give_up_at - time.monotonic()))
@@ -236,7 +237,7 @@ class Registrar:
 
 
 class NoRegistrar:
-    """Stands for a Registrar where NODE_URL is empty, or the node has no type for the model. Its methods do nothing."""
+    """Replaces a Registrar where there is no node, or no type for the model. Does nothing."""
 
     registered = False
     maybe_registered = False

@@ -1,4 +1,4 @@
-"""What the node is told of a worker, and the cid of a worker that was given none."""
+"""What is registered with the node for a worker, and the cid of a worker without WORKER_CID."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,9 +20,10 @@ class Registration:
 
 
 def registration_for(entry: ModelEntry, settings: Settings, project: str, cid: str) -> Registration | None:
-    """What the node is told of one worker of `entry`; None if the node has no type for the model's tasks.
+    """What is registered for one worker of `entry`; None if the node has no type for the model's tasks.
 
-    The host of SERVICE_URL must be `localhost` or an address of the node's machine, or the node refuses it (code 1001).
+    The host of SERVICE_URL must be `localhost` or an address of the node's machine, or the node refuses it
+    (code 1001).
     """
     return _registration(project, entry.name, entry.tasks, settings.service_url, cid)
 
@@ -35,7 +36,7 @@ def registration_of(record: WorkerRecord, service_url: str) -> Registration | No
 def _registration(
     project: str, model: str, tasks: tuple[str, ...], service_url: str, cid: str
 ) -> Registration | None:
-    """A model of both image tasks is registered once, at the generations URL: the node posts its edits there too."""
+    """A model of both image tasks is registered once, at the generations URL; it gets edits there too."""
     for task in TASKS.values():
         if task.name in tasks and task.node_type is not None:
             return Registration(project, model, service_url + task.path, task.node_type, cid)
@@ -43,7 +44,7 @@ def _registration(
 
 
 def default_cid(service_id: str, namespace: str, *parts: str) -> str:
-    """The cid of a worker that was given none: the same after a restart, and recognised by `Deployment.is_ours`.
+    """The cid of a worker without WORKER_CID: the same after a restart.
 
     `parts` tell the workers of a deployment apart: host, GPU UUIDs or Celery node name, model.
     """

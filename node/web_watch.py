@@ -1,4 +1,4 @@
-"""Whether the web process of this machine answers. The node calls it, so without it no worker may be registered."""
+"""Whether the web process of this machine answers. Without it no worker may be registered."""
 
 from collections.abc import Callable
 
@@ -10,8 +10,8 @@ PROBE_TIMEOUT_S = 2.0
 def http_probe(service_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Callable[[], bool]:
     """A probe of `GET {service_url}/healthz`. Never raises.
 
-    Any status below 500 counts as an answer: the listener for the node alone (NODE_BIND) has no /healthz and answers
-    404. A 502 comes from a proxy whose service is down.
+    Any status below 500 counts as an answer: the listener for the node alone (NODE_BIND) has no /healthz
+    and answers 404. A 502 comes from a proxy whose service is down.
     """
 
     def probe() -> bool:
@@ -30,7 +30,7 @@ def http_probe(service_url: str, timeout_s: float = PROBE_TIMEOUT_S) -> Callable
 
 
 class WebWatch:
-    """Decides from probes: down after `max_failed` failures in a row, up after `min_succeeded` successes in a row.
+    """Decides from probes: down after `max_failed` failures, up after `min_succeeded` successes in a row.
 
     Before it was ever up, one success is enough.
     """

@@ -1,14 +1,14 @@
 """Decodes JSON as Go's encoding/json does into typed fields: the way the real node reads bodies and answers.
 
-A field's name matches in any case, null and unknown fields are harmless, a missing field is the zero value; one wrong
-type anywhere, or NaN, makes the whole text invalid.
+A field's name matches in any case, null and unknown fields are harmless, a missing field is the zero value;
+one wrong type anywhere, or NaN, makes the whole text invalid.
 """
 
 import json
 from typing import Any
 
 Spec = Any
-"""`int`, `str`, `bool`, `float` or `object` (anything), `[Spec]` for a list, `{"name": Spec}` for an object."""
+"""A type (`object`: anything), `[Spec]` for a list, `{"name": Spec}` for an object."""
 
 _INT64 = range(-(2**63), 2**63)
 

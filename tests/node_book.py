@@ -21,7 +21,7 @@ NOT_COLLECTING = 500, {"code": 1010, "message": "unsupported", "data": []}
 
 
 class NodeBook:
-    """The node's registrations and its answers. `projects`: project -> entries {model, api, type, cid}, in order."""
+    """The node's registrations and its answers. `projects`: entries {model, api, type, cid} by project."""
 
     def __init__(self) -> None:
         self.projects: dict[str, list[dict[str, Any]]] = {}
@@ -37,7 +37,7 @@ class NodeBook:
             ("POST", "ai/project/unregister"): self._project_unregister,
             ("POST", "ai/project/peer"): self._projects_of_node,
             ("GET", "id"): lambda _: (200, {"peer_id": PEER_ID, "agent_version": "v0.2.3"}),
-            # lists of the whole network: only nodes that collect their peers have them, and most, like this one, don't
+            # lists of the whole network, which most nodes, like this one, don't collect
             ("GET", "ai/projects/list"): lambda _: NOT_COLLECTING,
             ("GET", "ai/projects/models"): lambda _: NOT_COLLECTING,
         }
@@ -140,7 +140,7 @@ def _check_model(told: dict[str, Any]) -> None:
 
 
 def _is_own_address(host: str) -> bool:
-    """Whether `host` is the address of a network interface: 127.0.0.1 is, its neighbours and 0.0.0.0 are not."""
+    """Whether `host` is an address of this machine's interfaces; 127.0.0.2 and 0.0.0.0 are not."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

@@ -1,8 +1,8 @@
 """Calls a model as the node does and interprets the response as the node does (docs/node.md).
 
-Requests are byte for byte those of the node. A body is JSON only under exactly `application/json`; then `code` alone
-decides, not the HTTP status, and one field of a wrong type makes the whole response invalid. A response that the node
-would not pass on correctly raises AssertionError.
+Requests are byte for byte those of the node. A body is JSON only under exactly `application/json`; then
+`code` alone decides, not the HTTP status, and one field of a wrong type makes the whole response invalid. A
+response that the node would not pass on correctly raises AssertionError.
 """
 
 import http.client
@@ -39,7 +39,7 @@ IMAGE: Spec = {
 
 @dataclass(frozen=True)
 class Answer:
-    """A response: `body` as it was sent; `seen`, the typed fields that the node decodes, zero where missing."""
+    """A response: `body` as it was sent; `seen`: the fields that the node decodes, zero where missing."""
 
     status: int
     headers: dict[str, str]
@@ -62,7 +62,7 @@ class Answer:
 
 @dataclass
 class Stream:
-    """A streamed response, which the node passes on unread: its chunks, when each arrived, and whether `[DONE]` was last."""
+    """A streamed response, which the node passes on unread. `done`: `[DONE]` came last."""
 
     status: int
     headers: dict[str, str]
@@ -91,12 +91,12 @@ class NodeCaller:
             self._idle.clear()
 
     def call_chat(self, api: str, model: str, messages: Any, **fields: Any) -> Answer:
-        """Send a plain chat. `fields`: temperature, top_p, wallet, signature, hash; the node passes no others on."""
+        """Send a plain chat. `fields`: temperature, top_p, wallet, signature, hash, and no others."""
         response, raw = self._post_whole(api, _chat_body(model, messages, False, fields), CHAT_LIMIT_S)
         return _decoded(response, raw, CHAT, needs="choices")
 
     def call_stream(self, api: str, model: str, messages: Any, **fields: Any) -> Stream | Answer:
-        """Send a streamed chat and read it to its end. Returns an Answer if the response is plain JSON, then an error."""
+        """Send a streamed chat and read it to its end. An Answer is an error in plain JSON."""
         opened = self.open_stream(api, model, messages, **fields)
         if isinstance(opened, Answer):
             return opened
@@ -108,7 +108,7 @@ class NodeCaller:
     def open_stream(
         self, api: str, model: str, messages: Any, **fields: Any
     ) -> Answer | tuple[Stream, Iterator[dict[str, Any]]]:
-        """Send a streamed chat; return its chunks as an iterator, which ends after `[DONE]` or when the connection breaks."""
+        """Send a streamed chat; the iterator of chunks ends after `[DONE]` or when the connection breaks."""
         deadline = time.monotonic() + CHAT_LIMIT_S
         connection, response = self._post(api, _chat_body(model, messages, True, fields), CHAT_LIMIT_S)
         if response.getheader("Content-Type") == "application/json":
@@ -141,13 +141,13 @@ class NodeCaller:
                 stream.chunks.append(decode(payload, object))
                 yield stream.chunks[-1]
         except (http.client.HTTPException, OSError):
-            # The node can't tell a broken connection from a complete stream: only [DONE] shows the difference.
+            # To the node this looks like a complete stream: only [DONE] shows the difference.
             connection.close()
             return
         self._keep(api, connection, response)
 
     def call_image(self, api: str, model: str, prompt: str, **fields: Any) -> Answer:
-        """Send a generation. Fields that the user omits are sent as 0 or "". `fields`: n, size, width, height, step, …"""
+        """Send a generation. Of `fields` (n, size, width, …) omitted ones are sent as 0 or ""."""
         body = {"model": model, "prompt": prompt, "n": 0, "size": "", "width": 0, "height": 0}
         body |= {name: fields.pop(name) for name in ("n", "size", "width", "height") if name in fields}
         if step := fields.pop("step", 0):
@@ -235,7 +235,7 @@ class NodeCaller:
 
 
 def _chat_body(model: str, messages: Any, stream: bool, fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the node's body of a chat: `messages` None as null, temperature and top_p left out if they are 0."""
+    """Return the node's body of a chat: `messages` may be null, temperature and top_p are left out if 0."""
     body = {"model": model, "messages": messages, "stream": stream}
     fields = dict(fields)
     body |= {name: value for name in ("temperature", "top_p") if (value := fields.pop(name, 0))}
@@ -253,7 +253,7 @@ def _encode(body: dict[str, Any]) -> bytes:
 
 
 def _decoded(response: http.client.HTTPResponse, raw: bytes, spec: Spec, needs: str | None) -> Answer:
-    """Return the response as the node decodes it. Raises AssertionError with what the node would tell the user instead."""
+    """Return the response as the node decodes it. Raises AssertionError where the node would fail."""
     kind = response.getheader("Content-Type")
     assert kind == "application/json", (
         f"HTTP {response.status} with Content-Type {kind!r}: not JSON to the node"

@@ -1,9 +1,9 @@
-"""A stand-in for the network node that behaves as v0.2.3 of the real one does, also where its documentation differs.
+"""A stand-in for the network node that behaves as v0.2.3 of the real one does.
 
     python -m tests.stand_in_node --port 6000        # by hand: prints the calls it gets
 
-In a test: `with StandInNode() as node:`; `node.stop()` and `node.start(forget=True)` take the node down and up again,
-`node.behave("slow")` makes it slow. Its calling side is tests/stand_in_caller.py.
+In a test: `with StandInNode() as node:`; `node.stop()` and `node.start(forget=True)` take the node down and
+up again, `node.behave("slow")` makes it slow. Its calling side is tests/stand_in_caller.py.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Call:
 
 
 class StandInNode:
-    """The node. Registrations survive `stop` and `start`, as the real one's do. `port`: by default a free one."""
+    """The node. Registrations survive `stop` and `start`, as the real one's do."""
 
     def __init__(self, port: int | None = None, *, verbose: bool = False) -> None:
         self.port = port or free_port()
@@ -54,7 +54,7 @@ class StandInNode:
         self._server: _Server | None = None
 
     def start(self, *, forget: bool = False) -> Self:
-        """Listen, on the same port as before. `forget`: without its registrations, as if its configuration file was lost."""
+        """Listen, on the same port as before. `forget`: without the registrations from before."""
         if forget:
             self.book.projects = {}
         self._server = _Server(("127.0.0.1", self.port), self)
@@ -70,8 +70,9 @@ class StandInNode:
     def behave(self, mode: Mode, *, delay_s: float = 10.0, code: int = 1001) -> None:
         """Behave differently from now on.
 
-        `slow`: every call is handled after `delay_s`. `refusing`: registering and unregistering fail with `code`.
-        `old`: there are no calls for single models, as before v0.2.1. `unlisted`: the node's own list can't be read.
+        `slow`: every call is handled after `delay_s`. `refusing`: registering and unregistering fail with
+        `code`. `old`: there are no calls for single models, as before v0.2.1. `unlisted`: the node's own
+        list can't be read.
         """
         self.delay_s, self.book.mode, self.book.code = delay_s, mode, code
 
@@ -105,7 +106,7 @@ class StandInNode:
             return [call for call in self.calls if not names or call.name in names]
 
     def wait_for(self, predicate: Callable[["StandInNode"], object], timeout_s: float = 10.0) -> None:
-        """Wait until `predicate(node)` holds; it is evaluated after each call. Raises AssertionError with the calls so far."""
+        """Wait until `predicate(node)` holds, which is evaluated after each call. Raises AssertionError."""
         with self._changed:
             if not self._changed.wait_for(lambda: predicate(self), timeout_s):
                 told = "\n".join(

@@ -1,4 +1,4 @@
-"""Generates something small before the worker serves, so that one with a broken model never gets a request."""
+"""Generates something small before the worker serves, to find a model that is broken."""
 
 import io
 import threading
@@ -16,7 +16,7 @@ CANARY_S = 600
 
 
 class SwitchableEmit:
-    """The `emit` of an engine, with a `target` that can be changed: the canary first, then the event sender."""
+    """The `emit` of an engine; its `target` is the canary at first, then the event sender."""
 
     def __init__(self) -> None:
         self.target: Emit = lambda gained: None

@@ -1,6 +1,7 @@
 """Finds the GPUs of this worker, from which its cid is made.
 
-Asks the driver and not torch: the lease is taken before torch is imported, and the cid must not depend on torch.
+Asks the driver and not torch: the lease is taken before torch is imported, and the cid must not depend on
+torch.
 """
 
 import shutil
@@ -12,9 +13,10 @@ NVIDIA_SMI_S = 10
 
 
 def visible_gpus(settings: Settings) -> list[str]:
-    """UUIDs of the GPUs that CUDA_VISIBLE_DEVICES gives this process, in its order; [] for a worker on the CPU.
+    """UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, in its order; [] for a worker on the CPU.
 
-    Without the variable a worker takes the first GPU. Raises subprocess.TimeoutExpired if the driver does not answer.
+    Without the variable a worker takes the first GPU. Raises subprocess.TimeoutExpired if the driver does
+    not answer.
     """
     installed = _installed_gpus()
     if settings.cuda_visible_devices is None:

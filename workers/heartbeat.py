@@ -20,14 +20,15 @@ STOP_S = 5.0
 
 
 class WorkerReplaced(Exception):
-    """Raised by the heartbeat when another worker has taken this one's cid: its lease is not this worker's any more."""
+    """Raised by the heartbeat when a newer worker holds the lease of this one's cid."""
 
 
 class Heartbeat:
     """Works from before the model is loaded until the process ends, in the thread that calls `run`.
 
-    `get_record` returns the record to write. `renew_now` is set by others when that record has changed. `on_expired` is
-    called when the lease had expired, after which others may have taken this worker for lost.
+    `get_record` returns the record to write. `renew_now` is set by others when that record has changed.
+    `on_expired` is called when the lease had expired, after which others may have taken this worker for
+    lost.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Heartbeat:
             self._renew_now.wait(TICK_S)
 
     def stop(self) -> None:
-        """Renew no more. Returns once no renewal is in progress, which would undo a release; after STOP_S at most."""
+        """Renew no more. Waits up to STOP_S for a renewal in progress, which would undo a release."""
         self._stopping = True
         self._renew_now.set()
         if self._renewing.acquire(timeout=STOP_S):

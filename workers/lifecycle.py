@@ -1,7 +1,7 @@
 """The order of events in a worker: load, warm up, canary, register, serve; at a stop unregister, drain, exit.
 
-The lease is held from before the load until the exit. Celery's signals drive all this; in the threads pool they fire in
-this one process (docs/adr/0001-threads-pool.md).
+The lease is held from before the load until the exit. Celery's signals drive all this; in the threads pool
+they fire in this one process (docs/adr/0001-threads-pool.md).
 """
 
 import gc
@@ -40,7 +40,7 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
     """Let Celery's signals start and stop the worker that `build` makes for Celery's name of this process."""
 
     def on_init(sender: object, **_: object) -> None:
-        # Celery installs its handler later; until then SIGTERM would end the process without releasing the lease
+        # until Celery installs its handler SIGTERM would end the process with its lease unreleased
         signal.signal(signal.SIGTERM, lambda *_: None)
         stop = StopSignal()
         try:
@@ -79,7 +79,7 @@ class Lifecycle:
         worker = self._worker
         worker.sender.start()
         threading.Thread(target=self._hold_lease, name="heartbeat", daemon=True).start()
-        # from here on a stop ends the process in any state: Celery would wait for a Redis that was lost before it is ready
+        # from here on a stop ends the process in any state, also while Celery waits for a lost Redis
         threading.Thread(target=self._drain, name="drain", daemon=True).start()
         # before the load, so that an entry which a killed incarnation left at the node is removed meanwhile
         worker.registrar.start()
@@ -112,7 +112,7 @@ class Lifecycle:
         run_canary(worker.engine, worker.entry, emit)
         emit.target = worker.sender.emit
         worker.watchdog.start()
-        # what is in memory now stays there: full collections, perhaps in the middle of a burst, need not visit it
+        # what is in memory now stays: full collections, perhaps during a burst, need not visit it
         gc.collect()
         gc.freeze()
         self._loaded = True
@@ -134,7 +134,7 @@ class Lifecycle:
             self._finish_requests()
             worker.watchdog.stop()
             worker.engine.close()
-            # Celery ends the process meanwhile, unless Redis was lost first: then it would reconnect indefinitely
+            # Celery ends the process meanwhile, unless it waits for a lost Redis
             time.sleep(EXIT_S)
             log.warning("Celery did not end within %g s of the last request: ending without it", EXIT_S)
             worker.sender.stop(1.0)

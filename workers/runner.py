@@ -33,7 +33,8 @@ class _Run:
 class Runner:
     """Takes request ids from the queue and sees each through. One for each worker process.
 
-    `run` is called in many threads at once, one for each task; the engine works on all of their requests together.
+    `run` is called in many threads at once, one for each task; the engine works on all of their requests
+    together.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Runner:
             return {run.web_id for run in self._runs.values()}
 
     def set_lost_webs(self, web_ids: set[str]) -> None:
-        """Cancel what runs for these web processes. What they have queued is cancelled soon after its claim."""
+        """Cancel what runs for these web processes; what they have queued follows soon after its claim."""
         with self._lock:
             unwanted = [request_id for request_id, run in self._runs.items() if run.web_id in web_ids]
         for request_id in unwanted:
@@ -95,7 +96,8 @@ class Runner:
     def _claim(self, request_id: str) -> Claimed | None:
         """Claim the request, trying again while Redis can't be reached.
 
-        The attempt whose answer was lost may have taken the claim, and then no other worker would serve the request.
+        The attempt whose answer was lost may have taken the claim, and then no other worker would serve the
+        request.
         """
         give_up_at = time.monotonic() + CLAIM_RETRY_S
         while True:
@@ -119,7 +121,8 @@ class Runner:
                 # without a limit: the heartbeat notices an engine that hangs
                 run.ended.wait()
         except Exception:
-            # the engine reports what is wrong with a job by itself; this is a fault of ours, and the client waits
+            # the engine reports what is wrong with a job by itself; this is a fault of ours, and the client
+            # waits
             log.exception("request %s could not be submitted", request_id)
             self._sender.emit([(request_id, Failed.of(EngineError()))])
             run.ended.wait()
@@ -129,7 +132,7 @@ class Runner:
             self._end(request_id)
 
     def _open(self, request_id: str, web_id: str, remaining_s: float, run: _Run) -> None:
-        """Begin the request's event stream; `run` is told its end."""
+        """Begin the request's event stream; `run` gets its end."""
 
         def on_end(event: Event | None) -> None:
             run.last_event = event

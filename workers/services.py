@@ -51,7 +51,7 @@ class Worker:
 def build_worker(
     settings: Settings, catalogue: Catalogue, entry: ModelEntry, celery: Celery, node_name: str
 ) -> Worker:
-    """Make everything. `node_name`: Celery's name of this worker. Asks the driver for GPUs; connects to nothing."""
+    """Make everything; nothing connects yet. `node_name`: Celery's name of this worker."""
     namespace = namespace_of(settings, catalogue)
     keys = Keys.of(namespace)
     redis = connect_redis(settings)

@@ -1,8 +1,9 @@
 """Waits for the signal that stops a worker, in a thread instead of a signal handler.
 
-A handler that takes a lock can be interrupted by the next signal, whose handler then waits for that lock indefinitely.
-The kernel sends a dying supervisor's children SIGTERM once for each of its threads, microseconds apart, and Celery's
-handler takes a lock. Here the interpreter itself writes the signal's number into a pipe.
+A handler that takes a lock can be interrupted by the next signal, whose handler then waits for that lock
+indefinitely. The kernel sends a dying supervisor's children SIGTERM once for each of its threads,
+microseconds apart, and Celery's handler takes a lock. Here the interpreter itself writes the signal's
+number into a pipe.
 """
 
 import os

@@ -7,7 +7,7 @@ from workers.engines.base import Engine
 
 
 class EngineHung(Exception):
-    """Raised by `Watchdog.check` when the engine's thread is dead or makes no progress. The message says which."""
+    """Raised by `Watchdog.check` when the engine's thread is dead or makes no progress."""
 
 
 class Watchdog:

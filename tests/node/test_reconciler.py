@@ -1,4 +1,4 @@
-"""node.reconciler with a real Redis and the stand-in node: which entries it removes, and which it must not."""
+"""node.reconciler with a real Redis and the stand-in node: which entries it removes, and which not."""
 
 import os
 import signal
@@ -290,7 +290,7 @@ def test_what_it_removes_is_what_the_commands_call_stale(
 def test_each_of_two_machines_with_one_redis_sees_to_its_own_node(
     bench: Bench, node: StandInNode, settings: Settings, record: Make
 ) -> None:
-    """Same host name and, on its own machine, the same NODE_URL: here only the other stand-in has another port."""
+    """Same host name and, on its own machine, the same NODE_URL; only here its port differs."""
     here, there = record("c-here"), record("c-there", service_id="host-2")
     bench.live(here)
     bench.leases.renew_worker(there)
@@ -316,7 +316,7 @@ def test_a_loading_worker_stands_for_its_cid(bench: Bench, node: StandInNode, re
 
 
 def test_two_namespaces_on_one_redis_and_one_node(bench: Bench, node: StandInNode, record: Make) -> None:
-    """Same machine, same SERVICE_ID, same project: the other deployment's reconciler knows no record of ours."""
+    """Same machine, SERVICE_ID and project: the other deployment's reconciler knows no record of ours."""
     bench.live(record(OURS), record(SIBLING))
     settings = bench.deployment.settings.model_copy(update={"service_url": "http://127.0.0.1:1099"})
 
@@ -371,7 +371,7 @@ def test_a_redis_that_restarts_empty_unregisters_nobody(
 def test_a_restart_too_quick_to_be_seen_unregisters_nobody(
     bench: Bench, node: StandInNode, client: RedisClient, record: Make
 ) -> None:
-    """Redis came back from an old snapshot between two rounds: the records are there, the leases have expired.
+    """Redis came back from an old snapshot between two rounds: with records, without leases.
 
     So has the reconciler's own, from which it knows that the others prove nothing.
     """

@@ -1,4 +1,4 @@
-"""node.registrar against the stand-in node: an entry from its start to its end, with a node that fails in every way."""
+"""node.registrar against the stand-in node: an entry from start to end, with all faults of a node."""
 
 import contextlib
 import threading
