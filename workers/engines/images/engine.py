@@ -56,6 +56,9 @@ class ImageEngine:
         self._queue = BatchQueue(entry.engine.max_batch_size)
         self._closed = False
         self._steps = 0
+        """Denoising steps, prepared jobs and delivered images."""
+        self._operations = 0
+        """Operations of pipeline calls, so that a long step is no hang."""
         self._pixels = ThreadPoolExecutor(1, thread_name_prefix="image-pixels")
         self._thread = threading.Thread(target=self._run, name="image-engine", daemon=True)
 
@@ -65,7 +68,9 @@ class ImageEngine:
         self._pipelines = load_pipelines(self._entry)
         try:
             for request in warm_up_requests(self._entry.name, self._pipelines):
-                request.pipeline(request.shared, [request.image_params(0)], self._count_step)
+                request.pipeline(
+                    request.shared, [request.image_params(0)], self._count_step, self._count_operation
+                )
         except Exception as error:
             raise EngineLoadError(
                 f"{self._entry.name}: warm-up failed: {type(error).__name__}: {error}"
@@ -89,7 +94,7 @@ class ImageEngine:
                 self._prepare(job)
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
-        """End a job now. A running call drops its images; it stops at the next step when no request is left."""
+        """End a job now. A running call drops its images; it stops when no request is left."""
         with self._lock:
             if job := self._open.get(request_id):
                 self._end(job, _CANCELLED[reason])
@@ -97,7 +102,8 @@ class ImageEngine:
     def status(self) -> EngineStatus:
         """Return a snapshot without locking. A job counts as running from its first call to its end."""
         running = [request_id in self._running for request_id in list(self._open)]
-        return EngineStatus(self._thread.is_alive(), sum(running), len(running) - sum(running), self._steps)
+        steps = self._steps + self._operations
+        return EngineStatus(self._thread.is_alive(), sum(running), len(running) - sum(running), steps)
 
     def close(self) -> None:
         """End all jobs with "shutting_down", stop both threads and free the device."""
@@ -166,14 +172,21 @@ class ImageEngine:
     def _call(self, batch: Sequence[BatchItem]) -> list[Image.Image]:
         first = batch[0].request
 
-        def on_step(step: int, total: int) -> None:
-            self._count_step()
+        def stop_if_abandoned() -> None:
             if not any(self._is_open(request.job) for request, _ in batch):
                 raise _BatchAbandoned
+
+        def on_step(step: int, total: int) -> None:
+            self._count_step()
+            stop_if_abandoned()
             self._report(batch, step, total)
 
+        def on_operation() -> None:
+            self._count_operation()
+            stop_if_abandoned()
+
         images = [request.image_params(index) for request, index in batch]
-        return first.pipeline(first.shared, images, on_step)
+        return first.pipeline(first.shared, images, on_step, on_operation)
 
     def _report(self, batch: Sequence[BatchItem], step: int, total: int) -> None:
         """Emit progress. It counts the steps of all images of a request: n images of 20 steps make 20 n."""
@@ -234,6 +247,10 @@ class ImageEngine:
     def _count_step(self, *_: int) -> None:
         with self._lock:
             self._steps += 1
+
+    def _count_operation(self) -> None:
+        # Without the lock, which thousands of operations in a step need not wait for: one thread runs calls.
+        self._operations += 1
 
     def _is_open(self, job: ImageJob) -> bool:
         return self._open.get(job.id) is job

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from PIL import Image
 
+from workers.engines.images.operations import ObservedOperations
+
 Kind = Literal["text2image", "image2image", "inpaint"]
 
 
@@ -41,6 +43,8 @@ class ImageParams(NamedTuple):
 
 OnStep = Callable[[int, int], None]
 """Called after denoising step `step` (from 1) of `total`. An exception raised here ends the call at once."""
+OnOperation = Callable[[], None]
+"""Called after each torch operation, many times in a step. An exception raised here ends the call at once."""
 
 
 class ImagePipeline:
@@ -55,18 +59,26 @@ class ImagePipeline:
         self.supports_batches = "generator" in self._parameters and (
             kind == "text2image" or "strength" in self._parameters
         )
+        # Compiled code would be traced with the observer in it. It runs on a GPU only, where steps are short.
+        self._observable = not _is_compiled(denoiser_of(pipe))
         pipe.set_progress_bar_config(disable=True)
 
     def __call__(
-        self, shared: CallParams, images: Sequence[ImageParams], on_step: OnStep
+        self,
+        shared: CallParams,
+        images: Sequence[ImageParams],
+        on_step: OnStep,
+        on_operation: OnOperation,
     ) -> list[Image.Image]:
         """Generate one image for each item of `images`; more than one needs `supports_batches`.
 
-        Raises what the pipeline or `on_step` raises.
+        `on_operation` is not called where the denoiser is compiled. Raises what the pipeline or a callback
+        raises.
         """
         arguments = self._shared_arguments(shared) | self._image_arguments(shared, images)
         arguments = {name: value for name, value in arguments.items() if name in self._parameters}
-        with self._reporting_steps(on_step, arguments), torch.inference_mode():
+        observed = ObservedOperations(on_operation) if self._observable else nullcontext()
+        with self._reporting_steps(on_step, arguments), torch.inference_mode(), observed:
             return list(self._pipe(**arguments).images)
 
     def _shared_arguments(self, shared: CallParams) -> dict[str, Any]:
@@ -144,6 +156,12 @@ def _reporting_forward_passes(denoiser: torch.nn.Module, on_step: OnStep, total:
         yield
     finally:
         hook.remove()
+
+
+def _is_compiled(denoiser: Any) -> bool:
+    """Whether `compile` was called on the network or on a part of it."""
+    modules = denoiser.modules() if isinstance(denoiser, torch.nn.Module) else ()
+    return any(module._compiled_call_impl is not None for module in modules)
 
 
 def denoiser_of(pipe: Any) -> Any:
