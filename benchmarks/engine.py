@@ -1,12 +1,13 @@
-"""The chat engine by itself, without web, Redis or Celery: `python -m benchmarks.engine [--json FILE]`.
+"""Measures the chat engine by itself, without web, Redis or Celery.
 
-Same model, same prompts, same process: each round runs transformers' static-batch `generate` and the engine one after the
-other, and ratios are taken inside a round, because a shared machine drifts. Prints
+Usage: `python -m benchmarks.engine [--json FILE]`. Same model, same prompts, same process. Each round runs
+transformers' static-batch `generate` and the engine one after the other, and ratios are taken inside a round,
+because the speed of a shared machine varies. Prints
 
-- tokens/s at 1, 16 and 64 requests beside the static batch, by the clock and by CPU time (which other processes on the
-  machine don't disturb: with one torch thread both contenders are one thread's work),
+- tokens/s at 1, 16 and 64 requests and the ratio to the static batch, by the clock and by CPU time, which
+  other processes don't disturb (with one torch thread, engine and static batch are one thread's work each),
 - the share of a step that passes outside the model, greedy and sampled,
-- the speed of 31 short requests beside one of 3,000 tokens, against 31 of them beside a short one,
+- the speed of 31 short requests beside one of 3,000 tokens, relative to 31 of them beside a short one,
 - the p99 gap between tokens of 16 running streams while a prompt of 2,000 tokens is computed.
 """
 
@@ -53,7 +54,7 @@ WORDS = [
 
 
 class Timeline:
-    """An `emit` that notes when each request gained how many tokens, by the clock and by the engine thread's CPU time."""
+    """An `emit` that records the tokens of each request, with the time and the engine thread's CPU time."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -77,14 +78,14 @@ class Timeline:
     def wait(self, condition: Any) -> None:
         with self._changed:
             if not self._changed.wait_for(condition, 600):
-                raise TimeoutError("the engine hangs")
+                raise TimeoutError("the engine made no progress for 600 s")
 
     def tokens(self, request_id: str) -> int:
         return sum(count for _, count, _ in self.gains.get(request_id, ()))
 
 
 class Bench:
-    """The engine and the plain model over one folder of weights."""
+    """The engine and the plain model, with the same weights."""
 
     def __init__(self, weights: Path, threads: int) -> None:
         options = {"torch_threads": threads, "max_batch_size": 64}
@@ -96,7 +97,7 @@ class Bench:
         self._serial = 0
 
     def submit(self, words: int, tokens: int = NEW_TOKENS, **sampling: Any) -> str:
-        """A request whose prompt no other has; returns its id."""
+        """Submit a request with a prompt of its own. Returns its id."""
         self._serial += 1
         text = [str(self._serial)] + [WORDS[(self._serial * 7 + at * at) % len(WORDS)] for at in range(words)]
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **sampling})
@@ -108,7 +109,7 @@ class Bench:
         self.timeline.wait(lambda: all(request_id in self.timeline.ended for request_id in ids))
 
     def burst(self, count: int, **sampling: Any) -> tuple[float, float, int]:
-        """Wall seconds and CPU seconds of `count` requests at once, and the tokens of their prompts."""
+        """Run `count` requests at once. Returns wall seconds, CPU seconds, and the tokens of a prompt."""
         wall, cpu = time.perf_counter(), time.process_time()
         ids = [self.submit(14, **sampling) for _ in range(count)]
         self.wait(ids)
@@ -116,7 +117,7 @@ class Bench:
         return wall, cpu, self.timeline.prompt_tokens[ids[0]]
 
     def static(self, count: int, prompt: int) -> tuple[float, float]:
-        """Wall and CPU seconds of one static batch of `generate`."""
+        """Run one static batch of `generate`. Returns wall and CPU seconds."""
         ids = torch.randint(8, 700, (count, prompt))
         wall, cpu = time.perf_counter(), time.process_time()
         self.model.generate(
@@ -153,7 +154,7 @@ def throughput(bench: Bench, rounds: int) -> list[dict[str, Any]]:
 
 
 def outside_share(bench: Bench, rounds: int, **sampling: Any) -> float:
-    """The part of the steps' time that is not the model's, at 64 requests: the median of the rounds."""
+    """The share of the steps' time that is outside the model, at 64 requests: the median of the rounds."""
     shares = []
     for _ in range(rounds):
         before = dataclasses.replace(bench.engine.metrics)
@@ -165,7 +166,7 @@ def outside_share(bench: Bench, rounds: int, **sampling: Any) -> float:
 
 
 def long_among_short(bench: Bench, rounds: int) -> dict[str, float]:
-    """Tokens/s of 31 short requests beside a 32nd that is short, and beside one of 3,000 tokens."""
+    """Tokens/s of 31 short requests beside another short one, and beside one of 3,000 tokens."""
 
     def speed(words: int) -> float:
         other = bench.submit(words, 600)
@@ -187,7 +188,7 @@ def long_among_short(bench: Bench, rounds: int) -> dict[str, float]:
 
 
 def prefill_gaps(bench: Bench) -> dict[str, float]:
-    """Milliseconds between tokens of 16 streams: ordinarily, and while a prompt of 2,000 tokens is computed."""
+    """Milliseconds between tokens of 16 streams: usually, and while a prompt of 2,000 tokens is computed."""
     ids = [bench.submit(14, 400) for _ in range(16)]
     bench.timeline.wait(lambda: all(bench.timeline.tokens(request_id) > 60 for request_id in ids))
     began = time.perf_counter()
@@ -199,14 +200,14 @@ def prefill_gaps(bench: Bench) -> dict[str, float]:
         "prompt_tokens": bench.timeline.prompt_tokens[long],
         "time_to_first_token_ms": (ended - began) * 1000,
     }
-    # by CPU time too: a machine that others use stretches single gaps by the clock at random
+    # by CPU time too: other programs on the machine lengthen single gaps by the clock at random
     for name, part in (("", 0), ("_cpu_time", 2)):
         during: list[float] = []
         ordinary: list[float] = []
         for request_id in ids:
             for earlier, later in itertools.pairwise(bench.timeline.gains[request_id][40:]):
                 if later[1] > 1:
-                    continue  # half a character waited for its other half: that gap is two steps
+                    continue  # half a character was held back: this gap is two steps
                 gaps = during if began < later[0] and earlier[0] < ended else ordinary
                 gaps.append((later[part] - earlier[part]) * 1000)
         result |= {
@@ -219,7 +220,7 @@ def prefill_gaps(bench: Bench) -> dict[str, float]:
 
 
 def make_model(folder: Path) -> None:
-    """A random Llama of 4.2 million parameters with the demo model's tokenizer."""
+    """Save a random Llama of 4.2 million parameters with the demo model's tokenizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=2048,
@@ -234,7 +235,7 @@ def make_model(folder: Path) -> None:
     model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    # every token the model may choose has a text, so that every step of a stream is seen
+    # every token that the model may choose has a text, so that every step of a stream shows
     tokenizer.add_tokens([f" w{number}" for number in range(len(tokenizer), config.vocab_size)])
     tokenizer.save_pretrained(folder)
 
@@ -287,12 +288,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Measures the chat engine beside transformers' static batch."
-    )
+    parser = argparse.ArgumentParser(description="Compares the chat engine with transformers' static batch.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--threads", type=int, default=1, help="torch threads; the service leaves one core to the web"
+        "--threads", type=int, default=1, help="torch threads; the service leaves one core to the web process"
     )
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

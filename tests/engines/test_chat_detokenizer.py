@@ -1,4 +1,4 @@
-"""Tokens to text: whole characters, no stop string, nothing lost. Pure: no model."""
+"""Tokens to text: whole characters, no stop string, nothing lost. No model is loaded."""
 
 import random
 
@@ -29,7 +29,7 @@ def encode(text: str) -> list[int]:
 
 
 def drain(detokenizer: Detokenizer, tokens: list[int]) -> tuple[list[str], str | None]:
-    """Every piece of text in order, and the stop string that ended it."""
+    """Add all tokens. Returns each piece of text, and the stop string that ended it."""
     pieces = []
     for token in tokens:
         text, stop = detokenizer.add(token)
@@ -75,13 +75,13 @@ def test_stop_strings_cut_at_their_first_place_however_the_text_is_split(text, s
         piece, met = matcher.add(rest[:size])
         rest = rest[size:]
         sent += piece
-        # what was sent holds no stop string, nor anything that could have become one in text that followed
+        # what was sent contains no stop string, and nothing that later text could complete to one
         assert not any(stop in sent for stop in stops)
     if not places:
         assert met is None
         assert sent + matcher.flush() == text
     else:
-        # the first to be complete ends the text; one that began earlier but ends later may be met instead
+        # the first complete stop string ends the text, or one that began before it and ends in the same piece
         assert met is not None
         assert text.startswith(sent + met)
         assert min(places) <= len(sent) <= max(len(text), 0)
@@ -156,7 +156,7 @@ def test_a_window_gives_what_decoding_everything_gives():
         assert not any("\ufffd" in text for text in gained)
 
 
-def test_characters_that_are_never_whole_are_not_held_for_ever():
+def test_characters_that_are_never_whole_are_not_held_indefinitely():
     decoded: list[int] = []
 
     def decode(tokens: list[int]) -> str:

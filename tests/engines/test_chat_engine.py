@@ -1,5 +1,7 @@
-"""The chat engine against model.generate, and everything that starts, steers and ends a request."""
+"""The chat engine compared with model.generate, and everything that starts, controls and ends a request."""
 
+import logging
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ LENGTHS = [40, 7, 25, 60, 33, 12]
 
 
 class Reference:
-    """model.generate over the same weights, and the margins by which it chose."""
+    """model.generate with the same weights, and the margins of its choices."""
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -53,7 +55,7 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def greedy(self, job: ChatJob) -> tuple[str, list[float]]:
-        """The text, and for each token the distance of the two best logits."""
+        """Generate. Returns the text, and for each token the difference of the two best logits."""
         ids = torch.tensor([self.prompt(job)])
         out = self.model.generate(
             ids,
@@ -92,7 +94,7 @@ def ask(loaded: tuple[ChatEngine, Collector], *jobs: ChatJob) -> list[Result]:
 
 @pytest.mark.slow
 def test_greedy_equals_generate_in_every_family_and_mix(family):
-    """Alone, many at once in one burst, and with chunked prefill and small pages of budget."""
+    """Alone, twelve at once, and seven with chunked prefill and a batch of four."""
     reference = Reference(family)
     mixes: list[tuple[dict[str, Any], int]] = [
         ({"prefix_cache": False}, 1),
@@ -129,7 +131,7 @@ def test_requests_share_steps_and_join_a_running_batch(weights):
             assert result.finish() == ("length", None)
         assert engine.status().running == 1
         assert collector.result("first").usage.completion_tokens == 900
-        # 1650 tokens in little more steps than the longest answer needs
+        # 1,650 tokens in few more steps than the longest answer needs
         assert engine.metrics.steps < 1030
         assert engine.metrics.max_batch == 16
         assert collector.calls <= engine.metrics.steps + 1
@@ -285,7 +287,7 @@ def bad_jobs() -> list[Any]:
 
 
 @pytest.mark.parametrize(("job", "param", "word"), bad_jobs())
-def test_what_the_caller_got_wrong_is_an_invalid_request(loaded, job, param, word):
+def test_a_clients_mistake_is_an_invalid_request(loaded, job, param, word):
     (result,) = ask(loaded, job)
     assert (result.failed.code, result.failed.param) == ("invalid_request", param)
     assert word in result.failed.message
@@ -357,7 +359,7 @@ def test_a_deadline_before_the_first_token_fails(weights):
 
 
 class FailingForward:
-    """Stands before the runner's forward and fails for chosen steps."""
+    """Replaces the runner's forward and fails for selected steps."""
 
     def __init__(self, engine: ChatEngine, error: BaseException, fails: Any) -> None:
         self._forward = engine.parts.runner.forward
@@ -383,7 +385,9 @@ def test_a_failure_ends_the_request_that_caused_it_and_no_other(weights, error, 
     try:
         good = chat_job("good", max_tokens=30, ignore_eos=True)
         (expected,) = run(engine, collector, [chat_job("alone", max_tokens=30, ignore_eos=True)])
-        engine.parts.scheduler.step_overhead = 1000.0  # rows: "bad" comes in one chunk on any machine
+        engine.parts.scheduler.step_overhead = (
+            1000.0  # large, so that "bad" comes in one chunk on any machine
+        )
         FailingForward(engine, error, lambda chunks: any(len(chunk.tokens) > 50 for chunk in chunks))
         result, failed = run(engine, collector, [good, chat_job("bad", "fox " * 100)])
         assert failed.failed.code == code
@@ -425,7 +429,7 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
         engine.close()
 
 
-def test_a_dead_thread_is_seen_at_once_and_leaves_nobody_waiting(weights):
+def test_a_dead_thread_is_noticed_at_once_and_fails_all_requests(weights):
     engine, collector = make_engine(weights)
     engine.submit(chat_job("running", max_tokens=900, ignore_eos=True))
     collector.wait_first("running")
@@ -517,6 +521,18 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path, config, words):
         save_model(tmp_path, config)
     with pytest.raises(EngineLoadError, match=words):
         make_engine(tmp_path)
+
+
+def test_a_load_ends_with_one_line_about_what_serves_the_model(weights, caplog):
+    with caplog.at_level(logging.INFO):
+        engine, _ = make_engine(weights, kv_cache_tokens=480)
+    engine.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"tiny loaded in \d+\.\d s: CPU, float32, attention by compiled loops, no CUDA graphs,"
+        r" KV cache of 480 tokens, context of 480 tokens",
+        line,
+    )
 
 
 def test_missing_weights_are_refused_in_one_line(tmp_path):

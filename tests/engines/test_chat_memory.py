@@ -161,7 +161,7 @@ def test_a_short_prompt_overtakes_a_long_one_that_is_being_computed(weights):
         engine.close()
 
 
-# the bookkeeping alone
+# ----- the bookkeeping alone
 
 
 def small_cache(num_pages: int = 12, slots: int = 5) -> KVCache:
@@ -184,7 +184,7 @@ def read(cache: KVCache, slot: int, count: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_pages_never_mix_whatever_happens(seed):
+def test_random_operations_never_mix_pages(seed):
     """Compares random growing, releasing, storing and loading of prefixes with a plain dictionary."""
     chance = random.Random(seed)
     cache = small_cache()

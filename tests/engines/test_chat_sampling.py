@@ -1,4 +1,4 @@
-"""Sampling against transformers' own processors, and that a seed means the same in any batch."""
+"""Sampling compared with transformers' processors; a seed gives the same text in any batch."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import (
 
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
-from workers.engines.chat.sampling import draw as drawing
+from workers.engines.chat.sampling import draw as draw_module
 from workers.engines.chat.sampling.draw import Filters, compiled_draw, draw
 from workers.engines.chat.sampling.sampler import Sampler, Uniforms
 from workers.engines.chat.sequence import Request, Sampling, Sequence
@@ -48,7 +48,7 @@ def row(
 
 
 def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
-    """Probabilities by transformers' processors, in the order of `generate`."""
+    """Compute probabilities with transformers' processors, in the order of `generate`."""
     processors = LogitsProcessorList()
     if temperature != 1.0:
         processors.append(TemperatureLogitsWarper(temperature))
@@ -72,7 +72,7 @@ def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, mon
     draws, rows = 20_000, 500
     sampler = Sampler(VOCABULARY, rows, CPU)
     if way == "torch":
-        monkeypatch.setattr(sampler, "_draw", drawing.draw)
+        monkeypatch.setattr(sampler, "_draw", draw_module.draw)
     counts = torch.zeros(VOCABULARY)
     for start in range(0, draws, rows):
         batch = [row(index, seed=start + index, **params) for index in range(rows)]
@@ -98,9 +98,9 @@ def test_a_few_candidates_give_the_same_tokens_as_sorting_everything(params, mon
     for kept in (slice(0, 6), slice(4, 6)):
         rows = [Sampling(max_tokens=1, **params)] * len(logits[kept])
         uniforms = torch.rand(len(rows), dtype=torch.float64)
-        monkeypatch.setattr(drawing, "CANDIDATES", VOCABULARY)
+        monkeypatch.setattr(draw_module, "CANDIDATES", VOCABULARY)
         expected = draw(logits[kept].clone(), Filters(rows, CPU), uniforms)
-        monkeypatch.setattr(drawing, "CANDIDATES", 16)
+        monkeypatch.setattr(draw_module, "CANDIDATES", 16)
         assert torch.equal(draw(logits[kept].clone(), Filters(rows, CPU), uniforms), expected)
 
 
@@ -145,12 +145,12 @@ def test_uniform_numbers_look_uniform_and_independent():
 
 
 def test_a_seed_means_the_same_in_every_version():
-    """The numbers of SplitMix64, 24 bits of them, over seed, choice and place; seeds count modulo 2^64."""
+    """24 bits of SplitMix64 over seed, choice and position. Seeds are taken modulo 2^64."""
     draws = Uniforms([0, 5, -1, 2**64 - 1, 2**63], [0, 2, 1, 1, 0]).at([0, 7, 3, 3, 2000])
     assert (draws * 2**24).tolist() == [2327157, 8820271, 13484191, 13484191, 3444058]
 
 
-def test_a_temperature_that_is_almost_nothing_is_greedy():
+def test_a_temperature_near_zero_is_greedy():
     torch.manual_seed(3)
     logits = torch.randn(1, VOCABULARY)
     best = int(logits.argmax())
@@ -200,12 +200,12 @@ def test_penalties_are_those_of_transformers_and_openai():
     sequence.output.append(9)
     expected[9] -= 0.3
     torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [sequence])[0], expected)
-    # the slot's next owner starts afresh
+    # another sequence in the slot starts without counts
     other = row(0, (1,), (), temperature=0.0, presence_penalty=1.0)
     torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [other])[0], logits)
 
 
-def test_a_mask_rules_what_may_follow():
+def test_a_mask_restricts_the_next_token():
     class OnlyEven:
         def allowed(self, output: list[int]) -> list[int] | None:
             return [2, 4] if len(output) < 2 else None
@@ -225,7 +225,7 @@ def weights(tmp_path_factory) -> Path:
 
 
 def tokens_of(engine, collector, jobs) -> dict[str, list[list[int]]]:
-    """The tokens of every job's choices."""
+    """Run the jobs. Returns the tokens of each job's choices."""
     requests = {}
     close = engine.parts.outputs._close
 
@@ -240,7 +240,7 @@ def tokens_of(engine, collector, jobs) -> dict[str, list[list[int]]]:
 
 
 def margin(engine, model, job, choice: int, tokens: list[int], other: list[int]) -> float:
-    """How far the draw that parted two outputs was from the threshold between their tokens."""
+    """Find where two outputs differ. Returns the distance of that draw from the nearest threshold."""
     place = next(at for at, (one, two) in enumerate(zip(tokens, other, strict=True)) if one != two)
     prompt = engine.parts.prompts.build(job).prompt
     with torch.inference_mode():

@@ -55,21 +55,21 @@ def test_a_few_streams_do_not_hold_back_the_first_tokens_of_many() -> None:
     assert first == pytest.approx(STALL * (OVERHEAD + 4) * 56 / 4, abs=PROMPT)
 
 
-def test_those_that_run_are_the_many_again_once_most_have_begun() -> None:
+def test_the_budget_is_small_again_once_most_sequences_decode() -> None:
     made = scheduler(40)
     for number in range(20):
         made.add(sequence(f"w{number}"))
     assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 40) + SMALLEST_CHUNK
 
 
-def test_those_without_pages_lengthen_no_step() -> None:
+def test_sequences_without_pages_lengthen_no_step() -> None:
     made = scheduler(7, pages=8 * 6 + 12)
     for number in range(56):
         made.add(sequence(f"w{number}"))
     assert prompt_tokens(made.schedule()) < STALL * (OVERHEAD + 8) + SMALLEST_CHUNK
 
 
-def test_those_without_a_slot_lengthen_no_step() -> None:
+def test_sequences_without_a_slot_lengthen_no_step() -> None:
     made = scheduler(7, slots=8)
     made.add(sequence("long", 2000))
     for one, count in made.schedule().prefill:
