@@ -57,7 +57,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             metrics=services.metrics,
             connected=services.process.connected,
             has_key=services.gate.has_key,
-            warnings=settings.warnings(),
+            warnings=services.warnings,
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),
         )
     )

@@ -9,6 +9,7 @@ from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
 from app.images.fetch import ImageFetcher
 from app.operations.metrics import Metrics
+from app.operations.warnings import Warnings
 from app.process import WebProcess
 from catalogue import Catalogue
 from config import Settings
@@ -36,6 +37,7 @@ class Services:
     metrics: Metrics
     dispatcher: Dispatcher
     worker_view: WorkerView
+    warnings: Warnings
     image_store: ImageStore
     fetcher: ImageFetcher
     leases: Leases
@@ -90,6 +92,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             draining_for_s=process.draining_for_s,
         ),
         worker_view=worker_view,
+        warnings=Warnings(settings, catalogue.models, worker_view, client),
         image_store=image_store,
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts,

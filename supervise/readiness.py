@@ -17,6 +17,7 @@ class Probe:
     def __init__(self, settings: Settings) -> None:
         self._address = callable_address(settings.bind)
         self._host, self.port = split_address(self._address)
+        self._has_node = bool(settings.node_url)
         self._headers = {"Authorization": f"Bearer {settings.api_keys[0]}"} if settings.api_keys else {}
 
     @property
@@ -31,6 +32,18 @@ class Probe:
         """
         status, body = self._get("/readyz")
         return status == 200 and web_pid in (None, body.get("master_pid"))
+
+    def unregistered(self) -> str | None:
+        """Return why a ready worker is not registered with the node, "" if none is missing there.
+
+        None: a worker has not registered yet, nor failed to.
+        """
+        if not self._has_node:
+            return ""
+        rows = self._get("/v1/workers")[1].get("data", [])
+        missing = [row for row in rows if row.get("state") == "ready" and not row.get("registered")]
+        reasons = [str(row["last_error"]) for row in missing if row.get("last_error")]
+        return reasons[0] if reasons else None if missing else ""
 
     def progress(self) -> str:
         """Return one line with the number of workers of each model in each state."""

@@ -17,6 +17,9 @@ from supervise.redis_server import EmbeddedRedis
 
 POLL_S = 0.5
 PROGRESS_EVERY_S = 15.0
+ALARM_EVERY_S = 600.0
+REGISTER_S = 3.0
+"""How long READY waits for the node's first answer to the workers."""
 _LOG_PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # time and level in the logs of Celery and gunicorn
 
 
@@ -49,6 +52,7 @@ class Service:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._groups: list[list[Process]] = []
         self._running: list[asyncio.Task[None]] = []
+        self._given_up: list[Process] = []
 
     async def run(self) -> None:
         """Start everything, print READY, and stop everything when a signal or `ask_to_stop` requests it.
@@ -62,10 +66,19 @@ class Service:
             asyncio.get_running_loop().add_signal_handler(number, self.ask_to_stop)
         try:
             await self._until_stopped(self._start())
-            if not self._stop_asked.is_set():
-                await self._stop_asked.wait()
+            await self._alarm_until_stopped()
         finally:
             await self._stop()
+
+    async def _alarm_until_stopped(self) -> None:
+        """Repeat, until a stop is requested, which processes have ended for good."""
+        while not self._stop_asked.is_set():
+            for process in self._given_up:
+                self._print(
+                    f"ALARM: {process.spec.name} does not run: {_reason(process)}; correct it and restart"
+                )
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop_asked.wait(), ALARM_EVERY_S)
 
     def ask_to_stop(self) -> None:
         """Stop in order; when called again, without waiting for running requests."""
@@ -103,7 +116,10 @@ class Service:
                 raise StartFailed("the embedded Redis did not start", 1)
         await self._wait_until_ready(started)
         self._ready = True
-        self._print(f"{self._ready_line} (after {time.monotonic() - started:.1f} s)")
+        after_s = time.monotonic() - started
+        if unregistered := await self._unregistered():
+            self._ready_line += f" | not registered with the node: {unregistered}"
+        self._print(f"{self._ready_line} (after {after_s:.1f} s)")
 
     def _launch(self, spec: Spec) -> Process:
         process = Process(spec, self._console.printer(spec.name), self._on_exit)
@@ -120,6 +136,16 @@ class Service:
                 printed, print_again_at = progress, now + PROGRESS_EVERY_S
             await asyncio.sleep(POLL_S)
 
+    async def _unregistered(self) -> str:
+        """Return what keeps a worker from being registered with the node, as far as it is known by then."""
+        give_up_at = time.monotonic() + REGISTER_S
+        while time.monotonic() < give_up_at:
+            reason = await asyncio.to_thread(self._probe.unregistered)
+            if reason is not None:
+                return reason
+            await asyncio.sleep(POLL_S)
+        return ""
+
     def _web_pid(self) -> int | None:
         return next((p.pid for group in self._groups for p in group if p.spec in self._plan.web), None)
 
@@ -129,12 +155,14 @@ class Service:
         During the start, a fatal status fails the start; the first one counts.
         """
         if self._ready or status not in process.spec.fatal_at_start:
+            if status == EXIT_CONFIGURATION:
+                self._given_up.append(process)
             return status != EXIT_CONFIGURATION
         if self._failed.done():
             return False
         if status == EXIT_CONFIGURATION:
-            reason = _LOG_PREFIX.sub("", process.last_line) or describe_status(status)
-            self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", EXIT_CONFIGURATION))
+            reason = f"{process.spec.name}: {_reason(process)}"
+            self._failed.set_exception(StartFailed(reason, EXIT_CONFIGURATION))
         else:
             reason = f"{describe_status(status)} while starting; its output above says why"
             self._failed.set_exception(StartFailed(f"{process.spec.name}: {reason}", 1))
@@ -148,3 +176,8 @@ class Service:
             await asyncio.gather(*(process.stop(self._hurry) for process in group))
         await asyncio.gather(*self._running)
         self._print("stopped")
+
+
+def _reason(process: Process) -> str:
+    """Return the last line that a process printed before a configuration error ended it."""
+    return _LOG_PREFIX.sub("", process.last_line) or describe_status(EXIT_CONFIGURATION)

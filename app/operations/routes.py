@@ -34,13 +34,13 @@ def blueprint(
     metrics: Metrics,
     connected: Callable[[], bool],
     has_key: Callable[[], bool],
-    warnings: Sequence[str],
+    warnings: Callable[[], list[str]],
     description: dict[str, Any],
 ) -> Blueprint:
     """Make the blueprint.
 
     `connected`: whether requests can be dispatched. `has_key`: whether the current request may see the
-    details of /readyz, among them the `warnings` of the settings. `description`: the OpenAPI document.
+    details of /readyz, among them the `warnings`. `description`: the OpenAPI document.
     """
     routes = Blueprint("operations", __name__)
 
@@ -62,7 +62,7 @@ def blueprint(
                 "models_without_worker": missing,
                 # scripts/run asks whether it is its own web process that answers
                 "master_pid": os.getppid(),
-                "warnings": warnings,
+                "warnings": warnings(),
             }
         return json_response(body, 200 if ready else 503)
 

@@ -4,13 +4,14 @@ import http.server
 import json
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from config import Settings
 from supervise.readiness import Probe
 
-ANSWERS = {"/readyz": {"code": 0, "master_pid": 4711}}
+ANSWERS: dict[str, Any] = {"/readyz": {"code": 0, "master_pid": 4711}}
 
 
 class _Web(http.server.BaseHTTPRequestHandler):
@@ -38,3 +39,25 @@ def probe() -> Iterator[Probe]:
 def test_only_the_web_process_that_was_started_counts(probe: Probe) -> None:
     assert probe.ready(4711)
     assert not probe.ready(4712), "another service has the address"
+
+
+LOADING = {"state": "loading", "registered": False, "last_error": ""}
+WAITS = {"state": "ready", "registered": False, "last_error": ""}
+REFUSED = {"state": "ready", "registered": False, "last_error": "could not register: code 1001"}
+REGISTERED = {"state": "ready", "registered": True, "last_error": ""}
+
+
+@pytest.mark.parametrize(
+    ("workers", "answer"),
+    [
+        ([], ""),
+        ([REGISTERED, LOADING], ""),
+        ([REGISTERED, WAITS], None),
+        ([WAITS, REFUSED], "could not register: code 1001"),
+    ],
+)
+def test_what_keeps_workers_from_the_node(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch, workers: list[dict[str, Any]], answer: str | None
+) -> None:
+    monkeypatch.setitem(ANSWERS, "/v1/workers", {"data": workers})
+    assert probe.unregistered() == answer

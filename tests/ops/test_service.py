@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import Settings
+from supervise import service as service_module
 from supervise.console import Console
 from supervise.plan import Plan
 from supervise.readiness import Probe
@@ -19,7 +20,7 @@ class StubProbe(Probe):
     """Reports ready as soon as the file `ready_when` exists."""
 
     def __init__(self, ready_when: Path) -> None:
-        super().__init__(Settings())
+        super().__init__(Settings(node_url=""))
         self._ready_when = ready_when
 
     def ready(self, web_pid: int | None = None) -> bool:
@@ -171,3 +172,28 @@ def test_a_worker_that_exits_after_ready_is_restarted(log: Path) -> None:
         return out.to_end()
 
     assert "exited with status 1; restarting in 1 s" in asyncio.run(scenario())
+
+
+def test_a_worker_that_is_not_restarted_is_an_alarm_again_and_again(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "ALARM_EVERY_S", 0.05)
+    body = f"""
+while "READY" not in open({str(log.with_name("output"))!r}).read():
+    time.sleep(0.02)
+print('[now] weights are gone', flush=True)
+os._exit(78)
+"""
+    plan = Plan(redis=(), web=(), flower=(), workers=(stand_in("m-1", log, body=body),))
+
+    async def scenario() -> None:
+        service, out = build(plan, log)
+        running = asyncio.create_task(service.run())
+        while out.so_far().count("ALARM: m-1 does not run: weights are gone; correct it and restart") < 3:
+            await asyncio.sleep(0.02)
+        service.ask_to_stop()
+        await asyncio.wait_for(running, 60)
+        out.to_end()
+
+    asyncio.run(scenario())
+    assert noted(log) == ["m-1 started"]
