@@ -4,7 +4,7 @@ ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
 ├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408
 ├─ PayloadTooLarge 413 · RateLimited 429 · Cancelled 499
-├─ InternalError 500 (EngineError, OutOfMemory)
+├─ InternalError 500 (EngineError, OutOfMemory, EngineStopped)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, ShuttingDown)
 └─ DeadlineExceeded 504
 
@@ -27,6 +27,8 @@ class ServiceError(Exception):
     type = "server_error"
     default_message: ClassVar[str] = ""
     default_retry_after_s: ClassVar[float | None] = None
+    may_retry: ClassVar[bool] = True
+    """False tells OpenAI's clients not to send the request again, which they do by themselves after a 5xx."""
 
     def __init__(
         self, message: str = "", *, param: str | None = None, retry_after_s: float | None = None
@@ -130,6 +132,15 @@ class OutOfMemory(InternalError):
 
     code = "out_of_memory"
     default_message = "the model ran out of memory on this request; send a smaller one"
+    may_retry = False
+
+
+class EngineStopped(InternalError):
+    """Made by a worker that ends because its engine hung or died: this request may be the reason."""
+
+    code = "engine_stopped"
+    default_message = "the model stopped responding while it worked on this request, and is being restarted"
+    may_retry = False
 
 
 class Unavailable(ServiceError):

@@ -19,7 +19,7 @@ from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
 from config import EXIT_CONFIGURATION
-from protocol.errors import WorkerLost
+from protocol.errors import EngineStopped, ServiceError, WorkerLost
 from protocol.events import Failed
 from protocol.names import GENERATE_TASK
 from workers.canary import SwitchableEmit, run_canary
@@ -156,17 +156,20 @@ class Lifecycle:
             # lease, record and entry belong to the newer worker
             self._worker.registrar.abandon()
             reason = "a newer worker with the same cid has started; each worker needs a cid of its own"
-            self._fail(reason, EXIT_CONFIGURATION)
+            self._fail(reason, EXIT_CONFIGURATION, WorkerLost())
         except EngineHung as error:
-            self._fail(str(error), EXIT_HUNG)
+            self._fail(str(error), EXIT_HUNG, EngineStopped())
 
-    def _fail(self, reason: str, status: int) -> None:
-        """End a process that can't serve, nor end in order; the supervisor starts another."""
+    def _fail(self, reason: str, status: int, failure: ServiceError) -> None:
+        """End a process that can't serve, nor end in order; the supervisor starts another.
+
+        Running requests get `failure`.
+        """
         worker = self._worker
         log.critical("worker %s ends: %s", worker.status.identity.cid, reason)
         worker.status.set_draining(reason)
         worker.registrar.drain()
-        worker.runner.fail_all(Failed.of(WorkerLost()))
+        worker.runner.fail_all(Failed.of(failure))
         worker.sender.stop(2.0)
         if status != EXIT_CONFIGURATION:
             self._release()

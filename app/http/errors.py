@@ -45,6 +45,8 @@ def error_response(error: ServiceError) -> Response:
     response = json_response(error_body(error), error.status)
     if error.retry_after_s is not None:
         response.headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if not error.may_retry:
+        response.headers["X-Should-Retry"] = "false"
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     return response

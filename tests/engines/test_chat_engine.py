@@ -434,11 +434,11 @@ def test_a_dead_thread_is_noticed_at_once_and_fails_all_requests(weights):
     engine.submit(chat_job("running", max_tokens=900, ignore_eos=True))
     collector.wait_first("running")
     FailingForward(engine, SystemExit("dead"), lambda chunks: True)
-    assert collector.result("running").failed.code == "worker_lost"
+    assert collector.result("running").failed.code == "engine_stopped"
     assert engine._thread is not None
     engine._thread.join()
     assert not engine.status().alive
-    assert collector.result("running").failed.code == "worker_lost"
+    assert collector.result("running").failed.code == "engine_stopped"
     engine.submit(chat_job("late"))
     assert collector.result("late").failed.code == "shutting_down"
 

@@ -81,11 +81,11 @@ def test_a_request_that_the_engine_fails_on(service: Deployment, fault: str, cod
 def test_an_engine_that_hangs_or_dies_is_replaced(service: Deployment, fault: str, reason: str) -> None:
     (other,) = read(service, 5000)
     status, answer = service.chat(fault, "echo")
-    assert status == 503
-    assert answer["error"]["code"] == "worker_lost"
+    assert status == 500
+    assert answer["error"]["code"] == "engine_stopped" and "again" not in answer["message"]
     other.wait_end(10)
     assert other.error is not None
-    assert other.error["error"]["code"] == "worker_lost"
+    assert other.error["error"]["code"] == "engine_stopped"
     worker = service.workers[NAME]
     assert worker.popen.wait(20) not in (0, 78), "with this status a supervisor would not start it again"
     assert reason in worker.tail()

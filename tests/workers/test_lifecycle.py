@@ -256,7 +256,7 @@ def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
         "leases.release_worker",
     ]
     (failure,) = bench.parts.runner.fail_all.call_args.args
-    assert failure.code == "worker_lost"
+    assert failure.code == "engine_stopped"
     released = bench.released()
     assert (released.state, released.last_error, released.registered) == ("draining", "no progress", True)
 

@@ -12,7 +12,7 @@ from collections import deque
 import torch
 
 from catalogue import ChatModelEntry
-from protocol.errors import ShuttingDown, WorkerLost
+from protocol.errors import EngineStopped, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
@@ -104,7 +104,7 @@ class ChatEngine:
     def _run(self) -> None:
         # torch keeps this number for each calling thread
         torch.set_num_threads(self.parts.torch_threads)
-        failure = Failed.of(WorkerLost())
+        failure = Failed.of(EngineStopped())
         try:
             while not self._closing:
                 if not self.step():
