@@ -58,10 +58,8 @@ class Registrar:
         self._take_turn = take_turn
         self._on_change = on_change
         self._timing = timing or Timing()
-        self._entry = EntryState(
-            self._timing.read_list_every_s,
-            Backoff(self._timing.backoff_first_s, self._timing.backoff_max_s),
-        )
+        backoff = Backoff(self._timing.backoff_first_s, self._timing.backoff_max_s)
+        self._entry = EntryState(self._timing.read_list_every_s, backoff)
         self._web = WebWatch()
         self._probe_at = 0.0
         self._changed = threading.Condition()
@@ -239,8 +237,7 @@ class Registrar:
 class NoRegistrar:
     """Replaces a Registrar where there is no node, or no type for the model. Does nothing."""
 
-    registered = False
-    maybe_registered = False
+    registered = maybe_registered = False
     last_error = ""
 
     def start(self) -> None: ...
