@@ -5,6 +5,8 @@ User and password come from FLOWER_BASIC_AUTH. Without them Flower would serve e
 
 import sys
 
+from flower.views import BaseHandler
+
 from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 
 try:
@@ -14,6 +16,15 @@ try:
 except ConfigurationError as _error:
     print(f"flower: {_error}", file=sys.stderr)
     sys.exit(EXIT_CONFIGURATION)
+
+
+def _require_password(handler: BaseHandler) -> None:
+    """Refuse a request without the password: reading `current_user` raises the 401."""
+    _ = handler.current_user
+
+
+# Flower itself asks for it page by page, and neither at /metrics, which names tasks and workers, nor at /healthcheck.
+BaseHandler.prepare = _require_password
 
 basic_auth = [_password]
 address = "127.0.0.1"

@@ -47,6 +47,10 @@ def test_flower(service: Deployment) -> None:
         wait_until(lambda: ask(port, "/api/workers")[0], timeout_s=60, what="Flower answers")
         assert ask(port, "/api/workers")[0] == 401
         assert ask(port, "/api/workers", "operator:wrong")[0] == 401
+        for path in ("/", "/workers", "/tasks", "/broker", "/metrics", "/healthcheck"):
+            assert (path, ask(port, path)[0]) == (path, 401)
+            assert (path, ask(port, path, "operator:wrong")[0]) == (path, 401)
+            assert (path, ask(port, path, PASSWORD)[0]) == (path, 200)
 
         def workers() -> list[str]:
             status, body = ask(port, "/api/workers?refresh=1", PASSWORD)
