@@ -83,8 +83,30 @@ def test_compose_has_the_workers_of_the_example_catalogue(compose: dict[str, Any
 def test_compose_sets_nothing_that_settings_do_not_know(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name != "redis":
-            known = {field.upper() for field in Settings.model_fields} | {"NODE_NAME", "HF_TOKEN"}
+            known = {field.upper() for field in Settings.model_fields} | {
+                "NODE_NAME",
+                "HF_TOKEN",
+                "WEB_CONCURRENCY",
+            }
             assert set(service.get("environment", {})) <= known
+
+
+def test_every_setting_reaches_the_containers(compose: dict[str, Any]) -> None:
+    of_one_process = {"WORKER_MODEL", "WORKER_CID", "FLOWER_BASIC_AUTH", "CUDA_VISIBLE_DEVICES"}
+    wanted = {field.upper() for field in Settings.model_fields} - of_one_process | {"WEB_CONCURRENCY"}
+    for service in [compose["services"]["web"], *workers(compose)]:
+        assert wanted <= set(service["environment"])
+
+
+def test_every_container_has_an_init_process(compose: dict[str, Any]) -> None:
+    assert all(service["init"] is True for service in compose["services"].values())
+
+
+def test_weights_beside_the_catalogue_are_mounted(compose: dict[str, Any]) -> None:
+    for worker in workers(compose):
+        folders = {volume.split(":")[-2] for volume in worker["volumes"]}
+        catalogue = Path(worker["environment"]["MODELS_FILE"])
+        assert str(catalogue) in folders and str(catalogue.parent / "weights") in folders
 
 
 @pytest.mark.parametrize("name", ["web", "worker"])
