@@ -14,7 +14,7 @@ from transformers import Qwen2Config
 from catalogue import ChatModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
-from workers.engines.chat import build
+from workers.engines.chat import backend, build
 from workers.engines.chat.attention.base import LayerCall
 from workers.engines.chat.attention.cpu import CpuPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
@@ -126,7 +126,7 @@ def test_other_models_run_through_transformers_with_packed_products(tmp_path, fa
 
 
 def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
-    monkeypatch.setattr(build, "COMPILED_ATTENTION_THREADS", 0)
+    monkeypatch.setattr(backend, "COMPILED_ATTENTION_THREADS", 0)
     parts = built(save_model(tmp_path, CONFIGS["llama"]()))
     assert type(parts.attention) is PagedAttention
 

@@ -2,7 +2,7 @@
 
 Each of transformers' own layers runs some 60 operations and as much Python between them: with one row in the
 batch that is most of a step. Here query, key and value are one product, as are gate and up, and keys and
-queries are rotated together (layers.py). build.py compares the result with the model's own before the first
+queries are rotated together (layers.py). backend.py compares the result with the model's own before the first
 request. transformers' layers are used if it differs, and for every other architecture.
 """
 

@@ -1,0 +1,163 @@
+"""Chooses how the model is computed: attention, cache, layers, CUDA graphs.
+
+Each faster way is compared with the model's own output (model/output_check.py) and used only if the two
+agree.
+"""
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from catalogue import ChatEngineOptions
+from workers.engines.base import EngineLoadError
+from workers.engines.chat.attention.base import ModelAttention
+from workers.engines.chat.attention.flash import FlashPagedAttention
+from workers.engines.chat.attention.paged import PagedAttention
+from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.model.cuda_graphs import CudaGraphs
+from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
+from workers.engines.chat.model.linear import can_pack, pack_linears
+from workers.engines.chat.model.loader import (
+    CPU_PAGE,
+    GPU_PAGE,
+    LoadedModel,
+    budget_tokens,
+    cache_shape,
+    wants_flash,
+)
+from workers.engines.chat.model.output_check import OutputCheck
+from workers.engines.chat.model.runner import ModelForward, ModelRunner, Runner
+from workers.engines.failures import free_memory
+
+log = logging.getLogger(__name__)
+
+COMPILED_ATTENTION_THREADS = 4
+"""The compiled attention runs in one thread.
+
+For 64 rows it takes 0.4 of the time of torch's operations in one or two threads; with more threads than this,
+torch's operations are faster.
+"""
+
+
+class Backend(NamedTuple):
+    """What computes the model's forward passes."""
+
+    cache: KVCache
+    attention: ModelAttention
+    runner: Runner
+
+
+def build_backend(loaded: LoadedModel, options: ChatEngineOptions) -> Backend:
+    """Build the fastest backend whose output is right. Raises EngineLoadError if there is none."""
+    joined = None
+    if can_fuse(loaded.model):
+        # before the cache takes the free memory: joining allocates new weights
+        joined = join_weights(loaded.model)
+        free_memory()
+    if wants_flash(loaded):
+        try:
+            return _build_flash(loaded, joined, options)
+        except EngineLoadError as error:
+            log.warning("%s; the portable attention is used instead", error)
+            free_memory()
+    return _build_portable(loaded, joined, options)
+
+
+def _build_portable(
+    loaded: LoadedModel, joined: list[JoinedWeights] | None, options: ChatEngineOptions
+) -> Backend:
+    """The backend for any device."""
+    cache = _make_cache(loaded, options, CPU_PAGE, token_major=False)
+    attention = _paged_attention(cache)
+    check = OutputCheck(loaded, cache)
+    runner = _checked_runner(loaded, attention, check)
+    if joined is None or not _fuse(loaded, joined, attention, runner, check):
+        _pack(loaded, runner, check)
+    return Backend(cache, attention, runner)
+
+
+def _build_flash(
+    loaded: LoadedModel, joined: list[JoinedWeights] | None, options: ChatEngineOptions
+) -> Backend:
+    """The backend for a GPU. Not run in this repository's tests, which have none."""
+    cache = _make_cache(loaded, options, GPU_PAGE, token_major=True)
+    attention = FlashPagedAttention(cache, min(loaded.max_context, cache.num_pages * GPU_PAGE))
+    check = OutputCheck(loaded, cache)
+    runner = _checked_runner(loaded, attention, check)
+    if joined is not None:
+        _fuse(loaded, joined, attention, runner, check)
+    if options.compile:
+        graphs = CudaGraphs(runner, attention, cache.padding_slot)
+        try:
+            graphs.capture(options.max_batch_size)
+            check(graphs)
+            return Backend(cache, attention, graphs)
+        except (EngineLoadError, RuntimeError) as error:
+            log.warning("%s: decode runs without CUDA graphs: %s", loaded.name, error)
+    return Backend(cache, attention, runner)
+
+
+def _paged_attention(cache: KVCache) -> PagedAttention:
+    float_on_cpu = cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32
+    if float_on_cpu and torch.get_num_threads() <= COMPILED_ATTENTION_THREADS:
+        # imported here, so that a worker on a GPU doesn't load a compiler
+        from workers.engines.chat.attention.cpu import CpuPagedAttention
+
+        return CpuPagedAttention(cache)
+    return PagedAttention(cache)
+
+
+def _checked_runner(loaded: LoadedModel, attention: ModelAttention, check: OutputCheck) -> ModelRunner:
+    """Let the model's layers call `attention`. Raises EngineLoadError if that changes the model's output."""
+    runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
+    loaded.model.set_attn_implementation(attention.register())
+    check(runner)
+    check.windows(attention)
+    return runner
+
+
+def _fuse(
+    loaded: LoadedModel,
+    joined: list[JoinedWeights],
+    attention: ModelAttention,
+    runner: ModelRunner,
+    check: OutputCheck,
+) -> bool:
+    """Let the runner use FusedDecoder.
+
+    Returns False and leaves the runner unchanged if that changes the output.
+    """
+    plain = runner.model_forward
+    try:
+        runner.model_forward = FusedDecoder(loaded.model, joined, attention, loaded.max_context)
+        check(runner)
+    except (EngineLoadError, RuntimeError) as error:
+        log.warning("transformers' own layers are used: with joined weights, %s", error)
+        runner.model_forward = plain
+        return False
+    if can_pack(joined[0].gate_up[0]):
+        # FusedDecoder holds packed copies of these weights
+        loaded.model.model.layers = torch.nn.ModuleList()
+    return True
+
+
+def _pack(loaded: LoadedModel, runner: ModelRunner, check: OutputCheck) -> None:
+    """Pack the linears of a model that runs through transformers' layers, unless that changes the output."""
+    replaced = pack_linears(loaded.model)
+    try:
+        check(runner)
+    except EngineLoadError as error:
+        log.warning("weights stay in torch's layout: in oneDNN's, %s", error)
+        for module, name, linear in replaced:
+            setattr(module, name, linear)
+
+
+def _make_cache(loaded: LoadedModel, options: ChatEngineOptions, page: int, token_major: bool) -> KVCache:
+    shape = cache_shape(loaded, token_major)
+    num_pages = max(2, budget_tokens(loaded, shape, options) // page)
+    try:
+        return KVCache(shape, num_pages, page, options.max_batch_size, loaded.device)
+    except (RuntimeError, MemoryError) as error:
+        tokens = num_pages * page
+        raise EngineLoadError(f"{loaded.name}: no room for a KV cache of {tokens} tokens") from error
