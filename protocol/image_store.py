@@ -1,5 +1,6 @@
-"""The store of generated images: PNG bytes in Redis under random names, each with a TTL, within a fixed total
-size.
+"""The store of generated images: PNG bytes in Redis under random names, each with a TTL.
+
+Their total size is bounded, by a fixed capacity and by a share of Redis' memory.
 
 One atomic script writes, so that any number of processes agree on the total. It needs two keys beside the
 images: a sorted set of names by expiry time, which is also their order of age, and a hash of sizes by name
@@ -12,14 +13,18 @@ from typing import cast
 
 from protocol.connections import RedisClient
 from protocol.names import Keys
+from protocol.redis_memory import MEMORY_ROOM
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{43}")
 
-# Stores an image and removes what has expired and, where room is needed, the oldest images.
+# Stores an image and removes what has expired and, where room is needed, the oldest images. Returns 1, or 0 if
+# Redis has no room for the image although all others were removed.
 # KEYS: expiry (sorted set), sizes (hash), the image.
 # ARGV: name, TTL in ms, capacity in bytes, prefix of image keys, PNG bytes.
 # The keys of removed images are built here, which Redis allows everywhere but in a cluster.
-_PUT = """
+_PUT = (
+    MEMORY_ROOM
+    + """
 local expiry, sizes, image = KEYS[1], KEYS[2], KEYS[3]
 local name, ttl, capacity, prefix, png = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
 local time = redis.call('TIME')
@@ -43,6 +48,11 @@ while tonumber(redis.call('HGET', sizes, 'total') or 0) + #png > capacity do
   if not oldest then break end
   remove(oldest)
 end
+while (memory_room() or #png) < #png do
+  local oldest = redis.call('ZRANGE', expiry, 0, 0)[1]
+  if not oldest then return 0 end
+  remove(oldest)
+end
 redis.call('SET', image, png, 'PX', ttl)
 redis.call('ZADD', expiry, string.format('%.0f', now + ttl * 1000), name)
 redis.call('HSET', sizes, name, #png)
@@ -51,11 +61,17 @@ redis.call('HINCRBY', sizes, 'total', #png)
 for _, key in ipairs({expiry, sizes}) do
   if redis.call('PTTL', key) < ttl then redis.call('PEXPIRE', key, ttl) end
 end
+return 1
 """
+)
 
 
 class ImageTooLarge(ValueError):
     """Raised by `ImageStore.put` for an image that is larger than the whole store."""
+
+
+class StoreFull(Exception):
+    """Raised by `ImageStore.put` when other data takes the memory that Redis may use."""
 
 
 def is_name(text: str) -> bool:
@@ -82,7 +98,7 @@ class ImageStore:
         return secrets.token_urlsafe(32)
 
     def put(self, name: str, png: bytes) -> None:
-        """Store an image, removing the oldest ones when there is no room. Raises ImageTooLarge.
+        """Store an image, removing the oldest ones when there is no room. Raises ImageTooLarge and StoreFull.
 
         Raises ValueError for a name that `new_name` can't have made.
         """
@@ -93,10 +109,12 @@ class ImageStore:
                 f"an image of {len(png)} bytes in a store of {self._capacity} (IMAGE_STORE_MB)"
             )
         keys = self._keys
-        self._put(
+        stored = self._put(
             keys=[keys.image_expiry, keys.image_sizes, keys.image(name)],
             args=[name, self._ttl_ms, self._capacity, keys.image(""), png],
         )
+        if not stored:
+            raise StoreFull(f"Redis is too near to its maxmemory for an image of {len(png)} bytes")
 
     def get(self, name: str) -> bytes | None:
         """Return the image, or None when it has expired, was removed for newer ones or never existed."""

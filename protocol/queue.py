@@ -16,21 +16,29 @@ from protocol.connections import RedisClient, queue_errors
 from protocol.errors import Overloaded
 from protocol.jobs import Job
 from protocol.names import Keys
+from protocol.redis_memory import MEMORY_ROOM
 from protocol.task_messages import TaskMessages
 
 JOB_GRACE_S = 30
 """How long a job outlives its deadline, for a worker that ends it late."""
 
+MAX_WAITING_BYTES = 256 * 2**20
+"""Images of the waiting jobs of one model; an edit can have 20 MiB."""
+
 # Stores a job, adds it to the waiting ones and queues its message. Refuses it by the number of waiting requests, or,
-# where the workers' rate is known, by the time that they will take. Returns {1, admission time}, or
-# {0, waiting requests, estimated wait in s}.
+# where the workers' rate is known, by the time that they will take. A job with images is also refused by the bytes
+# of the images that wait, and where Redis has no room for them. Returns {1, admission time}, or
+# {0, waiting requests, estimated wait in s}; the wait is -1 if the images are the reason.
 # The keys of the waiting jobs are built here, which Redis allows everywhere but in a cluster.
-_ADMIT = """
+_ADMIT = (
+    MEMORY_ROOM
+    + """
 local waiting_key, job_key, queue_key = KEYS[1], KEYS[2], KEYS[3]
 local request_id, message = ARGV[1], ARGV[2]
 local deadline_s, grace_s, max_waiting = tonumber(ARGV[3]), tonumber(ARGV[4]), tonumber(ARGV[5])
 local rate, job_prefix = tonumber(ARGV[6]), ARGV[7]
-local first_field = 8
+local bytes, max_bytes = tonumber(ARGV[8]), tonumber(ARGV[9])
+local first_field = 10
 
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
@@ -46,15 +54,23 @@ end
 if waiting >= max_waiting or wait_s > deadline_s / 2 then
   return {0, waiting, math.ceil(wait_s)}
 end
+if bytes > 0 then
+  local total = bytes
+  for _, id in ipairs(redis.call('ZRANGE', waiting_key, 0, -1)) do
+    total = total + tonumber(redis.call('HGET', job_prefix .. id, 'bytes') or 0)
+  end
+  if total > max_bytes or (memory_room() or bytes) < bytes then return {0, waiting, -1} end
+end
 
 local ttl, deadline = math.ceil(deadline_s) + grace_s, now + deadline_s
 redis.call('ZADD', waiting_key, deadline, request_id)
 redis.call('EXPIRE', waiting_key, ttl)
-redis.call('HSET', job_key, 'admitted', now, 'deadline', deadline, unpack(ARGV, first_field))
+redis.call('HSET', job_key, 'admitted', now, 'deadline', deadline, 'bytes', bytes, unpack(ARGV, first_field))
 redis.call('EXPIRE', job_key, ttl)
 redis.call('LPUSH', queue_key, message)
 return {1, tostring(now)}
 """
+)
 
 # Queues another message for a job that still exists and waits. Returns 1 if it did.
 _RESEND = """
@@ -125,8 +141,8 @@ class JobQueue:
         """Admit and queue a job in one step; returns its admission time (Redis clock, seconds).
 
         `rate` is the work (protocol.jobs.work_of) that the model's workers finish in a second, 0 if it is not known.
-        Raises Overloaded when `max_waiting` requests wait, or when what waits will take longer than half the
-        deadline. Raises QueueUnavailable; the job may then have been queued all the same, so it must be cancelled.
+        Raises Overloaded when `max_waiting` requests wait, when what waits will take longer than half the deadline,
+        or when there is no room for the job's images. Raises QueueUnavailable; the job may then have been queued all the same, so it must be cancelled.
         """
         body, files = jobs.encode(job)
         fields: list[bytes | str | float] = ["body", body, "web", web_id, "work", jobs.work_of(job)]
@@ -134,12 +150,17 @@ class JobQueue:
             fields += [name, data]
         message = self._messages.make(job.id, self._keys.queue(job.model))
         limits: list[float | str] = [deadline_s, JOB_GRACE_S, max_waiting, rate, self._keys.job("")]
+        limits += [sum(map(len, files.values())), MAX_WAITING_BYTES]
         with queue_errors():
             admitted, *rest = self._admit(
                 keys=self._waiting_keys(job.id, job.model), args=[job.id, message, *limits, *fields]
             )
         if not admitted:
             waiting, wait_s = rest
+            if wait_s < 0:
+                raise Overloaded(
+                    f"too many images wait for model {job.model!r} already; try again later", retry_after_s=5
+                )
             raise Overloaded(
                 f"{waiting} requests wait for model {job.model!r} already; try again later",
                 retry_after_s=min(60, max(1, wait_s)),

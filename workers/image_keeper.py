@@ -2,9 +2,9 @@
 
 import logging
 
-from protocol.errors import EngineError
+from protocol.errors import EngineError, Overloaded
 from protocol.events import Event, Failed, ImageReady
-from protocol.image_store import ImageStore, ImageTooLarge
+from protocol.image_store import ImageStore, ImageTooLarge, StoreFull
 
 log = logging.getLogger(__name__)
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 def keep_image(store: ImageStore, event: Event) -> Event:
     """Return the event to send: an ImageReady with a name instead of bytes, any other event unchanged.
 
-    An image that is too large for the store becomes a Failed event. Raises RedisError.
+    An image for which the store has no room becomes a Failed event. Raises RedisError.
     """
     if not isinstance(event, ImageReady) or not event.png:
         return event
@@ -23,4 +23,7 @@ def keep_image(store: ImageStore, event: Event) -> Event:
         log.error("%s", error)
         message = "the image is larger than this server can store; ask for a smaller one"
         return Failed.of(EngineError(message))
+    except StoreFull as error:
+        log.error("%s", error)
+        return Failed.of(Overloaded("there is no memory for more images at the moment; try again later"))
     return ImageReady(event.index, event.seed, event.width, event.height, name=name)

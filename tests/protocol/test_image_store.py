@@ -1,14 +1,17 @@
 """The image store on a real Redis."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
-from protocol.image_store import ImageStore, ImageTooLarge, is_name
+from protocol.image_store import ImageStore, ImageTooLarge, StoreFull, is_name
 from protocol.names import Keys
+from tests.deployment import RedisServer
 
 
 @pytest.fixture
@@ -103,3 +106,55 @@ def test_many_writers_never_exceed_the_capacity(redis_client, keys, new_store):
     stored = sum(redis_client.strlen(key) for key in redis_client.keys(keys.image("*")) if b"#" not in key)
     assert 10_000 - max(sizes) < stored <= 10_000
     assert int(redis_client.hget(keys.image_sizes, "total")) == stored
+
+
+@pytest.fixture
+def small_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A Redis of its own whose maxmemory is about 20 MB above what it uses."""
+    server = RedisServer(tmp_path)
+    server.start()
+    used = server.client.info("memory")["used_memory"]
+    server.client.config_set("maxmemory", used + 20_000_000)
+    yield server
+    server.stop()
+
+
+def test_images_leave_a_share_of_the_memory_of_redis(small_redis, keys):
+    store = ImageStore(small_redis.client, keys, ttl_s=60, capacity_bytes=2**30)
+    names = [put(store, 1_000_000) for _ in range(40)]
+    assert store.get(names[0]) is None and store.get(names[-1]) is not None
+    memory = small_redis.client.info("memory")
+    assert 0.5 < memory["used_memory"] / memory["maxmemory"] < 0.8
+    small_redis.client.set("chat", b"x" * 2_000_000)
+
+
+def fill(client: Any, size: int) -> list[str]:
+    """Write other data of `size` bytes and return its keys."""
+    names = [f"other{number}" for number in range(size // 100_000)]
+    for name in names:
+        client.set(name, b"x" * 100_000)
+    return names
+
+
+def test_images_give_way_to_other_data_and_are_refused_when_there_is_no_room(small_redis, keys):
+    store = ImageStore(small_redis.client, keys, ttl_s=60, capacity_bytes=2**30)
+    name = put(store, 1_000_000)
+    others = fill(small_redis.client, 15_000_000)
+    with pytest.raises(StoreFull):
+        put(store, 1_000_000)
+    assert store.get(name) is None
+    small_redis.client.delete(*others)
+    assert store.get(put(store, 1_000_000)) is not None
+
+
+def test_a_full_redis_takes_an_image_in_place_of_older_ones(small_redis, keys):
+    store = ImageStore(small_redis.client, keys, ttl_s=60, capacity_bytes=2**30)
+    for _ in range(9):
+        put(store, 1_000_000)
+    small_redis.client.config_set("maxmemory", small_redis.client.info("memory")["used_memory"] // 2)
+    name = store.new_name()
+    with pytest.raises(redis.exceptions.OutOfMemoryError):
+        small_redis.client.set("other", b"x")
+    store.put(name, b"x" * 1000)
+    assert store.get(name) is not None
+    small_redis.client.set("other", b"x")

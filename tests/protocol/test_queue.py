@@ -2,10 +2,12 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import protocol.queue
 from config import Settings
 from protocol.celery_app import create_celery
 from protocol.errors import Overloaded, QueueUnavailable
@@ -173,3 +175,39 @@ def test_a_job_of_another_version_names_its_web_process(
     with pytest.raises(UnreadableJob) as error:
         queue.claim("a", MODEL, "w")
     assert error.value.web_id == "w" and error.value.remaining_s > 50
+
+
+def edit(name: str, size: int) -> ImageJob:
+    return ImageJob(
+        id=name, model=MODEL, task="edit", prompt="p", image=bytes(size // 2), mask=bytes(size // 2)
+    )
+
+
+def test_the_images_that_wait_are_bounded_in_bytes(queue: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol.queue, "MAX_WAITING_BYTES", 1000)
+    admit(queue, edit("a", 600))
+    with pytest.raises(Overloaded, match="images wait") as refusal:
+        admit(queue, edit("b", 402))
+    assert refusal.value.retry_after_s == 5
+    admit(queue, edit("c", 400))
+    admit(queue, chat("d"))
+    assert queue.claim("a", MODEL, "incarnation_id") is not None
+    admit(queue, edit("b", 402), max_waiting=9)
+
+
+def test_images_are_refused_where_redis_has_no_room_and_chats_are_not(tmp_path: Path, keys: Keys) -> None:
+    server = RedisServer(tmp_path)
+    server.start()
+    try:
+        client = server.client
+        celery = create_celery(Settings(redis_url=server.url), keys)
+        queue = JobQueue(client, keys, celery, claim_ttl_s=100)
+        client.config_set("maxmemory", client.info("memory")["used_memory"] + 20_000_000)
+        admit(queue, edit("a", 1_000_000), max_waiting=9)
+        for number in range(140):
+            client.set(f"other{number}", b"x" * 100_000)
+        with pytest.raises(Overloaded, match="images wait"):
+            admit(queue, edit("b", 1_000_000), max_waiting=9)
+        admit(queue, chat("c"), max_waiting=9)
+    finally:
+        server.stop()

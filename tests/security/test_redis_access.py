@@ -18,7 +18,7 @@ from tests.security.conftest import CATALOGUE, HI, Certificates, GuardedRedis, K
 # Each kind of process may use the keys and channels of its namespace, and no command that shows or ends what others do.
 COMMANDS = (
     "-@all +@read +@write +@connection +@transaction +@pubsub +eval +evalsha +script|load +script|exists +time"
-    " -@dangerous -scan -randomkey"
+    " -@dangerous +info -scan -randomkey"
 )
 WEB = f"~Test:* resetchannels &Test:out:* {COMMANDS}"
 # Redis compares the pattern of a subscription literally; the 0 is the number of the database.

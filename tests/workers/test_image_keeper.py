@@ -22,6 +22,17 @@ def test_an_image_larger_than_the_store_fails_its_request(redis_client: Any, key
     assert isinstance(sent, Failed) and sent.code == "engine_error" and "smaller" in sent.message
 
 
+def test_a_store_without_memory_fails_the_request_for_a_while(redis_client: Any, keys: Keys) -> None:
+    store = ImageStore(redis_client, keys, ttl_s=60, capacity_bytes=1000)
+    used = redis_client.info("memory")["used_memory"]
+    redis_client.config_set("maxmemory", int(used * 1.1))
+    try:
+        sent = keep_image(store, ImageReady(index=0, seed=7, width=64, height=32, png=b"x"))
+    finally:
+        redis_client.config_set("maxmemory", 0)
+    assert isinstance(sent, Failed) and sent.code == "overloaded"
+
+
 def test_other_events_are_not_changed(redis_client: Any, keys: Keys) -> None:
     store = ImageStore(redis_client, keys, ttl_s=60, capacity_bytes=10)
     event = Finished()
