@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     worker_cid: str = Field(
         default="",
         description="what the node knows a worker by, the same after each restart. "
-        "Default: made from SERVICE_ID, NAMESPACE, host, GPUs (on a CPU the worker's name) and model",
+        "Default: made from SERVICE_ID, NAMESPACE, host, GPUs, the worker's name (-n) and model",
     )
     service_id: str = Field(
         default="",

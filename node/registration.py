@@ -46,7 +46,7 @@ def _registration(
 def default_cid(service_id: str, namespace: str, *parts: str) -> str:
     """The cid of a worker without WORKER_CID: the same after a restart.
 
-    `parts` tell the workers of a deployment apart: host, GPU UUIDs or Celery node name, model.
+    `parts` tell the workers of a deployment apart: host, GPU UUIDs, Celery node name, model.
     """
     return cid_prefix(service_id, namespace) + _hex("\0".join(parts), 10)
 

@@ -55,7 +55,7 @@ def build_worker(
     namespace = namespace_of(settings, catalogue)
     keys = Keys.of(namespace)
     redis = connect_redis(settings)
-    identity = _identify(settings, catalogue, entry, namespace, node_name)
+    identity = identify(settings, catalogue, entry, namespace, node_name)
     leases = Leases(redis, keys)
     queue = JobQueue(redis, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
     image_store = ImageStore(
@@ -93,13 +93,13 @@ def build_worker(
     )
 
 
-def _identify(
+def identify(
     settings: Settings, catalogue: Catalogue, entry: ModelEntry, namespace: str, node_name: str
 ) -> WorkerRecord:
     """The record of this incarnation, with the fields that never change."""
     host, gpus = os.uname().nodename, visible_gpus(settings)
-    # workers on the CPU of one host are told apart by their Celery names
-    parts = (host, *(gpus or [node_name]), entry.name)
+    # the Celery name too: two workers of one model may share a GPU, or have none
+    parts = (host, *gpus, node_name, entry.name)
     cid = settings.worker_cid or default_cid(settings.service_id, namespace, *parts)
     return WorkerRecord(
         cid=cid,
