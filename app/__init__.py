@@ -53,6 +53,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app.register_blueprint(
         operations_blueprint(
             models=catalogue.models,
+            namespace=services.deployment.namespace,
             worker_view=services.worker_view,
             metrics=services.metrics,
             connected=services.process.connected,

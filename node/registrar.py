@@ -37,16 +37,16 @@ class Timing:
 class Registrar:
     """The owner of one entry.
 
-    `probe` says whether the web process answers and never raises; `take_turn` gives the node to one process
-    at a time; `on_change` is called, from any thread and without locks held, when `registered` or
-    `last_error` has changed.
+    `probe` says why the web process can't be called, "" if it can, and never raises; `take_turn` gives the
+    node to one process at a time; `on_change` is called, from any thread and without locks held, when
+    `registered` or `last_error` has changed.
     """
 
     def __init__(
         self,
         registration: Registration,
         node: NodeClient,
-        probe: Callable[[], bool],
+        probe: Callable[[], str],
         take_turn: Callable[[], AbstractContextManager[bool]],
         on_change: Callable[[], None],
         *,
@@ -81,8 +81,8 @@ class Registrar:
 
     @property
     def last_error(self) -> str:
-        """Why the node's list isn't as it should be, in one line; "" when it is."""
-        return self._entry.last_error
+        """Why the node's list isn't as it should be, or the worker not registered, in one line; or ""."""
+        return self._entry.last_error or (self._web.error if self._entry.serving else "")
 
     def start(self) -> None:
         """Begin. The entry of an earlier incarnation is removed until this one serves."""
@@ -160,12 +160,13 @@ class Registrar:
         timing = self._timing
         every_s = timing.probe_every_s if self._web.ever_up else timing.first_probe_every_s
         self._probe_at = time.monotonic() + every_s
-        was_up = self._web.up
+        before = self._web.error
         self._web.add(self._probe())
         with self._changed:
             self._entry.web_up = self._web.up
-        if self._web.up != was_up:
-            log.info("the web process %s", "answers" if self._web.up else "does not answer")
+        if self._web.error != before:
+            log.info("%s", self._web.error or "the web process answers")
+        self._report_change()
 
     def _take(self, step: Step) -> None:
         try:

@@ -130,7 +130,7 @@ def _build_registrar(
     return Registrar(
         registration,
         NodeClient(settings.node_url),
-        http_probe(settings.service_url),
+        http_probe(settings.service_url, namespace_of(settings, catalogue), entry.name),
         NodeLock(redis, keys, settings.node_url, settings.service_id).turn,
         on_change=record_changed.set,
     )

@@ -1,6 +1,7 @@
 """Access control: API keys, rate limits and the node's own listener.
 
-That listener needs no key and serves only the POST endpoints of the models.
+That listener needs no key. It serves only the POST endpoints of the models, and /healthz, which workers ask
+before they register its address.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ from catalogue import TASKS
 from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})
+HEALTH_PATH = "/healthz"
+OPEN_PATHS = frozenset({HEALTH_PATH, "/readyz"})
 OPEN_PREFIXES = ("/v1/images/files/", "/static/")
 TASK_PATHS = frozenset(task.path for task in TASKS.values())
 NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)
@@ -47,7 +49,9 @@ class Gate:
         not serve, and RateLimited.
         """
         if self.through_node_listener():
-            if request.method != "POST" or request.path not in NODE_PATHS:
+            is_task = request.method == "POST" and request.path in NODE_PATHS
+            is_probe = request.method == "GET" and request.path == HEALTH_PATH
+            if not (is_task or is_probe):
                 raise NotFound(
                     "this address is for the network node; it serves only POST requests of model endpoints"
                 )

@@ -74,7 +74,14 @@ def _operations_paths() -> dict[str, Any]:
         "/v1/images/files/{name}": {
             "get": _get("Retrieve a finished image", image, parameter="name", errors=(404, 503), public=True)
         },
-        "/healthz": {"get": _get("Check that this process runs", "Health", public=True)},
+        "/healthz": {
+            "get": _get(
+                "Check that this process runs, and whether it serves a model",
+                "Health",
+                query=("namespace", "model"),
+                public=True,
+            )
+        },
         "/readyz": {
             "get": _get(
                 "Check that every model has a worker", "Readiness", also={503: "Readiness"}, public=True
@@ -108,11 +115,16 @@ def _get(
     summary: str,
     content: str | dict[str, Any],
     parameter: str | None = None,
+    query: tuple[str, ...] = (),
     errors: tuple[int, ...] = (),
     also: dict[int, str] | None = None,
     public: bool = False,
 ) -> dict[str, Any]:
-    """Return an operation. `content`: a schema's name, or content by type; `also`: schemas by status."""
+    """Return an operation.
+
+    `content`: a schema's name, or content by type; `parameter`: in the path; `query`: optional parameters;
+    `also`: schemas by status.
+    """
     content = _json(content) if isinstance(content, str) else content
     operation: dict[str, Any] = {
         "summary": summary,
@@ -126,6 +138,8 @@ def _get(
         operation["responses"][str(status)] = {"description": summary, "content": _json(name)}
     if parameter:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
+    if query:
+        operation["parameters"] = [{"name": name, "in": "query", "schema": STRING} for name in query]
     return operation
 
 

@@ -137,7 +137,7 @@ def _operators_schemas() -> dict[str, Any]:
         "warnings": _array(STRING),
     }
     return {
-        "Health": _object(status),
+        "Health": _object({**status, "serves": _BOOLEAN}, required=list(status)),
         "Readiness": _object(
             {"code": {"enum": [0, 503]}, "message": STRING, **details}, required=["code", "message"]
         ),

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from flask import Blueprint, Response
+from flask import Blueprint, Response, request
 
 from app.dispatch.worker_view import WorkerView
 from app.http.errors import json_response
@@ -30,6 +30,7 @@ WORKER_FIELDS = (
 def blueprint(
     *,
     models: Sequence[ModelEntry],
+    namespace: str,
     worker_view: WorkerView,
     metrics: Metrics,
     connected: Callable[[], bool],
@@ -46,7 +47,12 @@ def blueprint(
 
     @routes.get("/healthz")
     def healthz() -> Response:
-        return json_response({"code": 0, "message": "ok"})
+        body: dict[str, Any] = {"code": 0, "message": "ok"}
+        if "namespace" in request.args or "model" in request.args:
+            # a worker asks this before it registers: the node must not be sent to another deployment
+            known = request.args.get("model") in [entry.name for entry in models]
+            body["serves"] = known and request.args.get("namespace") == namespace
+        return json_response(body)
 
     @routes.get("/readyz")
     def readyz() -> Response:

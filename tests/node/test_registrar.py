@@ -12,7 +12,7 @@ from node.client import NodeClient
 from node.lock import NodeLock
 from node.registrar import NoRegistrar, Registrar, Timing
 from node.registration import Registration
-from node.web_watch import WebWatch, http_probe
+from node.web_watch import WebWatch
 from protocol.connections import RedisClient
 from protocol.names import Keys
 from tests.node.conftest import RedisServer
@@ -55,12 +55,12 @@ class Worker:
             **given,  # type: ignore[arg-type]
         )
 
-    def probe(self) -> bool:
+    def probe(self) -> str:
         with self.changed:
             self.probes += 1
             self.changed.notify_all()
             failed, self.fail_next = self.fail_next, False
-        return self.web and not failed
+        return "" if self.web and not failed else "nobody is there"
 
     def on_change(self) -> None:
         with self.changed:
@@ -264,7 +264,8 @@ def test_one_good_probe_suffices_at_the_start_then_three_bad_and_two_good_count(
 
 
 def seen(watch: WebWatch, good: bool) -> bool:
-    watch.add(good)
+    watch.add("" if good else "away")
+    assert watch.error == ("" if watch.up else "away")
     return watch.up
 
 
@@ -273,11 +274,14 @@ def test_it_waits_for_the_web_process_and_follows_it_down_and_up(node: StandInNo
     worker.serve()
     worker.wait_for(lambda w: w.probes >= 3)
     assert not node.seen("model/register")
+    assert worker.shown[-1] == (False, "nobody is there")
 
     worker.web = True
     node.wait_for(lambda n: n.cids() == ["c-1"])
+    worker.wait_for(lambda w: w.shown[-1] == (True, ""))
     worker.web = False
     node.wait_for(lambda n: not n.cids())
+    worker.wait_for(lambda w: w.shown[-1] == (False, "nobody is there"))
     worker.web = True
     node.wait_for(lambda n: n.cids() == ["c-1"])
 
@@ -295,12 +299,11 @@ def test_a_single_failed_probe_changes_nothing(node: StandInNode, worker: Worker
     assert len(node.seen("model/unregister")) == before
 
 
-def test_a_probe_counts_any_status_below_500_as_an_answer(node: StandInNode) -> None:
-    # the stand-in answers 404 there, as the listener of NODE_BIND does
-    assert http_probe(node.url)()
-    node.stop()
-    assert not http_probe(node.url)()
-    assert not http_probe("no url")()
+def test_while_the_model_loads_a_missing_web_process_is_no_error(worker: Worker) -> None:
+    worker.web = False
+    worker.registrar.start()
+    worker.wait_for(lambda w: w.probes >= 3)
+    assert worker.registrar.last_error == ""
 
 
 # ----- the end

@@ -193,10 +193,20 @@ def test_the_node_calls_without_a_key(service: Deployment, node: StandInNode) ->
     assert node.call_chat("Test", "echo", HI).text == "".join(f"{number} " for number in range(8))
 
 
-@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE"])
-@pytest.mark.parametrize(
-    "path", [*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/"]
-)
+NOT_FOR_THE_NODE = [
+    (method, path)
+    for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
+    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/")
+    if (method, path) != ("GET", "/healthz")
+]
+
+
+def test_a_worker_can_ask_the_nodes_listener_whether_it_is_ours(service: Deployment) -> None:
+    answer = ask(node_port(service), "GET", "/healthz?namespace=Test&model=echo")
+    assert (answer.status, answer.json) == (200, {"code": 0, "message": "ok", "serves": True})
+
+
+@pytest.mark.parametrize(("method", "path"), NOT_FOR_THE_NODE)
 def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str, path: str) -> None:
     for headers in ({}, bearer(PLAIN)):
         answer = ask(node_port(service), method, path, headers=headers)
