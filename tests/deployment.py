@@ -257,9 +257,9 @@ class Deployment:
         self.wait_web()
         return web
 
-    def launch_web(self, **more: str) -> Process:
+    def launch_web(self, configuration: str = "gunicorn.conf.py", **more: str) -> Process:
         """Start the web process; do not wait for it."""
-        command = [sys.executable, "-m", "gunicorn", "-c", "gunicorn.conf.py", "wsgi:app"]
+        command = [sys.executable, "-m", "gunicorn", "-c", configuration, "wsgi:app"]
         self.web = Process("web", command, self.environment(**more), self.folder / "web.log")
         return self.web
 

@@ -145,8 +145,10 @@ def test_models(demo: Deployment) -> None:
 
 def test_the_node_knows_three_workers(demo: Deployment, node: StandInNode) -> None:
     entries = node.entries(PROJECT)
-    told = sorted((entry["model"], entry["type"], entry["api"].removeprefix(demo.url)) for entry in entries)
-    assert told == [
+    registered = sorted(
+        (entry["model"], entry["type"], entry["api"].removeprefix(demo.url)) for entry in entries
+    )
+    assert registered == [
         (CHAT, 0, "/v1/chat/completions"),
         (CHAT, 0, "/v1/chat/completions"),
         (SHAPES, 1, "/v1/images/generations"),

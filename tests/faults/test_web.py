@@ -348,13 +348,34 @@ def has_handlers_of_its_master(pid: int) -> bool:
     return catches(pid, signal.SIGTERM) and catches(pid, signal.SIGHUP)
 
 
+HOLD_AFTER_FORK = """
+import time
+exec(compile(open("gunicorn.conf.py").read(), "gunicorn.conf.py", "exec"))
+configured = post_fork
+def post_fork(server, worker):
+    configured(server, worker)
+    print("forked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_stopped_right_after_the_fork(tmp_path: Path, redis_server: RedisServer) -> None:
+    configuration = tmp_path / "held.conf.py"
+    configuration.write_text(HOLD_AFTER_FORK)
+    catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
+    with Deployment(tmp_path, catalogue=catalogue, redis_server=redis_server) as service:
+        web = service.launch_web(str(configuration))
+        wait_until(lambda: "forked" in web.tail(), timeout_s=60, what="gunicorn has forked")
+        web.signal(signal.SIGTERM)
+        assert web.popen.wait(20) == 0, web.tail()
+
+
 def test_stopped_while_it_starts(tmp_path: Path, redis_server: RedisServer) -> None:
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=redis_server) as service:
         web = service.launch_web()
         master = psutil.Process(web.pid)
         (worker,) = wait_until(master.children, timeout_s=60, what="gunicorn has forked")
-        # Its master's handlers would swallow the signal.
         wait_until(
             lambda: not has_handlers_of_its_master(worker.pid),
             timeout_s=20,
