@@ -48,7 +48,7 @@ class InvalidRequest(ServiceError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Raised by the chat engine when prompt and answer don't fit the model's context or the KV cache."""
+    """Raised by an engine when a prompt, or a chat with its answer, is longer than the model can process."""
 
     code = "context_length_exceeded"
 

@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from catalogue import ImageDefaults
 from protocol.events import Failed, Finished, ImageReady, Progress
 from tests.engines.tiny_images import (
     SIDE,
@@ -434,15 +435,57 @@ def test_a_request_that_makes_its_batch_fail_fails_alone(fresh, monkeypatch):
     assert len(collector.images("good")) == 1
 
 
-def test_a_prompt_that_the_text_encoder_truncates_is_not_logged(loaded, caplog):
+@pytest.mark.parametrize("param", ["prompt", "negative_prompt"])
+@pytest.mark.parametrize("files", [{}, {"image": b"not an image"}], ids=["generation", "edit"])
+def test_a_prompt_that_the_text_encoder_would_truncate_is_refused_and_not_logged(
+    loaded, calls, caplog, param, files
+):
     engine, collector = loaded
     for library in ("diffusers", "transformers"):  # loggers that do not propagate
         logging.getLogger(library).addHandler(caplog.handler)
-    engine.submit(job("long", prompt="MARKER " * 50))
-    assert len(collector.images("long")) == 1
+    name = f"long {param} {list(files)}"
+    engine.submit(job(name, **{param: "MARKER " * 50}, **files))
+    failure = collector.failure(name)
     for library in ("diffusers", "transformers"):
         logging.getLogger(library).removeHandler(caplog.handler)
-    assert "MARKER" not in caplog.text and "marker" not in caplog.text
+    assert (failure.code, failure.param) == ("context_length_exceeded", param)
+    assert failure.message == f"{param} has 302 tokens; this model reads at most 16, so shorten it"
+    assert "marker" not in caplog.text.lower() and calls == []
+
+
+def test_a_prompt_is_read_to_its_last_token(loaded):
+    engine, collector = loaded
+    for name, prompt in (("longest", "a" * 14), ("other end", "a" * 13 + "b")):
+        engine.submit(job(name, prompt=prompt))
+    longest, other = collector.images("longest")[0], collector.images("other end")[0]
+    assert np.abs(as_array(longest) - as_array(other)).max() > 0
+    engine.submit(job("one more", prompt="a" * 15))
+    assert collector.failure("one more").message.startswith("prompt has 17 tokens")
+
+
+def test_a_job_that_ended_before_its_turn_is_not_decoded(loaded, monkeypatch):
+    engine, collector = loaded
+    monkeypatch.setattr("workers.engines.images.engine.prepare", lambda *_: pytest.fail("prepared"))
+    blocked, go_on = threading.Event(), threading.Event()
+
+    def block() -> None:
+        blocked.set()
+        go_on.wait(30)
+
+    engine._pixels.submit(block)
+    assert blocked.wait(30)
+    engine.submit(job("left early", image=png(noise())))
+    engine.cancel("left early", "cancelled")
+    go_on.set()
+    engine._pixels.submit(lambda: None).result(30)
+    assert [type(event) for event in collector.until_ended("left early")] == [Failed]
+
+
+def test_a_default_negative_prompt_that_is_too_long_is_a_load_error(weights):
+    model = entry(weights, default_size=SIDE)
+    model = model.model_copy(update={"defaults": ImageDefaults(negative_prompt="blurry " * 9)})
+    with pytest.raises(EngineLoadError, match="negative_prompt has 56 tokens"):
+        ImageEngine(model).load(Collector())
 
 
 def test_close_fails_all_open_requests(fresh):

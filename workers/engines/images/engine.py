@@ -87,11 +87,13 @@ class ImageEngine:
             self._open[job.id] = job
             if self._closed:
                 self._end(job, _SHUTTING_DOWN)
-            elif job.task == "edit":
+                return
+            if job.task == "edit":
                 self._pixels.submit(self._prepare, job)
-            else:
-                # There is nothing to decode, so the job need not queue behind the pixels of others.
-                self._prepare(job)
+                return
+        # There is nothing to decode, so the job need not queue behind the pixels of others. The lock is not
+        # held: counting the tokens of a long prompt would delay the steps of the others.
+        self._prepare(job)
 
     def cancel(self, request_id: str, reason: CancelReason) -> None:
         """End a job now. A running call drops its images; it stops when no request is left."""
@@ -206,8 +208,8 @@ class ImageEngine:
 
     def _prepare(self, job: ImageJob) -> None:
         try:
-            if (pipelines := self._pipelines) is None:
-                return  # the engine was closed, which has ended the job
+            if (pipelines := self._pipelines) is None or not self._is_open(job):
+                return  # it has ended while it waited for this thread, or with the engine
             request = prepare(job, pipelines)
         except Exception as error:
             self._end(job, failure_of(error))

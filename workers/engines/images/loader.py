@@ -17,8 +17,10 @@ from diffusers import (
 from diffusers.utils import logging as diffusers_logging
 
 from catalogue import ImageEngineOptions, ImageModelEntry
+from protocol.errors import ContextLengthExceeded
 from workers.engines.base import EngineLoadError
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
+from workers.engines.images.prompt_limit import PromptLimit
 from workers.engines.images.size import size_problem
 
 
@@ -33,6 +35,7 @@ class Pipelines(NamedTuple):
     inpaint: ImagePipeline | None
     default_side: int
     limits: ImageEngineOptions
+    prompt_limit: PromptLimit
 
 
 def load_pipelines(entry: ImageModelEntry) -> Pipelines:
@@ -57,6 +60,7 @@ def load_pipelines(entry: ImageModelEntry) -> Pipelines:
         inpaint and ImagePipeline(inpaint, "inpaint"),
         default_side=default_side,
         limits=options,
+        prompt_limit=_prompt_limit(pipe, entry),
     )
 
 
@@ -95,6 +99,15 @@ def _editors(pipe: Any) -> tuple[Any, Any]:
         return None, pipe
     image2image = _derive(AutoPipelineForImage2Image, pipe) or (pipe if "image" in accepts else None)
     return image2image, _derive(AutoPipelineForInpainting, pipe)
+
+
+def _prompt_limit(pipe: Any, entry: ImageModelEntry) -> PromptLimit:
+    limit = PromptLimit(pipe)
+    try:
+        limit.check(entry.defaults.negative_prompt or "", "negative_prompt")
+    except ContextLengthExceeded as error:
+        raise EngineLoadError(f"{entry.name}: [models.defaults] {error.message}") from error
+    return limit
 
 
 def _derive(auto_class: Any, pipe: Any) -> Any:

@@ -50,9 +50,11 @@ class Request:
 def prepare(job: ImageJob, pipelines: Pipelines) -> Request:
     """Decode and scale the source, settle the size and choose the pipeline.
 
-    Raises InvalidImage for files that can't be decoded, InvalidRequest for a size beyond the limits and
-    UnsupportedParameter for what the model can't do.
+    Raises ContextLengthExceeded for a prompt that would be cut off, InvalidImage for files that can't be
+    decoded, InvalidRequest for a size beyond the limits and UnsupportedParameter for what the model can't do.
     """
+    pipelines.prompt_limit.check(job.prompt, "prompt")
+    pipelines.prompt_limit.check(job.negative_prompt or "", "negative_prompt")
     source: Source | None = None
     kind: Kind = "text2image"
     if job.task == "edit":
