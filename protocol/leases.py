@@ -55,6 +55,8 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     """Requests that the worker takes at the same time."""
     rate: float = 0.0
     """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0: unknown."""
+    max_model_len: int = 0
+    """Tokens of prompt and answer together that the loaded model takes; 0: unknown, or it takes images."""
     protocol: int = PROTOCOL_VERSION
 
 

@@ -1,4 +1,6 @@
-"""Renews the worker's lease, cancels requests that nobody waits for, and checks the engine, once a second."""
+"""What a worker does once a second, beside its requests: it renews its lease, cancels requests that nobody waits
+for, checks the engine, and measures throughput.
+"""
 
 import logging
 import threading
@@ -10,6 +12,7 @@ from redis.exceptions import RedisError
 from protocol.leases import REFRESH_S, Leases, Observation, WorkerRecord
 from protocol.queue import JobQueue
 from workers.runner import Runner
+from workers.throughput import Throughput
 from workers.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,9 @@ class Heartbeat:
         queue: JobQueue,
         runner: Runner,
         watchdog: Watchdog,
+        throughput: Throughput,
         *,
+        model: str,
         get_record: Callable[[], WorkerRecord],
         renew_now: threading.Event,
         on_expired: Callable[[], None],
@@ -47,6 +52,8 @@ class Heartbeat:
         self._queue = queue
         self._runner = runner
         self._watchdog = watchdog
+        self._throughput = throughput
+        self._model = model
         self._get_record = get_record
         self._renew_now = renew_now
         self._on_expired = on_expired
@@ -71,7 +78,7 @@ class Heartbeat:
             self._renewing.release()
 
     def tick(self) -> None:
-        """Check the engine, renew the lease when it is due, and cancel what nobody waits for.
+        """Check the engine, renew the lease when it is due, measure, and cancel what nobody waits for.
 
         Raises EngineHung and WorkerReplaced.
         """
@@ -82,6 +89,7 @@ class Heartbeat:
                 self._renew_at = 0.0
             if self._clock() >= self._renew_at:
                 self._renew()
+            self._throughput.look(self._queue.waiting(self._model))
             for request_id in self._queue.cancelled(self._runner.running()):
                 self._runner.cancel(request_id)
         except WorkerReplaced:

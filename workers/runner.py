@@ -8,9 +8,11 @@ from redis.exceptions import RedisError
 
 from protocol.errors import EngineError
 from protocol.event_sender import EventSender
-from protocol.events import Event, Failed, Started
+from protocol.events import Event, Failed, Finished, Started
+from protocol.jobs import work_of
 from protocol.queue import Claimed, JobQueue, UnreadableJob
 from workers.engines.base import CancelReason, Engine
+from workers.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +28,8 @@ class _Run:
     def __init__(self, web_id: str) -> None:
         self.web_id = web_id
         self.ended = threading.Event()
-        self.last_event: Event | None = None
-        """The terminal event that was written; None until then, and if events could not be delivered."""
+        self.finished = False
+        """True once a Finished event was written."""
 
 
 class Runner:
@@ -38,13 +40,21 @@ class Runner:
     """
 
     def __init__(
-        self, *, model: str, incarnation_id: str, queue: JobQueue, engine: Engine, sender: EventSender
+        self,
+        *,
+        model: str,
+        incarnation_id: str,
+        queue: JobQueue,
+        engine: Engine,
+        sender: EventSender,
+        throughput: Throughput,
     ) -> None:
         self._model = model
         self._incarnation_id = incarnation_id
         self._queue = queue
         self._engine = engine
         self._sender = sender
+        self._throughput = throughput
         self._lock = threading.Lock()
         self._tasks: set[str] = set()
         self._runs: dict[str, _Run] = {}
@@ -113,6 +123,7 @@ class Runner:
         request_id, run = claimed.job.id, _Run(claimed.web_id)
         with self._lock:
             self._runs[request_id] = run
+        self._throughput.started()
         try:
             self._open(request_id, claimed.web_id, claimed.remaining_s, run)
             self._engine.submit(claimed.job)
@@ -129,13 +140,14 @@ class Runner:
         finally:
             with self._lock:
                 del self._runs[request_id]
+            self._throughput.ended(work_of(claimed.job) if run.finished else 0)
             self._end(request_id)
 
     def _open(self, request_id: str, web_id: str, remaining_s: float, run: _Run) -> None:
         """Begin the request's event stream; `run` gets its end."""
 
         def on_end(event: Event | None) -> None:
-            run.last_event = event
+            run.finished = isinstance(event, Finished)
             if event is None:
                 self.cancel(request_id)
             run.ended.set()

@@ -29,6 +29,7 @@ from workers.heartbeat import Heartbeat
 from workers.image_keeper import keep_image
 from workers.runner import Runner
 from workers.status import WorkerStatus
+from workers.throughput import Throughput
 from workers.watchdog import Watchdog
 
 
@@ -63,18 +64,26 @@ def build_worker(
     )
     sender = EventSender(redis, keys, prepare=partial(keep_image, image_store))
     engine = LazyEngine(entry)
+    throughput = Throughput(entry.engine.max_batch_size)
     runner = Runner(
-        model=entry.name, incarnation_id=identity.incarnation_id, queue=queue, engine=engine, sender=sender
+        model=entry.name,
+        incarnation_id=identity.incarnation_id,
+        queue=queue,
+        engine=engine,
+        sender=sender,
+        throughput=throughput,
     )
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
-    status = WorkerStatus(identity, engine, runner, registrar, record_changed)
+    status = WorkerStatus(identity, engine, runner, registrar, throughput, record_changed)
     watchdog = Watchdog(engine, settings.hang_s)
     heartbeat = Heartbeat(
         leases,
         queue,
         runner,
         watchdog,
+        throughput,
+        model=entry.name,
         get_record=status.record,
         renew_now=record_changed,
         on_expired=registrar.lease_was_lost,

@@ -8,6 +8,7 @@ from node.registrar import NoRegistrar, Registrar
 from protocol.leases import WorkerRecord, WorkerState
 from workers.engines.base import Engine
 from workers.runner import Runner
+from workers.throughput import Throughput
 
 
 class WorkerStatus:
@@ -22,12 +23,14 @@ class WorkerStatus:
         engine: Engine,
         runner: Runner,
         registrar: Registrar | NoRegistrar,
+        throughput: Throughput,
         changed: threading.Event,
     ) -> None:
         self.identity = identity
         self._engine = engine
         self._runner = runner
         self._registrar = registrar
+        self._throughput = throughput
         self._changed = changed
         self._lock = threading.Lock()
         self._state: WorkerState = "loading"
@@ -53,11 +56,15 @@ class WorkerStatus:
         """The record as it is now."""
         # before the engine's steps: a record with nothing running must count all steps of what ran
         running = len(self._runner.running())
+        engine = self._engine.status()
         return msgspec.structs.replace(
             self.identity,
             state=self._state,
             running=running,
             registered=self._registrar.registered,
             last_error=self._last_error or self._registrar.last_error,
-            steps=self._engine.status().steps,
+            steps=engine.steps,
+            max_model_len=engine.max_model_len,
+            slots=self._throughput.slots,
+            rate=self._throughput.rate,
         )

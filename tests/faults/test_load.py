@@ -100,3 +100,44 @@ def test_a_flood_of_ten_times_the_capacity(start: Starter) -> None:
     # A batch of SLOTS takes a second. A service that refused what it could answer would serve fewer.
     assert len(served) > SLOTS * FLOOD_S / 4
     wait_until(lambda: in_hand(service) == 0 and not waiting(service), timeout_s=10, what="all is done")
+
+
+def test_an_idle_service_takes_a_burst(start: Starter) -> None:
+    """Light traffic says when requests came, and not how fast they could have been served."""
+    service = start(step_ms=10, slots=1, CHAT_DEADLINE_S=str(DEADLINE_S))
+    with ThreadPoolExecutor(48) as pool:
+        for _ in range(15):
+            pair = [pool.submit(ask, service) for _ in range(2)]
+            assert [answer.result().status for answer in pair] == [200, 200]
+            threading.Event().wait(0.8)
+        burst = [pool.submit(ask, service) for _ in range(48)]
+        assert {answer.result().status for answer in burst} == {200}
+
+
+def test_a_saturated_service_refuses_what_would_wait_too_long(start: Starter) -> None:
+    """MAX_WAITING would let them wait here: what is measured under full load says that they would wait in vain."""
+    deadline_s = 12
+    service = start(step_ms=STEP_MS, slots=1, CHAT_DEADLINE_S=str(deadline_s))
+    answers: list[Answered] = []
+    over = threading.Event()
+
+    def keep_asking() -> None:
+        while not over.is_set():
+            answers.append(ask(service))
+            if answers[-1].status == 503:
+                over.wait(0.2)
+
+    with ThreadPoolExecutor(10) as pool:
+        for _ in range(10):
+            pool.submit(keep_asking)
+        try:
+            wait_until(
+                lambda: any(answer.status == 503 for answer in answers),
+                timeout_s=60,
+                what="a request is refused",
+            )
+        finally:
+            over.set()
+    (refused, *_) = [answer for answer in answers if answer.status == 503]
+    assert 1 <= refused.retry_after <= 60
+    assert waiting(service) == 0

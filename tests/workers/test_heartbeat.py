@@ -42,6 +42,7 @@ class Bench:
         self.webs = {"web"}
         self.lost: set[str] = set()
         self.requests: list[str] = []
+        self.looks: list[int] = []
         self.marked: set[str] = set()
         self.cancelled_requests: list[str] = []
         stand_in = cast(Any, self)
@@ -50,6 +51,8 @@ class Bench:
             stand_in,
             stand_in,
             stand_in,
+            stand_in,
+            model="m",
             get_record=record,
             renew_now=self.renew_now,
             on_expired=self.on_expired,
@@ -86,6 +89,12 @@ class Bench:
 
     def cancel(self, request_id: str) -> None:
         self.cancelled_requests.append(request_id)
+
+    def waiting(self, model: str) -> int:
+        return 3
+
+    def look(self, waiting: int) -> None:
+        self.looks.append(waiting)
 
     def expire(self) -> None:
         self.client.delete(self.keys.web_lease("web"), self.keys.lease("cid"))
@@ -159,6 +168,12 @@ def test_requests_that_were_marked_as_cancelled_are_cancelled_within_a_second(be
     bench.requests, bench.marked = ["a", "b"], {"b", "elsewhere"}
     bench.heartbeat.tick()
     assert bench.cancelled_requests == ["b"]
+
+
+def test_throughput_learns_every_second_how_many_requests_wait(bench: Bench) -> None:
+    bench.looks.clear()
+    bench.watch(2)
+    assert bench.looks == [3, 3]
 
 
 def test_a_web_process_whose_lease_expired_is_lost_and_may_come_back(bench: Bench) -> None:

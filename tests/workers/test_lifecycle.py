@@ -59,12 +59,15 @@ class Bench:
         parts = self.parts
         parts.engine.load.side_effect = self.load
         parts.engine.submit.side_effect = self.generate
-        parts.engine.status.return_value = EngineStatus(True, 0, 0, 7)
+        parts.engine.status.return_value = EngineStatus(True, 0, 0, 7, 2048)
         parts.runner.running.side_effect = lambda: list(self.requests)
         parts.registrar.registered = parts.registrar.maybe_registered = False
         parts.registrar.last_error = ""
         parts.heartbeat.run.side_effect = self.hold_lease
-        self.status = WorkerStatus(IDENTITY, parts.engine, parts.runner, parts.registrar, threading.Event())
+        parts.throughput.slots, parts.throughput.rate = 4, 2.5
+        self.status = WorkerStatus(
+            IDENTITY, parts.engine, parts.runner, parts.registrar, parts.throughput, threading.Event()
+        )
         worker = Worker(
             entry=CATALOGUE.models[0],
             engine=parts.engine,
@@ -134,8 +137,9 @@ def test_it_loads_generates_once_and_registers_when_celery_is_ready(bench: Bench
     bench.lifecycle.serve()
     assert bench.calls() == [*STARTED, "registrar.set_serving"]
     bench.parts.registrar.set_serving.assert_called_once_with(True)
-    assert bench.status.record().state == "ready"
-    assert bench.status.record().steps == 7
+    record = bench.status.record()
+    assert record.state == "ready"
+    assert (record.steps, record.slots, record.rate, record.max_model_len) == (7, 4, 2.5, 2048)
 
 
 def test_events_reach_clients_only_after_the_canary(bench: Bench) -> None:

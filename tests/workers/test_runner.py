@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import Mock, call
 
 import pytest
 import redis
@@ -22,6 +23,7 @@ from protocol.queue import JobQueue
 from tests.deployment import RedisServer, wait_until
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.runner import Runner
+from workers.throughput import Throughput
 
 MODEL, ME = "m", "cid:1"
 
@@ -62,8 +64,14 @@ class Bench:
         self.queue = JobQueue(client or self.redis, keys, self.celery, claim_ttl_s=100)
         self.engine = HandEngine()
         self.sender = EventSender(self.redis, keys, prepare=lambda event: event)
+        self.throughput = Mock(Throughput)
         self.runner = Runner(
-            model=MODEL, incarnation_id=ME, queue=self.queue, engine=self.engine, sender=self.sender
+            model=MODEL,
+            incarnation_id=ME,
+            queue=self.queue,
+            engine=self.engine,
+            sender=self.sender,
+            throughput=self.throughput,
         )
         self.tasks: list[threading.Thread] = []
 
@@ -129,6 +137,17 @@ def test_a_request_is_claimed_submitted_and_seen_to_its_end(bench: Bench) -> Non
     assert bench.runner.running() == []
     assert not bench.redis.exists(bench.keys.job("a"))
     assert bench.engine.cancels.empty()
+
+
+def test_finished_requests_are_measured_as_work_and_failed_ones_as_none(bench: Bench) -> None:
+    bench.admit("a")
+    bench.admit("b")
+    task, other = bench.start_and_submit("a"), bench.start_and_submit("b")
+    bench.emit("a", Finished())
+    join(task)
+    bench.emit("b", Failed.of(EngineError()))
+    join(other)
+    assert bench.throughput.mock_calls == [call.started(), call.started(), call.ended(1.0), call.ended(0)]
 
 
 def test_a_second_message_for_a_running_request_is_dropped(bench: Bench) -> None:

@@ -13,12 +13,16 @@ CancelReason = Literal["cancelled", "deadline"]
 
 
 class EngineStatus(NamedTuple):
-    """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress."""
+    """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress.
+
+    `max_model_len`: limit of prompt and answer together, in tokens; 0 before the load, and for images.
+    """
 
     alive: bool
     running: int
     waiting: int
     steps: int
+    max_model_len: int = 0
 
 
 class EngineLoadError(Exception):

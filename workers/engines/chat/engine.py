@@ -90,7 +90,8 @@ class ChatEngine:
         if self._parts is None or not self._thread.is_alive():
             return EngineStatus(False, 0, 0, self.metrics.steps)
         waiting = len(self._inbox) + len(self._parts.scheduler.waiting)
-        return EngineStatus(True, len(self._parts.outputs.by_id), waiting, self.metrics.steps)
+        running = len(self._parts.outputs.by_id)
+        return EngineStatus(True, running, waiting, self.metrics.steps, self._parts.max_context)
 
     def close(self) -> None:
         self._closing = True
