@@ -4,6 +4,7 @@ Without WORKER_MODEL the app can be inspected, but no worker starts. A wrong con
 with EXIT_CONFIGURATION, after which the supervisor does not restart it.
 """
 
+import logging
 import sys
 from functools import partial
 
@@ -29,6 +30,8 @@ def create_worker_app(settings: Settings) -> Celery:
         return celery
     entry = _find_entry(settings, catalogue)
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
+    # Celery's default level is WARNING. At INFO, Celery would log each task, so the level is set for our modules only.
+    logging.getLogger("workers").setLevel(logging.INFO)
     connect_signals(celery, partial(build_worker, settings, catalogue, entry, celery))
     return celery
 

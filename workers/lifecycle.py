@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 from celery import Celery
@@ -39,7 +39,9 @@ EXIT_S = 8.0
 def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
     """Let Celery's signals start and stop the worker that `build` makes for Celery's name of this process."""
 
-    def on_init(sender: object, **_: object) -> None:
+    def on_init(sender: Any, **_: object) -> None:
+        # Celery does this after the signal, too late for what is logged while the model is loaded
+        sender.setup_logging()
         # until Celery installs its handler SIGTERM would end the process with its lease unreleased
         signal.signal(signal.SIGTERM, lambda *_: None)
         stop = StopSignal()
@@ -116,7 +118,11 @@ class Lifecycle:
         gc.collect()
         gc.freeze()
         self._loaded = True
-        log.info("loaded %s in %.1f s", worker.entry.name, time.monotonic() - started)
+        log.info(
+            "%s answered the canary request, %.1f s after the start",
+            worker.entry.name,
+            time.monotonic() - started,
+        )
 
     def _give_up(self, reason: str, status: int) -> NoReturn:
         # the supervisor shows the last line of a worker as the reason why its start failed

@@ -1,5 +1,6 @@
 """Requests share the steps of one engine and two workers share one queue, as the engines' step counters show."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from protocol.leases import Leases
 from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, wait_until
-from tests.e2e.conftest import CHAT, PROJECT
+from tests.e2e.conftest import CHAT, PROJECT, SHAPES
 
 QUESTIONS = ["Hello!", "What is a worker?", "How do I stream?", "Which port do you listen on?"]
 NEAR_TIE = 1e-4
@@ -50,6 +51,13 @@ def test_sixteen_chats_share_steps_and_both_workers_serve(demo: Deployment) -> N
     assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1
     assert all(count > 0 for count in spent.values()), f"both workers must serve some of them: {spent}"
     assert sum(spent.values()) < tokens / 2, f"{tokens} tokens in {spent} steps: one at a time"
+
+
+def test_workers_log_what_they_loaded(demo: Deployment) -> None:
+    logs = "".join(worker.log.read_text() for worker in demo.workers.values())
+    chat = rf"{CHAT} loaded in [0-9.]+ s: CPU, float32, attention by .+, no CUDA graphs, KV cache of 32\d+ tokens"
+    assert len(re.findall(chat, logs)) == 2
+    assert re.search(rf"{SHAPES} loaded in [0-9.]+ s: CPU, float32, images of 64 pixels a side", logs)
 
 
 def test_greedy_equals_generate(demo: Deployment) -> None:

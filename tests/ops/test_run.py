@@ -136,6 +136,11 @@ def test_nohup_survives_its_terminal(tmp_path: Path) -> None:
         run.process.wait()
 
 
+def test_workers_log_what_they_loaded_but_no_task(started: Run) -> None:
+    started.until_printed(r"echo-1 +\| .*echo answered the canary request, [0-9.]+ s after the start")
+    assert "received" not in started.output
+
+
 def test_from_ready_to_one_ctrl_c(started: Run) -> None:
     wait_until(started.ready, timeout_s=30, what="ready")
     url_file = Path(started.until_printed(r"REDIS_URL for other terminals: (\S+)")[1])

@@ -5,6 +5,8 @@ names. Only safetensors files are read, and code from a model repository is neve
 """
 
 import inspect
+import logging
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 from workers.engines.images.prompt_limit import PromptLimit
 from workers.engines.images.size import size_problem
 
+log = logging.getLogger(__name__)
+
 
 class Pipelines(NamedTuple):
     """The pipelines of one model, which share its weights; None for what the model can't do.
@@ -40,7 +44,7 @@ class Pipelines(NamedTuple):
 
 def load_pipelines(entry: ImageModelEntry) -> Pipelines:
     """Load the weights of a catalogue entry and derive a pipeline for each task. Raises EngineLoadError."""
-    options = entry.engine
+    options, started = entry.engine, time.monotonic()
     # diffusers' warnings quote the part of a prompt that the text encoder cut off.
     diffusers_logging.set_verbosity_error()
     if options.torch_threads:
@@ -54,6 +58,14 @@ def load_pipelines(entry: ImageModelEntry) -> Pipelines:
     default_side = options.default_size or _native_side(pipe)
     if problem := size_problem((default_side, default_side), options):
         raise EngineLoadError(f"{entry.name}: the default size can't be served: {problem}; set default_size")
+    log.info(
+        "%s loaded in %.1f s: %s, %s, images of %d pixels a side by default",
+        entry.name,
+        time.monotonic() - started,
+        torch.cuda.get_device_name() if device() == "cuda" else "CPU",
+        str(pipe.dtype).removeprefix("torch."),
+        default_side,
+    )
     return Pipelines(
         text2image and ImagePipeline(text2image, "text2image"),
         image2image and ImagePipeline(image2image, "image2image"),
