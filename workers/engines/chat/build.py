@@ -95,8 +95,7 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
 def _default_threads() -> int:
     if torch.cuda.is_available():
         return torch.get_num_threads()
-    # web, Redis and this process' other threads need a core: an engine on all cores waits for them at every
-    # barrier
+    # web, Redis and other threads need a core: an engine on all cores waits for them at every barrier
     return max(1, len(os.sched_getaffinity(0)) - 1)
 
 

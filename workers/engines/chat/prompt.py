@@ -89,8 +89,7 @@ class PromptBuilder:
                 f"the model's chat template rejects the messages: {str(error)[:200]}", param="messages"
             ) from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            # raised inside the template or the tokenizer; the text may quote the prompt, so only the type is
-            # named
+            # the text of an error inside the template may quote the prompt, so only its type is named
             raise InvalidRequest(
                 f"the model's chat template can't be applied to the messages ({type(error).__name__})",
                 param="messages",

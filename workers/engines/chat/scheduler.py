@@ -46,10 +46,9 @@ class ScheduledBatch:
 class BatchScheduler:
     """First come, first served.
 
-    A running sequence that needs a page when none is free preempts the youngest one.
-
-    A preempted sequence goes back to the head of the queue. It is later computed again from its own tokens,
-    so its text doesn't change.
+    A running sequence that needs a page when none is free preempts the youngest one. A preempted sequence
+    goes back to the head of the queue. It is later computed again from its own tokens, so its text doesn't
+    change.
     """
 
     def __init__(
@@ -90,8 +89,7 @@ class BatchScheduler:
             waiting = len(prefilling) + self._startable()
             budget = min(budget, self._budget_beside(len(batch.decode), waiting))
         key_cost = self._attention_cost if batch.decode else 0.0
-        # a long prompt leaves half of the step to those behind it, so that short prompts needn't wait for its
-        # end
+        # a long prompt leaves half of the step to the prompts behind it, which may be short
         share = budget / 2 if self.waiting or len(prefilling) > 1 else budget
         for sequence in prefilling:
             if budget > 0:

@@ -51,8 +51,7 @@ def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, va
 
 @numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
 def _largest(row: Any, count: int) -> Any:
-    # compiled with "nnan" (no NaN expected), which vector instructions need here; after a NaN no result is
-    # right anyway
+    # vector instructions need "nnan" here: no NaN is expected, and after one no result is right anyway
     best = row[0]
     for at in range(count):
         best = row[at] if row[at] > best else best
@@ -254,8 +253,7 @@ def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
     bound[0] = low
     bits[1] = BITS_OF_ONE + 1
     at_low, at_high = _amount_above(weights, low, counted), np.float64(0)
-    # until a single weight is left in the interval: two would weigh at least twice the bound, save for
-    # rounding
+    # until a single weight is left in the interval: but for rounding, two weigh at least twice the bound
     while bits[1] - bits[0] > 1 and at_low - at_high > 1.5 * (1 if counted else bound[0]):
         low_bits = bits[0]
         bits[0] = (low_bits + bits[1]) >> 1

@@ -132,8 +132,7 @@ def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) 
         text, "original_max_position_embeddings", None
     )
     if kind in LENGTH_DEPENDENT_ROPE and context > int(trained or own):
-        # the angles depend on the longest sequence of a batch: one request's length would change another's
-        # text
+        # the angles depend on a batch's longest sequence: one request would change the text of another
         raise EngineLoadError(
             f"{name}: {kind} positions can't be batched; set max_context to {trained or own} or less"
         )

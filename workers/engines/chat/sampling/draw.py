@@ -11,8 +11,7 @@ import torch
 from workers.engines.chat.sequence import Sampling
 
 CANDIDATES = 128
-"""Number of best tokens examined first for top_k and top_p. If a row needs more, all its tokens are sorted.
-"""
+"""Number of best tokens examined first for top_k and top_p. A row that needs more is sorted whole."""
 
 
 class Filters:
