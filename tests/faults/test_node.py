@@ -102,3 +102,24 @@ def test_refusing(start: Starter) -> None:
             timeout_s=20,
             what="/v1/workers shows it",
         )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_entries_of_a_former_identity_are_removed(start: Starter) -> None:
+    """Everything was killed, and the host got another name: nobody knows the old cid any more."""
+    with StandInNode() as node:
+        service = start(NODE_URL=node.url, SERVICE_ID="former")
+        node.wait_for(lambda node: node.cids("Test"), 20)
+        (former,) = node.cids("Test")
+        node.add("Test", "echo", "http://127.0.0.1:9/v1/chat/completions", cid="foreign")
+        assert service.web is not None
+        for process in (*service.workers.values(), service.web):
+            process.end()
+        service.workers.clear()
+        service._environment["SERVICE_ID"] = "present"
+        service.start_web()
+        service.start_worker("echo")
+        node.wait_for(lambda node: former not in node.cids("Test"), 120)
+        node.wait_for(lambda node: len(node.cids("Test")) == 2, 30)
+        assert "foreign" in node.cids("Test")
