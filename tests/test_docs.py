@@ -15,7 +15,7 @@ from tests.deployment import ROOT
 
 GENERATED = (".venv/", ".run/")
 """Beginnings of paths that are made at run time."""
-INVENTED = {"own.py"}
+INVENTED = {"own.py", "held.conf.py"}
 """Names of files that tests write."""
 
 
