@@ -70,7 +70,12 @@ class Worker(GeventWorker):
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> None:
         """Serve one request. Raises StopIteration, which gunicorn takes as: close the connection."""
-        super().handle_request(listener_name, req, sock, addr)
+        try:
+            super().handle_request(listener_name, req, sock, addr)
+        except TimeoutError:
+            # gunicorn would log a traceback for each client that stops reading
+            log.info("closed a connection whose client stopped reading")
+            raise StopIteration from None
         if not _read_to_end(req.body):
             raise StopIteration
 

@@ -116,6 +116,18 @@ class ImageStore:
         if not stored:
             raise StoreFull(f"Redis is too near to its maxmemory for an image of {len(png)} bytes")
 
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an image, or None as `get` does."""
+        if not is_name(name):
+            return None
+        return self._client.strlen(self._keys.image(name)) or None
+
+    def read(self, name: str, start: int, length: int) -> bytes | None:
+        """Return `length` bytes of an image from `start`, all within its size, or None as `get` does."""
+        if not is_name(name):
+            return None
+        return cast("bytes", self._client.getrange(self._keys.image(name), start, start + length - 1)) or None
+
     def get(self, name: str) -> bytes | None:
         """Return the image, or None when it has expired, was removed for newer ones or never existed."""
         if not is_name(name):

@@ -14,6 +14,7 @@ from app.http.request_body import ignored_params
 from app.http.validation import parse
 from app.images.body import ImageBody, read_image_body
 from app.images.fetch import ImageFetcher
+from app.images.file_response import image_file_response
 from app.images.response import collect_images, images_response, images_response_base64
 from app.images.schema import ImageEditRequest, ImageGenerationRequest, ImageRequest
 from catalogue import EDIT, GENERATION, Catalogue
@@ -65,13 +66,12 @@ def blueprint(
 
     @routes.get(f"{FILES}<name>")
     def get_image_file(name: str) -> Response:
-        png = image_store.get(name)
-        if png is None:
+        response = image_file_response(image_store, name, Connection(request.environ))
+        if response is None:
             raise NotFound(
                 f"no such image; links expire after {image_ttl_s} s, or earlier when the store is full"
             )
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=3600, immutable"}
-        return Response(png, content_type="image/png", headers=headers)
+        return response
 
     return routes
 

@@ -8,10 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from protocol.image_store import ImageStore
+from protocol.names import Keys
 from tests.deployment import ECHO_CATALOGUE, Deployment, wait_until
 from tests.faults.conftest import Starter, counted, read
 
@@ -144,6 +148,39 @@ def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
     other.wait_end(120)
     assert other.done, other.error
     assert other.text == counted(12_000)
+
+
+def test_readers_of_an_image_who_do_not_read_hold_little_and_are_disconnected(tmp_path: Path) -> None:
+    with Deployment(tmp_path, catalogue=ECHO_CATALOGUE.format(step_ms=0, slots=1)) as service:
+        service.redis.start()
+        service.start_web()
+        assert service.web is not None
+        (web,) = psutil.Process(service.web.pid).children()
+        store = ImageStore(service.redis.client, Keys.of("Test"), ttl_s=300, capacity_bytes=2**30)
+        name = store.new_name()
+        store.put(name, bytes(30 * 2**20))
+
+        def held() -> int:
+            peers = [
+                at.raddr.port for at in web.net_connections() if at.laddr.port == service.port and at.raddr
+            ]
+            return len(ports.intersection(peers))
+
+        before = web.memory_info().rss
+        with ExitStack() as stack:
+            ports = set()
+            for _ in range(30):
+                unread = stack.enter_context(closing(socket.socket()))
+                unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                unread.connect(("127.0.0.1", service.port))
+                unread.sendall(f"GET /v1/images/files/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert unread.recv(100).startswith(b"HTTP/1.1 200")
+                ports.add(unread.getsockname()[1])
+            assert held() == 30
+            grown = (web.memory_info().rss - before) / 2**20
+            wait_until(lambda: held() == 0, timeout_s=40, what="those who do not read are disconnected")
+        assert grown < 100, f"{grown:.0f} MiB for 30 readers of 30 MiB"
+        assert "Traceback" not in service.web.log.read_text()
 
 
 # ----- clients that send slowly
