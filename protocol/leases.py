@@ -104,37 +104,78 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(WorkerRecord)
 
 
+# Holds a worker's lease and writes its record. Writes nothing while another incarnation has the lease, unless it is
+# to be seized. Returns the incarnation id that the lease had before, nil without one.
+_HOLD = """
+local lease_key, record_key, workers_key = KEYS[1], KEYS[2], KEYS[3]
+local incarnation_id, record, cid, seize = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
+local lease_ttl, record_ttl = ARGV[5], ARGV[6]
+
+local holder = redis.call('GET', lease_key)
+if holder and holder ~= incarnation_id and not seize then return holder end
+redis.call('SET', lease_key, incarnation_id, 'EX', lease_ttl)
+redis.call('SET', record_key, record, 'EX', record_ttl)
+redis.call('SADD', workers_key, cid)
+return holder
+"""
+
+# Ends a worker's lease, unless another incarnation has it. Keeps this record, or deletes it if it is empty.
+_RELEASE = """
+local lease_key, record_key, workers_key = KEYS[1], KEYS[2], KEYS[3]
+local incarnation_id, record, cid, record_ttl = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+
+local holder = redis.call('GET', lease_key)
+if holder and holder ~= incarnation_id then return end
+redis.call('DEL', lease_key)
+if record ~= '' then
+  redis.call('SET', record_key, record, 'EX', record_ttl)
+else
+  redis.call('DEL', record_key)
+  redis.call('SREM', workers_key, cid)
+end
+"""
+
+
 class Leases:
     """Writes and reads leases. Every method takes a round trip or two, and raises redis.RedisError."""
 
     def __init__(self, client: RedisClient, keys: Keys) -> None:
         self._redis = client
         self._keys = keys
+        self._hold_script = client.register_script(_HOLD)
+        self._release_script = client.register_script(_RELEASE)
+
+    def seize_worker(self, record: WorkerRecord) -> str:
+        """Take a worker's lease, from an older incarnation too, and write its record; returns as `renew_worker` does."""
+        return self._hold(record, seize=True)
 
     def renew_worker(self, record: WorkerRecord) -> str:
         """Renew a worker's lease and record; returns the incarnation id that the lease had before, or "".
 
-        Another id than the record's own means that a newer incarnation has the same cid.
+        Another id than the record's own means that another incarnation has the lease: then nothing was written.
         """
-        keys = self._keys
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(keys.lease(record.cid), record.incarnation_id, ex=LEASE_TTL_S, get=True)
-            pipe.set(keys.worker(record.cid), _encoder.encode(record), ex=RECORD_TTL_S)
-            pipe.sadd(keys.workers, record.cid)
-            before = pipe.execute()[0]
+        return self._hold(record, seize=False)
+
+    def _hold(self, record: WorkerRecord, *, seize: bool) -> str:
+        times = (LEASE_TTL_S, RECORD_TTL_S)
+        before = self._hold_script(
+            keys=self._worker_keys(record.cid),
+            args=[record.incarnation_id, _encoder.encode(record), record.cid, int(seize), *times],
+        )
         return before.decode() if before else ""
 
     def release_worker(self, record: WorkerRecord, *, keep_record: bool) -> None:
-        """End a lease. `keep_record`: it shows as `lost` until the reconciler has taken it off the node."""
-        keys = self._keys
-        with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(keys.lease(record.cid))
-            if keep_record:
-                pipe.set(keys.worker(record.cid), _encoder.encode(record), ex=RECORD_TTL_S)
-            else:
-                pipe.delete(keys.worker(record.cid))
-                pipe.srem(keys.workers, record.cid)
-            pipe.execute()
+        """End a lease, unless another incarnation has it.
+
+        `keep_record`: it shows as `lost` until the reconciler has taken it off the node.
+        """
+        body = _encoder.encode(record) if keep_record else b""
+        self._release_script(
+            keys=self._worker_keys(record.cid), args=[record.incarnation_id, body, record.cid, RECORD_TTL_S]
+        )
+
+    def _worker_keys(self, cid: str) -> list[str]:
+        return [self._keys.lease(cid), self._keys.worker(cid), self._keys.workers]
 
     def forget_worker(self, cid: str) -> None:
         """Delete the record of a lost worker, after it was taken off the node."""

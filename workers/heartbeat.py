@@ -23,7 +23,9 @@ STOP_S = 5.0
 
 
 class WorkerReplaced(Exception):
-    """Raised by the heartbeat when a newer worker holds the lease of this one's cid."""
+    """Raised by the heartbeat when another worker holds the lease of this one's cid. It started later, as each takes
+    the lease at its start.
+    """
 
 
 class Heartbeat:
@@ -107,7 +109,8 @@ class Heartbeat:
         with self._renewing:
             if self._stopping:
                 return
-            before = self._leases.renew_worker(record)
+            hold = self._leases.renew_worker if self._renewed_once else self._leases.seize_worker
+            before = hold(record)
         self._renew_at = now + REFRESH_S
         if self._renewed_once and not before:
             log.warning("the lease had expired")

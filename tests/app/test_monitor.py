@@ -92,7 +92,7 @@ class Web:
             gpus=[],
             state=state,
         )
-        self.leases.renew_worker(record)
+        self.leases.seize_worker(record)
 
     def write(self, name: str, *envelopes: Envelope) -> None:
         """Append to a replay list, as a worker does."""

@@ -97,7 +97,7 @@ def test_a_worker_whose_lease_expired_is_lost_at_once_by_a_view_that_watched(ben
 
 
 def test_a_newer_incarnation_needs_no_waiting_period(bench: Bench) -> None:
-    bench.leases.renew_worker(record("cid:2"))
+    bench.leases.seize_worker(record("cid:2"))
     bench.watch(1)
     assert bench.view.is_lost(INCARNATION)
     assert not bench.view.is_lost("cid:2")

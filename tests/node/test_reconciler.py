@@ -155,7 +155,7 @@ def test_a_restarted_worker_is_not_unregistered_for_its_last_incarnation(
     bench.live(record("c-1"))
     bench.expire(record("c-1"))
     found = bench.leases.workers()
-    bench.leases.renew_worker(record("c-1", incarnation_id="c-1:2"))
+    bench.leases.seize_worker(record("c-1", incarnation_id="c-1:2"))
 
     bench.reconciler()._unregister_lost(found, bench.now)
 

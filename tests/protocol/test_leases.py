@@ -2,6 +2,7 @@
 
 import json
 
+import msgspec
 import pytest
 
 from protocol.leases import GAP_S, LEASE_TTL_S, Leases, Observation, WorkerRecord
@@ -102,3 +103,31 @@ def test_a_record_of_another_version_hides_nobody(redis_server: RedisServer, key
     assert found["newest"].state == "unknown" and found["newest"].incarnation_id == "newest:1"
     client.delete(keys.lease("newest"))
     assert {each.cid: each.state for each in leases.workers()}["newest"] == "lost"
+
+
+def test_a_lease_of_another_incarnation_is_seized_and_neither_renewed_nor_released(
+    redis_server: RedisServer, keys: Keys
+) -> None:
+    leases = Leases(redis_server.client, keys)
+    older = WorkerRecord(
+        cid="c",
+        incarnation_id="c:1",
+        model="m",
+        tasks=("chat",),
+        project="P",
+        pid=1,
+        host="h",
+        service_id="s",
+        node="",
+        gpus=[],
+    )
+    newer = msgspec.structs.replace(older, incarnation_id="c:2", state="ready")
+    assert leases.renew_worker(older) == "", "nobody had it"
+    assert leases.seize_worker(newer) == "c:1"
+    assert leases.renew_worker(older) == "c:2"
+    leases.release_worker(older, keep_record=False)
+    leases.release_worker(older, keep_record=True)
+    assert leases.workers() == [newer]
+    leases.release_worker(newer, keep_record=False)
+    assert leases.workers() == []
+    assert redis_server.client.exists(keys.lease("c")) == 0

@@ -72,6 +72,9 @@ class Bench:
         self.renewals += 1
         return self.leases.renew_worker(record)
 
+    def seize_worker(self, record: WorkerRecord) -> str:
+        return self.leases.seize_worker(record)
+
     def living_webs(self, web_ids: list[str]) -> set[str]:
         return self.leases.living_webs(web_ids)
 
@@ -143,15 +146,20 @@ def test_a_lease_that_had_expired_is_renewed_and_reported(bench: Bench) -> None:
 def test_a_lease_of_another_incarnation_ends_the_worker(bench: Bench) -> None:
     other = record()
     other.incarnation_id = "cid:2"
-    bench.leases.renew_worker(other)
+    bench.leases.seize_worker(other)
     with pytest.raises(WorkerReplaced):
         bench.watch(REFRESH_S)
+    assert bench.client.get(bench.keys.lease("cid")) == b"cid:2"
+    (shown,) = bench.leases.workers()
+    assert (shown.incarnation_id, shown.state) == ("cid:2", "loading"), (
+        "nothing of the newer one is overwritten"
+    )
 
 
 def test_an_earlier_incarnation_of_this_worker_is_replaced(redis_client: Any, keys: Keys) -> None:
     earlier = record()
     earlier.incarnation_id = "cid:0"
-    Leases(redis_client, keys).renew_worker(earlier)
+    Leases(redis_client, keys).seize_worker(earlier)
     bench = Bench(redis_client, keys)
     bench.watch(REFRESH_S)
     assert redis_client.get(keys.lease("cid")) == b"cid:1"
