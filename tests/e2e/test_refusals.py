@@ -1,9 +1,12 @@
 """Invalid requests: each gets a 4xx that names the fault, in the one error body."""
 
+import base64
+import io
 import json
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.deployment import Deployment
 from tests.e2e.conftest import CHAT, SHAPES
@@ -59,6 +62,8 @@ IMAGES: list[tuple[str, dict[str, Any], int, str]] = [
     ("size 99999x1", {"size": "99999x1"}, 400, "size"),
     ("size abc", {"size": "abc"}, 400, "size"),
     ("width below 0", {"width": -64}, 400, "width"),
+    ("more pixels than it can generate", {"size": "1792x1024"}, 400, "512"),
+    ("a prompt that would be cut off", {"prompt": "a red circle " * 20}, 400, "62 tokens"),
     ("a million steps", {"step": 10**6}, 400, "step"),
     ("no prompt", {"prompt": None}, 400, "prompt"),
     ("an empty prompt", {"prompt": ""}, 400, "prompt"),
@@ -89,6 +94,14 @@ def test_generations(demo: Deployment, change: dict[str, Any], status: int, word
 def test_edits_without_a_valid_image(demo: Deployment, image: Any, word: str) -> None:
     body = {"model": SHAPES, "prompt": "a red circle", "image": image}
     check_error(*demo.post("/v1/images/edits", body), 400, word)
+
+
+def test_an_edit_whose_derived_side_is_too_long(demo: Deployment) -> None:
+    png = io.BytesIO()
+    Image.new("RGB", (1, 500)).save(png, "PNG")
+    image = base64.b64encode(png.getvalue()).decode()
+    body = {"model": SHAPES, "prompt": "a red circle", "image": image, "width": 64}
+    check_error(*demo.post("/v1/images/edits", body), 400, "64x32000")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"])
