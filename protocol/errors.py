@@ -2,8 +2,8 @@
 
 ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
-├─ Unauthorized 401 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405 · RequestTimeout 408
-├─ PayloadTooLarge 413 · RateLimited 429 · Cancelled 499
+├─ Unauthorized 401 · Forbidden 403 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405
+├─ RequestTimeout 408 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429 · Cancelled 499
 ├─ InternalError 500 (EngineError, OutOfMemory, EngineStopped)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, ShuttingDown)
 └─ DeadlineExceeded 504
@@ -99,6 +99,18 @@ class PayloadTooLarge(ServiceError):
     """Raised by the web process for a body or an image file with too many bytes."""
 
     status, code, type = 413, "payload_too_large", "invalid_request_error"
+
+
+class UnsupportedMediaType(ServiceError):
+    """Raised by the web process for a body in an encoding that it can't read."""
+
+    status, code, type = 415, "unsupported_media_type", "invalid_request_error"
+
+
+class Forbidden(ServiceError):
+    """Raised by the web process for a request that a page of another site may have made a browser send."""
+
+    status, code, type = 403, "forbidden", "permission_error"
 
 
 class RateLimited(ServiceError):

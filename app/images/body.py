@@ -7,17 +7,16 @@ They are read in two steps, so that a body is validated before anything is downl
 
 import base64
 import binascii
-from collections.abc import Callable, Mapping
-from io import BytesIO
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import msgspec
 from flask import Request
 from gevent import get_hub, monkey
-from werkzeug.datastructures import MultiDict
-from werkzeug.formparser import FormDataParser
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
-from app.http.request_body import read_body, read_json
+from app.http.request_body import parse_json
 from app.images.schema import ABSENT_AS_ZERO
 from catalogue import EDIT, GENERATION, ImageModelEntry, TaskSpec
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
@@ -29,6 +28,10 @@ _TEXT_BYTES = 1024 * 1024
 MAX_FORM_BYTES = 2 * MAX_BYTES + _TEXT_BYTES
 MAX_JSON_BYTES = 2 * (MAX_BYTES * 4 // 3 + 4) + _TEXT_BYTES
 _MAX_FORM_PARTS = 200
+_IMAGE_NAMES = ("image", "image[]", "file")
+"""The field of the image to edit. Nodes of AIL2-ComputeNet send it as `file`."""
+_MASK_NAMES = ("mask", "mask[]")
+_FILE_NAMES = _IMAGE_NAMES + _MASK_NAMES
 
 Fetch = Callable[[str, str], bytes]
 """Downloads a URL, given for the named field (app.images.fetch.ImageFetcher.fetch)."""
@@ -66,66 +69,120 @@ class ImageBody(NamedTuple):
         return image, None if self.mask is None else _load(self.mask, "mask", fetch)
 
 
-def read_image_body(request: Request, *, edit: bool) -> ImageBody:
-    """Read a body. `edit` tells the endpoint; a form with an image is an edit at either.
+def read_image_body(request: Request, body: bytes, *, edit: bool) -> ImageBody:
+    """Take a body apart. `edit` tells the endpoint; a body with an image is an edit at either.
 
-    Raises InvalidRequest, PayloadTooLarge, RequestTimeout.
+    Raises InvalidRequest.
     """
     if request.mimetype == "multipart/form-data":
-        return _from_form(request, edit)
-    fields = read_json(request, MAX_JSON_BYTES)
-    if not edit:
-        return ImageBody(GENERATION, fields, is_form=False)
-    image, mask = (_one_text(fields.pop(name, None), name) for name in ("image", "mask"))
-    return ImageBody(EDIT, fields, False, image, mask)
-
-
-def _from_form(request: Request, edit: bool) -> ImageBody:
-    form, files = _parse_form(request)
-    image, mask = (_one_part(name, form, files) for name in ("image", "mask"))
+        return _from_form(request, body, edit)
+    fields = parse_json(body)
+    image, mask = (_one_text(_pop(fields, names), names[0]) for names in (_IMAGE_NAMES, _MASK_NAMES))
     is_edit = edit or image is not None or mask is not None
-    return ImageBody(EDIT if is_edit else GENERATION, _form_fields(form), True, image, mask)
+    return ImageBody(EDIT if is_edit else GENERATION, fields, False, image, mask)
 
 
-def _parse_form(request: Request) -> tuple[MultiDict[str, str], MultiDict[str, Any]]:
-    # read whole, with the bounds that every body has; werkzeug by itself would write large files to disk
-    body = read_body(request, MAX_FORM_BYTES)
-    parser = FormDataParser(
-        stream_factory=lambda *_, **__: BytesIO(),
-        max_form_memory_size=_TEXT_BYTES,
-        max_form_parts=_MAX_FORM_PARTS,
-        silent=False,
-    )
+def _pop(fields: dict[str, Any], names: Sequence[str]) -> list[Any]:
+    """Take the values of an image's field, under any of its names, out of a JSON body."""
+    found: list[Any] = []
+    for name in names:
+        value = fields.pop(name, None)
+        found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _from_form(request: Request, body: bytes, edit: bool) -> ImageBody:
+    parts = _parse_form(request, body)
+    image, mask = (_one_part(names, parts) for names in (_IMAGE_NAMES, _MASK_NAMES))
+    is_edit = edit or image is not None or mask is not None
+    return ImageBody(EDIT if is_edit else GENERATION, _form_fields(parts), True, image, mask)
+
+
+class _Part(NamedTuple):
+    """A part of a form. `filename` is None for a field; browsers send "" for a file input that was left empty."""
+
+    name: str
+    filename: str | None
+    content: bytes
+
+    @property
+    def is_empty_input(self) -> bool:
+        return not self.content and not self.filename
+
+
+def _parse_form(request: Request, body: bytes) -> list[_Part]:
+    """The parts of a multipart form. One without a name is an image if its type says so, and else left out."""
+    boundary = request.mimetype_params.get("boundary", "").encode("latin-1", "replace")
+    if not boundary:
+        raise InvalidRequest("the Content-Type of a multipart form needs a boundary")
+    decoder = MultipartDecoder(boundary, max_form_memory_size=None, max_parts=_MAX_FORM_PARTS)
+    parts: list[_Part] = []
+    head: Field | File | None = None
+    content: list[bytes] = []
     try:
-        _, form, files = parser.parse(BytesIO(body), request.mimetype, len(body), request.mimetype_params)
-    except ValueError as error:
+        decoder.receive_data(body)
+        decoder.receive_data(None)
+        while not isinstance(event := decoder.next_event(), Epilogue | NeedData):
+            if isinstance(event, Field | File):
+                head, content = event, []
+            elif isinstance(event, Data) and head is not None:
+                content.append(event.data)
+                if not event.more_data:
+                    parts += _part(head, b"".join(content))
+    except (ValueError, RequestEntityTooLarge) as error:
         raise InvalidRequest("the body is not a valid multipart form as its Content-Type says") from error
-    return form, files
+    if sum(len(part.content) for part in parts if part.name not in _FILE_NAMES) > _TEXT_BYTES:
+        raise PayloadTooLarge(f"the fields of the form have more than {_TEXT_BYTES} bytes")
+    return parts
 
 
-def _form_fields(form: Mapping[str, str]) -> dict[str, Any]:
+def _part(head: Field | File, content: bytes) -> list[_Part]:
+    kind = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+    filename = head.filename if isinstance(head, File) else None
+    is_file = filename is not None or kind.startswith("image/") or kind == "application/octet-stream"
+    name = cast("str | None", head.name)
+    if name:
+        return [_Part(name, filename if filename is not None else kind if is_file else None, content)]
+    return [_Part("image", filename or "image", content)] if is_file else []
+
+
+def _form_fields(parts: Sequence[_Part]) -> dict[str, Any]:
     """Return the fields that are no files. Empty ones are absent, since a form may send every field it has;
-    so is 0 where it is in JSON (app.images.schema)."""
-    files = ("image", "image[]", "mask")
-    return {
-        name: value
-        for name, value in form.items()
-        if name not in files and value and not (name in ABSENT_AS_ZERO and value.strip() == "0")
-    }
+    so is 0 where it is in JSON (app.images.schema). Of a repeated field the first counts."""
+    fields: dict[str, Any] = {}
+    for part in parts:
+        if part.name in _FILE_NAMES or part.name in fields:
+            continue
+        value = _text(part)
+        if value and not (part.name in ABSENT_AS_ZERO and value.strip() == "0"):
+            fields[part.name] = value
+    return fields
 
 
-def _one_part(name: str, form: MultiDict[str, str], files: MultiDict[str, Any]) -> bytes | str | None:
+def _text(part: _Part) -> str:
+    try:
+        return part.content.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("a field of the form is not UTF-8 text", param=_shown(part.name)) from None
+
+
+def _shown(name: str) -> str | None:
+    return name if name.isidentifier() and len(name) <= 64 else None
+
+
+def _one_part(names: Sequence[str], parts: Sequence[_Part]) -> bytes | str | None:
     """Return an image sent as a file, or as text (a URL or base64), which some clients send."""
-    found: list[bytes | str] = [
-        file.stream.read() for key in (name, f"{name}[]") for file in files.getlist(key)
-    ]
-    found += [text for key in (name, f"{name}[]") for text in form.getlist(key)]
-    return _at_most_one([part for part in found if part], name)
+    given = [part for part in parts if part.name in names and not part.is_empty_input]
+    part = _at_most_one(given, names[0])
+    if part is None:
+        return None
+    if not part.content:
+        raise InvalidRequest(f"{names[0]} is an empty file", param=names[0])
+    return part.content if part.filename is not None else _text(part)
 
 
-def _one_text(value: object, param: str) -> str | None:
+def _one_text(values: list[Any], param: str) -> str | None:
     """Return an image in JSON: a string, or a list of one string as OpenAI's clients may send it."""
-    values = value if isinstance(value, list) else [value]
     given = [value for value in values if value is not None and value != ""]
     texts = [value for value in given if isinstance(value, str)]
     if len(texts) != len(given):

@@ -10,9 +10,10 @@ from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.models import find_model, only_model
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import ignored_params
+from app.http.request_body import BodyReader, ignored_params
 from app.http.validation import parse
-from app.images.body import ImageBody, read_image_body
+from app.http.wsgi import set_request_id
+from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
 from app.images.fetch import ImageFetcher
 from app.images.file_response import image_file_response
 from app.images.response import collect_images, images_response, images_response_base64
@@ -28,6 +29,7 @@ def blueprint(
     *,
     catalogue: Catalogue,
     dispatcher: Dispatcher,
+    bodies: BodyReader,
     fetcher: ImageFetcher,
     image_store: ImageStore,
     image_ttl_s: int,
@@ -38,21 +40,23 @@ def blueprint(
 
     def create(*, edit: bool) -> Response:
         # a form with an image is an edit at both endpoints, because the node knows one URL for each model
-        body = read_image_body(request, edit=edit)
-        params = _parse(body, catalogue)
-        entry = find_model(catalogue, params.model, body.task)
-        # everything is validated before an image is downloaded for this request
-        job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
+        limit = MAX_FORM_BYTES if request.mimetype == "multipart/form-data" else MAX_JSON_BYTES
+        with bodies.read(request, limit) as content:
+            body = read_image_body(request, content, edit=edit)
+            params = _parse(body, catalogue)
+            entry = find_model(catalogue, params.model, body.task)
+            # everything is validated before an image is downloaded for this request
+            job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
+            set_request_id(job.id)
         with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
             images = collect_images(reader)
         created = int(time.time())
         if params.response_format == "b64_json":
-            content = images_response_base64(created, job, images, load=image_store.get)
+            answer = images_response_base64(created, job, images, load=image_store.get)
         else:
-            content = images_response(created, job, images, link=lambda name: public_url + FILES + name)
-        response = json_response(content)
-        response.headers["X-Request-Id"] = job.id
-        if ignored := ignored_params(type(params), body.fields):
+            answer = images_response(created, job, images, link=lambda name: public_url + FILES + name)
+        response = json_response(answer)
+        if ignored := ignored_params(params, body.fields):
             response.headers["X-Ignored-Params"] = ignored
         return response
 

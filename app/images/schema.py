@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from app.http.validation import first_given
 from catalogue import ImageEngineOptions, ImageModelEntry
@@ -46,6 +46,12 @@ def _check_size(size: str) -> str:
     return size
 
 
+def _check_not_streamed(stream: bool | None) -> bool | None:
+    if stream:
+        raise ValueError("images are not streamed; leave it out")
+    return stream
+
+
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 Count = Annotated[int, Field(ge=1)]
 Factor = Annotated[float, Field(allow_inf_nan=False)]
@@ -69,6 +75,9 @@ class ImageRequest(BaseModel):
     guidance_scale: Annotated[Factor, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     response_format: Literal["url", "b64_json"] | None = None
+    stream: Annotated[
+        bool | None, AfterValidator(_check_not_streamed), WithJsonSchema({"enum": [None, False]})
+    ] = None
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import pytest
 from flask import Flask, request
 from PIL import Image
 
-from app.images.body import MAX_JSON_BYTES, ImageBody, read_image_body
+from app.images.body import ImageBody, read_image_body
 from catalogue import EDIT, GENERATION
 from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
 from protocol.image_files import MAX_BYTES
@@ -35,7 +35,7 @@ def no_fetch(url: str, param: str) -> bytes:
 
 def read(*, edit: bool = True, **body: Any) -> ImageBody:
     with flask_app.test_request_context("/v1/images/edits", method="POST", **body):
-        return read_image_body(request, edit=edit)
+        return read_image_body(request, request.get_data(), edit=edit)
 
 
 def form(edit: bool = True, **fields: Any) -> ImageBody:
@@ -84,11 +84,77 @@ def test_a_form_with_an_image_is_an_edit_at_the_generations_endpoint():
     assert (plain.task, plain.fields) == (GENERATION, {"prompt": "p", "n": "2"})
 
 
-def test_json_at_the_generations_endpoint_is_always_a_generation():
-    body = read(edit=False, json={"prompt": "p", "image": "https://h/p.png"})
-    assert body.task is GENERATION and body.fields["image"] == "https://h/p.png"
+def test_json_without_an_image_is_a_generation_at_the_generations_endpoint():
+    body = read(edit=False, json={"prompt": "p", "image": None, "mask": ""})
+    assert body.task is GENERATION and body.fields == {"prompt": "p"}
     job = ImageJob(id="i", model="m", task="generation", prompt="p")
     assert body.attach(job, no_fetch) is job
+
+
+@pytest.mark.parametrize("name", ["image", "file", "mask"])
+def test_json_with_an_image_is_an_edit_at_the_generations_endpoint(name: str):
+    body = read(edit=False, json={"prompt": "p", name: "https://h/p.png"})
+    assert body.task is EDIT and body.fields == {"prompt": "p"}
+
+
+def test_a_form_may_name_the_image_file():
+    image, mask = files_of(form(edit=False, prompt="p", file=PNG))
+    assert image == PNG and mask is None
+
+
+def raw_form(*parts: tuple[str, bytes]) -> bytes:
+    """A multipart body with these heads and contents."""
+    joined = b"".join(b"--bound\r\n%s\r\n\r\n%s\r\n" % (head.encode(), content) for head, content in parts)
+    return joined + b"--bound--\r\n"
+
+
+PROMPT = ('Content-Disposition: form-data; name="prompt"', b"p")
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        'Content-Disposition: form-data; filename="p.png"\r\nContent-Type: image/png',
+        "Content-Disposition: form-data\r\nContent-Type: application/octet-stream",
+        'Content-Disposition: form-data; name="image"\r\nContent-Type: image/png',
+    ],
+)
+def test_a_part_without_name_or_filename_is_judged_by_its_type(head: str):
+    data = raw_form(PROMPT, (head, PNG))
+    body = read(data=data, content_type="multipart/form-data; boundary=bound")
+    assert files_of(body) == (PNG, None) and body.fields == {"prompt": "p"}
+
+
+def test_a_text_part_without_a_name_is_left_out():
+    data = raw_form(PROMPT, ("Content-Disposition: form-data", b"text"))
+    body = read(edit=False, data=data, content_type="multipart/form-data; boundary=bound")
+    assert body.task is GENERATION and body.fields == {"prompt": "p"}
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_an_empty_file_is_refused_by_name(name: str):
+    with pytest.raises(InvalidRequest, match=f"{name} is an empty file") as caught:
+        fields: dict[str, Any] = {"prompt": "p", "image": PNG, name: b""}
+        form(**fields)
+    assert caught.value.param == name
+
+
+def test_a_file_input_that_was_left_empty_is_absent():
+    empty = (
+        'Content-Disposition: form-data; name="mask"; filename=""\r\nContent-Type: application/octet-stream'
+    )
+    image = 'Content-Disposition: form-data; name="image"; filename="p.png"\r\nContent-Type: image/png'
+    body = read(
+        data=raw_form(PROMPT, (image, PNG), (empty, b"")), content_type="multipart/form-data; boundary=bound"
+    )
+    assert files_of(body) == (PNG, None)
+
+
+def test_a_field_that_is_no_text_is_refused():
+    data = raw_form(('Content-Disposition: form-data; name="prompt"', b"\xff\xfe"))
+    with pytest.raises(InvalidRequest, match="not UTF-8") as caught:
+        read(data=data, content_type="multipart/form-data; boundary=bound")
+    assert caught.value.param == "prompt"
 
 
 BASE64 = base64.b64encode(PNG).decode()
@@ -127,7 +193,7 @@ def test_an_edit_requires_an_image(body):
 
 def test_a_form_without_an_image_is_not_an_edit():
     with pytest.raises(InvalidRequest, match="image is required"):
-        files_of(form(prompt="p", image=b""))
+        files_of(form(prompt="p", image=""))
 
 
 def test_several_images_are_refused():
@@ -223,9 +289,7 @@ def test_bytes_are_bounded():
     with pytest.raises(PayloadTooLarge):
         files_of(read(json={"image": base64.b64encode(large + b"\0").decode()}))
     with pytest.raises(PayloadTooLarge):
-        read(data=b"x" * (MAX_JSON_BYTES + 1), content_type="application/json")
-    with pytest.raises(PayloadTooLarge):
-        form(image=b"x" * (2 * MAX_BYTES + 2**21))
+        form(image=PNG, prompt="x" * (2**20 + 1))
 
 
 @pytest.mark.parametrize(
