@@ -14,6 +14,7 @@ import socket
 import ssl
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,7 +30,14 @@ CONNECT_S = 3.0
 TOTAL_S = 15.0
 MAX_REDIRECTS = 3
 MAX_URL = 8192
-PARALLEL = 4
+PARALLEL = 16
+PARALLEL_PER_HOST = 4
+"""One slow host must not keep the images of all others waiting."""
+SLOT_S = 5.0
+"""How long a download waits for a free slot."""
+SLOW_AFTER_S = 3.0
+LEAST_BYTES_PER_S = 32 * 1024
+"""A body that has arrived more slowly than this SLOW_AFTER_S after its beginning is refused, so that its slot is free."""
 _NETLOC = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@%]+)(:[0-9]{1,5})?")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {
@@ -91,7 +99,8 @@ class ImageFetcher:
         self._read_own = read_own
         self._resolve = resolve
         self._tls = tls or ssl.create_default_context()
-        self._slots = threading.BoundedSemaphore(PARALLEL)
+        self._slots = threading.Condition()
+        self._running: Counter[str] = Counter()
         self._resolvers = ThreadPoolExecutor(PARALLEL, thread_name_prefix="resolve")
 
     def fetch(self, url: str, param: str = "image") -> bytes:
@@ -105,10 +114,10 @@ class ImageFetcher:
                     f"{param}: this image link has expired; send the image itself", param=param
                 )
             return png
-        if not self._slots.acquire(timeout=TOTAL_S):
-            raise Overloaded("too many images are being downloaded; try again soon", retry_after_s=5)
         try:
-            return self._follow(url, time.monotonic() + TOTAL_S)
+            target = _parse(url)
+            with self._slot(target.host):
+                return self._follow(target, time.monotonic() + TOTAL_S)
         except (_Refused, OSError, HTTPException, ValueError) as error:
             reason = str(error) if isinstance(error, _Refused) else type(error).__name__
             log.info("an image URL was not downloaded: %s", reason)
@@ -117,11 +126,28 @@ class ImageFetcher:
                 " that returns a PNG, JPEG or WEBP image of at most 10 MiB within 15 s",
                 param=param,
             ) from None
-        finally:
-            self._slots.release()
 
-    def _follow(self, url: str, deadline: float) -> bytes:
-        target = _parse(url)
+    @contextmanager
+    def _slot(self, host: str) -> Iterator[None]:
+        """Hold one of the slots for downloads, of which each host has a few. Raises Overloaded."""
+
+        def free() -> bool:
+            return self._running.total() < PARALLEL and self._running[host] < PARALLEL_PER_HOST
+
+        with self._slots:
+            if not self._slots.wait_for(free, SLOT_S):
+                raise Overloaded("too many images are being downloaded; try again soon", retry_after_s=5)
+            self._running[host] += 1
+        try:
+            yield
+        finally:
+            with self._slots:
+                self._running[host] -= 1
+                if not self._running[host]:
+                    del self._running[host]
+                self._slots.notify_all()
+
+    def _follow(self, target: _Target, deadline: float) -> bytes:
         for _ in range(MAX_REDIRECTS + 1):
             addresses = self._allowed_addresses(target, deadline)
             with self._get(target, addresses, deadline) as response:
@@ -213,8 +239,12 @@ def _body(response: HTTPResponse, deadline: float) -> bytes:
     if (response.length or 0) > MAX_BYTES:
         raise _Refused("size")
     body = bytearray()
+    began = time.monotonic()
     while part := response.read1(65536):
         body += part
+        elapsed_s = time.monotonic() - began
+        if elapsed_s > SLOW_AFTER_S and len(body) < elapsed_s * LEAST_BYTES_PER_S:
+            raise _Refused("too slow")
         if len(body) > MAX_BYTES:
             raise _Refused("size")
         _remaining_s(deadline)

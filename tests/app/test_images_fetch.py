@@ -11,11 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from app.images.fetch import PARALLEL, ImageFetcher
+from app.images.fetch import PARALLEL, PARALLEL_PER_HOST, TOTAL_S, ImageFetcher
 from app.images.public_address import is_public, is_this_machine
 from protocol.errors import InvalidImage, Overloaded
 from protocol.image_files import MAX_BYTES
@@ -493,18 +494,48 @@ def test_only_four_downloads_run_at_a_time(listener):
     assert listener.connections == 6
 
 
-def test_a_download_that_waits_too_long_for_a_slot_is_refused(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.2)
+def test_a_download_that_waits_too_long_for_a_slot_is_refused_and_other_hosts_are_served(
+    listener, monkeypatch
+):
+    monkeypatch.setattr("app.images.fetch.SLOT_S", 0.2)
     fetcher = Rerouted(listener, NAMES)
-    for _ in range(PARALLEL):
-        fetcher._slots.acquire()
-    with pytest.raises(Overloaded) as caught:
-        fetcher.fetch("http://public.test/")
-    assert caught.value.retry_after_s
-    monkeypatch.undo()
-    fetcher._slots.release()
+    with ExitStack() as slots:
+        for _ in range(PARALLEL_PER_HOST):
+            slots.enter_context(fetcher._slot("public.test"))
+        with pytest.raises(Overloaded) as caught:
+            fetcher.fetch("http://public.test/")
+        assert caught.value.retry_after_s
+        with fetcher._slot("other.test"):
+            pass
     assert fetcher.fetch("http://public.test/") == b"image"
     assert fetcher.fetch("http://public.test/") == b"image"
+
+
+def test_all_hosts_together_have_a_bound(listener, monkeypatch):
+    monkeypatch.setattr("app.images.fetch.SLOT_S", 0.2)
+    fetcher = Rerouted(listener, NAMES)
+    with ExitStack() as slots:
+        for number in range(PARALLEL):
+            slots.enter_context(fetcher._slot(f"{number}.test"))
+        with pytest.raises(Overloaded):
+            fetcher.fetch("http://public.test/")
+
+
+def test_a_body_that_arrives_too_slowly_gives_its_slot_up(listener, monkeypatch):
+    monkeypatch.setattr("app.images.fetch.SLOW_AFTER_S", 0.1)
+    stop = threading.Event()
+
+    def drips(stream: socket.socket) -> None:
+        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+        while not stop.wait(0.05):
+            stream.sendall(b"x")
+
+    listener.answers = [drips]
+    fetcher = Rerouted(listener, NAMES)
+    began = time.monotonic()
+    assert refusal(fetcher, "http://public.test/") == ONE_TEXT
+    assert time.monotonic() - began < TOTAL_S / 2
+    stop.set()
 
 
 def test_allowed_hosts_may_be_private_and_on_any_port(listener):
