@@ -34,6 +34,7 @@ keepalive = (
 )
 timeout = 30  # seconds without a heartbeat of the event loop after which the master replaces the process
 graceful_timeout = 27  # seconds from SIGTERM to SIGKILL; streams end by themselves before that
+forwarder_headers = ""  # no header of a peer may set SCRIPT_NAME or PATH_INFO
 control_socket_disable = True  # gunicorn would create one in the home directory
 accesslog = None
 errorlog = "-"

@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
@@ -21,6 +22,8 @@ log = logging.getLogger("web")
 
 LINGER_S = 3.0
 """How long an error response waits for the client to take it, and an unread body to end."""
+UNREAD_S = 15.0
+"""A connection on which the client takes nothing for this long is closed by the kernel, whatever is being sent."""
 IDLE_S = 1.0
 """At a stop, a connection without a request for this long is closed."""
 
@@ -52,6 +55,9 @@ class Worker(GeventWorker):
         """Serve one connection, in a greenlet of its own."""
         greenlet = gevent.getcurrent()
         self._clients[greenlet] = client
+        if client.family in (socket.AF_INET, socket.AF_INET6):
+            # The kernel's buffers hold minutes of text before a write blocks: only it sees that nobody reads.
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_S * 1000))
         try:
             super().handle(listener, client, addr)
         finally:
@@ -154,6 +160,7 @@ def _json_response(status: int, message: str) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         "Connection: close\r\n"
         "Content-Type: application/json\r\n"
+        f"X-Request-Id: req-{uuid.uuid4().hex}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

@@ -9,6 +9,8 @@ from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
 from app.http.errors import register_error_handlers
+from app.http.origin import OriginCheck
+from app.http.wsgi import PlainPaths, add_request_ids
 from app.images.routes import blueprint as images_blueprint
 from app.operations.models import blueprint as models_blueprint
 from app.operations.openapi import describe
@@ -36,20 +38,30 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     # metrics before the gate, so that refused requests are counted too
     services.metrics.init_app(app)
     services.gate.init_app(app)
+    app.before_request(OriginCheck(settings).check)
+    add_request_ids(app)
     register_error_handlers(app)
+    app.wsgi_app = PlainPaths(app.wsgi_app)  # type: ignore[method-assign]
 
-    app.register_blueprint(chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher))
+    app.register_blueprint(
+        chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
+    )
     app.register_blueprint(
         images_blueprint(
             catalogue=catalogue,
             dispatcher=services.dispatcher,
+            bodies=services.bodies,
             fetcher=services.fetcher,
             image_store=services.image_store,
             image_ttl_s=settings.image_ttl_s,
             public_url=settings.public_url,
         )
     )
-    app.register_blueprint(models_blueprint(catalogue=catalogue, public_url=settings.public_url))
+    app.register_blueprint(
+        models_blueprint(
+            catalogue=catalogue, public_url=settings.public_url, worker_view=services.worker_view
+        )
+    )
     app.register_blueprint(
         operations_blueprint(
             models=catalogue.models,

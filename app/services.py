@@ -7,6 +7,7 @@ from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.monitor import RequestMonitor
 from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
+from app.http.request_body import BodyBudget, BodyReader
 from app.images.fetch import ImageFetcher
 from app.operations.metrics import Metrics
 from app.operations.warnings import Warnings
@@ -36,6 +37,7 @@ class Services:
     gate: Gate
     metrics: Metrics
     dispatcher: Dispatcher
+    bodies: BodyReader
     worker_view: WorkerView
     warnings: Warnings
     image_store: ImageStore
@@ -91,6 +93,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             connected=process.connected,
             draining_for_s=process.draining_for_s,
         ),
+        bodies=BodyReader(BodyBudget()),
         worker_view=worker_view,
         warnings=Warnings(settings, catalogue.models, worker_view, client),
         image_store=image_store,

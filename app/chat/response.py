@@ -4,13 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import msgspec
-
+from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
 from protocol.events import Delta, Event, Finished, Started, TokenLogprob, Usage
 
-_json = msgspec.json.encode
+_json = encode_json
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -106,13 +105,15 @@ class ChunkEncoder:
             "model": model,
         }
         self._head = _json(head)[:-1] + b',"choices":['
+        # with include_usage OpenAI's chunks have the field too, as null; one last chunk has the figures
+        self._tail = b'],"usage":null}' if include_usage else b"]}"
         self._before_text = [self._head + b'{"index":%d,"delta":{"content":' % index for index in range(n)]
         self._held: list[bytes] = []
 
     def opening(self) -> bytes:
         """Return the first chunk of each choice, which has the role."""
-        chunk = b'{"index":%d,"delta":{"role":"assistant"},"logprobs":null,"finish_reason":null}]}'
-        return b"".join(frame(self._head + chunk % index) for index in range(self._n))
+        chunk = b'{"index":%d,"delta":{"role":"assistant"},"logprobs":null,"finish_reason":null}'
+        return b"".join(frame(self._head + chunk % index + self._tail) for index in range(self._n))
 
     def frames(self, batch: list[Event]) -> bytes:
         """Return the frames of a batch; b"" if none of its events is visible to the client."""
@@ -124,19 +125,20 @@ class ChunkEncoder:
                 yield self._text(event)
             if event.finish_reason:
                 # the last finish chunk has usage, which comes with Finished: each is held until the next
-                yield from (frame(chunk + b"]}") for chunk in self._held)
+                yield from (frame(chunk + self._tail) for chunk in self._held)
                 self._held = [self._finish(event)]
         elif isinstance(event, Finished):
             usage = _json(usage_body(event.usage or Usage(0, 0)))
             for chunk in self._held:
-                yield frame(chunk + (b"]}" if self._include_usage else b'],"usage":' + usage + b"}"))
+                yield frame(chunk + (self._tail if self._include_usage else b'],"usage":' + usage + b"}"))
             if self._include_usage:
                 yield frame(self._head + b'],"usage":' + usage + b"}")
 
     def _text(self, delta: Delta) -> bytes:
         logprobs = b"null" if delta.logprobs is None else _json(logprobs_body(delta.logprobs))
         head = self._before_text[delta.index]
-        return frame(head + _json(delta.text) + b'},"logprobs":' + logprobs + b',"finish_reason":null}]}')
+        choice = _json(delta.text) + b'},"logprobs":' + logprobs + b',"finish_reason":null}'
+        return frame(head + choice + self._tail)
 
     def _finish(self, delta: Delta) -> bytes:
         choice = {

@@ -1,7 +1,7 @@
 """POST /v1/chat/completions."""
 
 import uuid
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flask import Blueprint, Response, request
 
@@ -11,27 +11,29 @@ from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import ignored_params, read_json
+from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.sse import EventStream
 from app.http.validation import parse
+from app.http.wsgi import set_request_id
 from catalogue import CHAT, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
 
 
-def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher) -> Blueprint:
+def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReader) -> Blueprint:
     """Make the blueprint of the chat endpoint."""
     routes = Blueprint("chat", __name__)
 
     @routes.post(CHAT.path)
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
-        params, reader = _submit(catalogue, dispatcher, connection)
+        with bodies.read(request, MAX_BODY_BYTES) as body:
+            params, reader = _submit(parse_json(body), catalogue, dispatcher, connection)
+        del body
         try:
             response = _respond(params, reader, connection)
             if params.ignored:
                 response.headers["X-Ignored-Params"] = params.ignored
-            response.headers["X-Request-Id"] = params.id
         except BaseException:
             reader.close()
             raise
@@ -52,19 +54,19 @@ class _ResponseParams(NamedTuple):
 
 
 def _submit(
-    catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
+    raw: dict[str, Any], catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
 ) -> tuple[_ResponseParams, EventReader]:
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
-    raw = read_json(request, MAX_BODY_BYTES)
     body = parse(ChatCompletionRequest, raw)
     job = body.to_job(f"cmpl-{uuid.uuid4().hex}", find_model(catalogue, body.model, CHAT))
+    set_request_id(job.id)
     params = _ResponseParams(
         job.id,
         job.model,
         job.sampling.n,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        ignored=ignored_params(ChatCompletionRequest, raw),
+        ignored=ignored_params(body, raw),
     )
     return params, dispatcher.begin(job, CHAT, connection)
 
@@ -92,7 +94,7 @@ def _stream(chunks: ChunkStream, connection: Connection, reader: EventReader) ->
     request.environ.pop("werkzeug.request", None)
     return Response(
         EventStream(chunks.next_frames, close),
-        content_type="text/event-stream",
+        content_type="text/event-stream; charset=utf-8",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream
         direct_passthrough=True,

@@ -115,7 +115,7 @@ class ChatCompletionRequest(BaseModel):
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     seed: Annotated[StrictInt, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -181,12 +181,16 @@ class ChatCompletionRequest(BaseModel):
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise InvalidRequest("top_logprobs requires logprobs to be true", param="top_logprobs")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options requires stream to be true", param="stream_options")
         top_k = first_given(self.top_k, defaults.top_k)
+        # the smallest nucleus is the best token alone, which is what temperature 0 chooses
+        greedy = self.top_p == 0
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min_tokens,
-            temperature=first_given(self.temperature, defaults.temperature),
-            top_p=first_given(self.top_p, defaults.top_p),
+            temperature=0.0 if greedy else first_given(self.temperature, defaults.temperature),
+            top_p=None if greedy else first_given(self.top_p, defaults.top_p),
             top_k=0 if top_k == -1 else top_k,
             min_p=first_given(self.min_p, defaults.min_p),
             seed=self.seed,

@@ -67,6 +67,15 @@ class WorkerView:
             return 0.0
         return sum(record.rate for record in ready)
 
+    def max_model_len(self, model: str) -> int | None:
+        """Return the tokens of prompt and answer that every ready worker of `model` takes; None if none says it."""
+        known = [
+            record.max_model_len
+            for record in self._records
+            if record.model == model and record.state == "ready" and record.max_model_len
+        ]
+        return min(known, default=None)
+
     def unserved_s(self, model: str) -> float:
         """Return for how long, without a gap in observation, `model` has had no worker that is ready or loads."""
         since_served = self._refreshed_at - self._served_at.get(model, -math.inf)

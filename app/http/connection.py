@@ -4,7 +4,6 @@ import socket
 from typing import Any
 
 SEND_S = 10.0
-UNREAD_S = 15.0
 
 
 class Connection:
@@ -29,16 +28,13 @@ class Connection:
             return True
 
     def begin_sending(self) -> None:
-        """Bound the time for which the client may stop reading, from now on.
+        """Bound the time of each write of a stream, from now on: it raises TimeoutError after `SEND_S` seconds.
 
-        The kernel closes the connection when bytes stay unsent or unacknowledged for `UNREAD_S` seconds; a
-        single write raises TimeoutError after `SEND_S` seconds. Both are needed: the kernel's buffers hold
-        minutes of text before a write blocks, and only the kernel sees that the client takes nothing.
+        gunicorn_worker.py has the kernel close connections whose client takes nothing; this is for one that takes a
+        few bytes now and then.
         """
         if self._socket is None:
             return
-        if self._socket.family in (socket.AF_INET, socket.AF_INET6):
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(UNREAD_S * 1000))
         self._timeout_before = self._socket.gettimeout()
         self._socket.settimeout(SEND_S)
 

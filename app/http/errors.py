@@ -8,11 +8,11 @@ import logging
 import traceback
 from typing import Any
 
-import msgspec
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WrongMethod
 
+from app.http.json import encode_json
 from protocol.connections import QUEUE_ERRORS
 from protocol.errors import (
     InternalError,
@@ -37,7 +37,7 @@ def error_body(error: ServiceError) -> dict[str, Any]:
 
 def json_response(body: Any, status: int = 200) -> Response:
     """Make a JSON response. Its Content-Type has no charset parameter, which the node would not recognise."""
-    return Response(msgspec.json.encode(body), status=status, content_type="application/json")
+    return Response(encode_json(body), status=status, content_type="application/json")
 
 
 def error_response(error: ServiceError) -> Response:
@@ -60,8 +60,6 @@ def log_unexpected(logger: logging.Logger, what: str, error: BaseException) -> N
 
 def register_error_handlers(app: Flask) -> None:
     """Answer every exception that leaves a route with an error body."""
-    # "//v1/models" is a 404 like any unknown path; Flask's redirect would be an HTML page
-    app.url_map.merge_slashes = False
 
     def service_error(error: ServiceError) -> Response:
         return error_response(error)

@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-import msgspec
-
 from app.http.errors import error_body, log_unexpected
+from app.http.json import encode_json
 from protocol.errors import Cancelled, InternalError, ServiceError
 
 log = logging.getLogger(__name__)
@@ -59,12 +58,12 @@ class EventStream:
             raise StopIteration from None
         except ServiceError as error:
             self._ended = True
-            return frame(msgspec.json.encode(error_body(error)))
+            return frame(encode_json(error_body(error)))
         except Exception as error:
             self._ended = True
             log_unexpected(log, "unexpected error in a stream", error)
             failure = InternalError()
-            return frame(msgspec.json.encode(error_body(failure)))
+            return frame(encode_json(error_body(failure)))
         self._last_sent = self._clock()
         if frames is None:
             self._ended = True

@@ -1,46 +1,50 @@
-"""GET /v1/models: one row for each model and endpoint, with the fields of the standard and of OpenAI."""
+"""GET /v1/models: one row for each model, with the fields of the standard and of OpenAI."""
 
 import time
 from typing import Any
 
 from flask import Blueprint, Response
 
+from app.dispatch.worker_view import WorkerView
 from app.http.errors import json_response
-from catalogue import TASKS, Catalogue
+from catalogue import TASKS, Catalogue, ModelEntry
 from protocol.errors import ModelNotFound
 
 
-def blueprint(*, catalogue: Catalogue, public_url: str) -> Blueprint:
+def blueprint(*, catalogue: Catalogue, public_url: str, worker_view: WorkerView) -> Blueprint:
     """Make the blueprint of the model endpoints. `public_url` is the base of the models' URLs."""
     routes = Blueprint("models", __name__)
     created = int(time.time())
-    rows: list[dict[str, Any]] = [
-        {
+
+    def row(entry: ModelEntry) -> dict[str, Any]:
+        endpoints = {task: public_url + TASKS[task].path for task in entry.tasks}
+        return {
             "model": entry.name,
-            "url": public_url + TASKS[task].path,
+            "url": endpoints[entry.tasks[0]],
+            "endpoints": endpoints,
             "object": "model",
             "id": entry.name,
             "created": created,
             "owned_by": catalogue.project,
-            "task": task,
+            "task": entry.tasks[0],
+            # the workers tell it once they have loaded the model; only a text model has one
+            "max_model_len": worker_view.max_model_len(entry.name),
         }
-        for entry in catalogue.models
-        for task in entry.tasks
-    ]
 
     @routes.get("/v1/models")
     def list_models() -> Response:
+        rows = [row(entry) for entry in catalogue.models]
         return json_response(
             {"code": 0, "message": "success", "project": catalogue.project, "object": "list", "data": rows}
         )
 
     @routes.get("/v1/models/<path:name>")
     def retrieve_model(name: str) -> Response:
-        found = next((row for row in rows if row["id"] == name), None)
-        if found is None:
+        entry = catalogue.get(name)
+        if entry is None:
             raise ModelNotFound(
                 f"model {name!r} does not exist; GET /v1/models lists the models", param="model"
             )
-        return json_response({"code": 0, "message": "success", **found})
+        return json_response({"code": 0, "message": "success", **row(entry)})
 
     return routes

@@ -18,7 +18,7 @@ _EVENT = {
     },
     "required": ["data"],
 }
-_TASK_ERRORS = (400, 401, 404, 408, 413, 429, 500, 503, 504)
+_TASK_ERRORS = (400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
 def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:

@@ -121,13 +121,18 @@ def _operators_schemas() -> dict[str, Any]:
         "object": {"const": "model"},
         "created": INTEGER,
         "task": {"enum": list(TASKS)},
+        "endpoints": {"type": "object", "additionalProperties": STRING},
+        "max_model_len": {"type": ["integer", "null"]},
     }
     worker = {
         **dict.fromkeys(("cid", "model", "host", "last_error"), STRING),
         **dict.fromkeys(("pid", "running", "steps"), INTEGER),
         "tasks": _array(STRING),
         "gpus": _array(STRING),
-        "state": {"enum": ["loading", "ready", "draining", "lost"]},
+        "state": {
+            **STRING,
+            "description": "loading, ready, draining or lost; newer versions may have others",
+        },
         "registered": _BOOLEAN,
     }
     details = {

@@ -148,7 +148,7 @@ def test_logprobs_without_alternatives_report_the_chosen_token_only():
     ("name", "valid", "invalid"),
     [
         ("temperature", [0, 2.0], [-0.1, 2.1, True, "1", float("nan"), float("inf")]),
-        ("top_p", [0.001, 1], [0, 1.001]),
+        ("top_p", [0, 0.001, 1], [-0.001, 1.001]),
         ("top_k", [-1, 1_000_000], [-2, 1_000_001, 1.0]),
         ("min_p", [0, 1], [-0.1, 1.1]),
         ("seed", [-(2**63), 2**63 - 1], [-(2**63) - 1, 2**63, 1.0, "1"]),
@@ -164,7 +164,7 @@ def test_logprobs_without_alternatives_report_the_chosen_token_only():
         ("logit_bias", [{}, {"1": 100}, {"1": -100}], [{"1": 100.1}, {"1": -101}, {"1": None}, []]),
         ("logprobs", [True, False], [1, "true"]),
         ("stream", [True, False], [1, "true"]),
-        ("stream_options", [{}, {"include_usage": True}], [[], {"include_usage": 1}]),
+        ("stream_options", [None], [[], {"include_usage": 1}]),
         ("chat_template_kwargs", [{"a": [1]}], ["a", []]),
     ],
 )
@@ -284,3 +284,15 @@ def test_an_unsupported_field_is_refused_unless_it_requests_nothing(name, neutra
     found = refusal(**{name: value})
     assert isinstance(found, UnsupportedParameter) and found.param == name
     assert found.message == f"{name} is not supported by model 'chat'; leave it out"
+
+
+def test_stream_options_need_a_stream() -> None:
+    job(stream=True, stream_options={"include_usage": True})
+    with pytest.raises(InvalidRequest) as error:
+        job(stream_options={"include_usage": True})
+    assert error.value.param == "stream_options"
+
+
+def test_a_top_p_of_0_is_greedy() -> None:
+    sampling = job(top_p=0, temperature=1.5).sampling
+    assert sampling.temperature == 0 and sampling.top_p is None

@@ -1,0 +1,54 @@
+"""Protection of a service without keys against web pages: a page of another site can make its visitor's browser send
+requests to the loopback, also under a host name of its own that resolves there (DNS rebinding).
+"""
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from flask import request
+
+from addresses import split_address
+from config import Settings
+from protocol.errors import Forbidden
+
+
+class OriginCheck:
+    """Refuses requests under foreign host names, or from pages of foreign sites, to a service on the loopback.
+
+    With API keys a page can't do harm; a service that listens on other addresses has names that nobody knows here.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._active = not settings.api_keys and is_loopback(split_address(settings.bind)[0])
+        urls = (settings.public_url, settings.service_url)
+        self._own = {host for url in urls if (host := urlsplit(url).hostname)}
+
+    def check(self) -> None:
+        """Raises Forbidden."""
+        if not self._active:
+            return
+        host, origin = request.headers.get("Host"), request.headers.get("Origin")
+        # a client without a Host header is no browser
+        if host is not None and not self._is_own(f"//{host}"):
+            raise Forbidden(
+                "this Host is not a name of this server; set PUBLIC_URL to the address that clients use"
+            )
+        if origin is not None and not self._is_own(origin):
+            raise Forbidden("requests from pages of other sites are not accepted without API_KEYS")
+
+    def _is_own(self, url: str) -> bool:
+        try:
+            host = urlsplit(url).hostname
+        except ValueError:
+            return False
+        return host is not None and (host in self._own or is_loopback(host))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's loopback."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
