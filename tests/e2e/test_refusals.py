@@ -39,7 +39,7 @@ CHATS: list[tuple[str, dict[str, Any], int, str]] = [
     ("max_tokens 0", {"model": CHAT, "messages": HI, "max_tokens": 0}, 400, "max_tokens"),
     ("temperature below 0", {"model": CHAT, "messages": HI, "temperature": -0.1}, 400, "temperature"),
     ("temperature as text", {"model": CHAT, "messages": HI, "temperature": "1"}, 400, "temperature"),
-    ("top_p 0", {"model": CHAT, "messages": HI, "top_p": 0}, 400, "top_p"),
+    ("top_p below 0", {"model": CHAT, "messages": HI, "top_p": -0.1}, 400, "top_p"),
     ("n 0", {"model": CHAT, "messages": HI, "n": 0}, 400, "n"),
     ("an empty stop", {"model": CHAT, "messages": HI, "stop": ""}, 400, "stop"),
     ("bias for no token", {"model": CHAT, "messages": HI, "logit_bias": {"a": 1}}, 400, "logit_bias"),

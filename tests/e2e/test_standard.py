@@ -56,7 +56,7 @@ def test_chat_plain(demo: Deployment) -> None:
 def test_chat_streamed_chunk_by_chunk(demo: Deployment) -> None:
     body = {"model": CHAT, "messages": HELLO, "stream": True, "temperature": 0}
     response, connection = demo.request("POST", "/v1/chat/completions", json.dumps(body).encode())
-    assert response.headers["Content-Type"] == "text/event-stream"
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     lines = response.read().decode().split("\n\n")
     connection.close()
     assert lines[-2:] == ["data: [DONE]", ""]
@@ -135,8 +135,9 @@ def test_models(demo: Deployment) -> None:
     assert rows == {
         (CHAT, "/v1/chat/completions"),
         (SHAPES, "/v1/images/generations"),
-        (SHAPES, "/v1/images/edits"),
     }
+    shapes = next(row for row in answer["data"] if row["id"] == SHAPES)
+    assert shapes["endpoints"]["edit"] == demo.url + "/v1/images/edits"
     assert all(row["object"] == "model" and row["id"] == row["model"] for row in answer["data"])
 
 

@@ -127,7 +127,7 @@ def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
         unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         unread.connect(("127.0.0.1", service.port))
         body = chat_body(100_000, stream=True)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         unread.sendall(head.encode() + body)
         assert unread.recv(100).startswith(b"HTTP/1.1 200")
         wait_until(lambda: in_hand(service) == 2, timeout_s=10, what="both run")
@@ -235,8 +235,8 @@ class SlowConnections:
         self._watch.close()
 
 
-HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nX-Slow: "
-ENDLESS_BODY = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: 4000000\r\n\r\n{"
+HALF_HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nX-Slow: "
+ENDLESS_BODY = b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: %s\r\nContent-Length: 4000000\r\n\r\n{"
 
 
 def slow_openings(heads: int, bodies: int) -> list[bytes]:

@@ -32,7 +32,7 @@ class Streams:
         self._watch = selectors.DefaultSelector()
         for number, body in enumerate(bodies):
             client = socket.create_connection(("127.0.0.1", port))
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             client.sendall(head.encode() + body)
             client.setblocking(False)
             self._watch.register(client, selectors.EVENT_READ, number)

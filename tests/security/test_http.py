@@ -17,13 +17,13 @@ CHAT, GENERATIONS, EDITS = "/v1/chat/completions", "/v1/images/generations", "/v
 JSON = {"Content-Type": "application/json"}
 MIB = 2**20
 BODY_LIMIT = 8 * MIB
-SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODY = json.dumps({"model": "echo", "messages": HI, "max_tokens": 1}).encode()
 CHUNKED = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
 
 
 def head(*lines: bytes, start: bytes = b"POST /v1/chat/completions HTTP/1.1") -> bytes:
-    return b"\r\n".join([start, b"Host: x", b"Content-Type: application/json", *lines]) + b"\r\n\r\n"
+    return b"\r\n".join([start, b"Host: localhost", b"Content-Type: application/json", *lines]) + b"\r\n\r\n"
 
 
 LENGTH = b"Content-Length: %d" % len(BODY)
@@ -102,14 +102,14 @@ def test_an_ambiguous_request_is_refused(echo: Deployment, request_bytes: bytes)
 def test_what_follows_a_valid_request_is_served(echo: Deployment) -> None:
     """The test above would see the response to a second request."""
     valid = head(b"Content-Length: 2", start=b"POST /v1/nothing HTTP/1.1") + b"{}"
-    last = SMUGGLED.replace(b"Host: x", b"Host: x\r\nConnection: close")
+    last = SMUGGLED.replace(b"Host: localhost", b"Host: localhost\r\nConnection: close")
     answers = converse(echo.port, valid + last)
     assert re.findall(rb"HTTP/1\.1 (\d+) ", answers) == [b"404", b"200"], answers
     assert b'"owned_by"' in answers
 
 
 OVERSIZED = {
-    "a long line": b"GET /v1/models?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a long line": b"GET /v1/models?" + b"a" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a line without end": b"GET /" + b"a" * MIB,
     "a long header": head(b"X: " + b"a" * 70_000),
     "a header without end": b"GET /v1/models HTTP/1.1\r\nX: " + b"a" * MIB,
@@ -267,8 +267,8 @@ def test_names_that_would_break_a_header_are_left_out(echo: Deployment, field: s
 
 PAGES: list[tuple[str, str, int]] = [
     ("GET", "/nothing", 404),
-    ("GET", "/v1//models", 404),
-    ("GET", "/v1/models/", 404),
+    ("GET", "/v1//nothing", 404),
+    ("GET", "/nothing/", 404),
     ("GET", "/v1/models/%ff%fe", 404),
     ("GET", "/v1/models/%00", 404),
     ("GET", "/v1/models/../../etc/passwd", 404),

@@ -31,7 +31,7 @@ JSON = {"Content-Type": "application/json"}
 POSTS = ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"]
 GUARDED = [("POST", path) for path in POSTS]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
-GUARDED += [("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nothing/here"), ("GET", "/healthz/")]
+GUARDED += [("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
 GUARDED += [("OPTIONS", "/v1/chat/completions"), ("HEAD", "/v1/models"), ("PUT", "/v1/models")]
 # Paths that would get past a check of prefixes.
 GUARDED += [("GET", "//v1/workers"), ("GET", "/v1/images/files"), ("GET", "/v1/images/../workers")]
@@ -105,7 +105,7 @@ def test_needs_a_key(service: Deployment, method: str, path: str) -> None:
 )
 def test_invalid_keys(service: Deployment, authorization: str) -> None:
     request = (
-        f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: {authorization}\r\n\r\n"
+        f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: {authorization}\r\n\r\n"
     )
     answer = converse(service.port, request.encode("latin-1"))
     # gunicorn refuses a header with a NUL before the key is checked.
@@ -117,7 +117,7 @@ def test_a_key_in_the_url_or_given_twice_is_refused(service: Deployment) -> None
     check_error_body(ask(service.port, "GET", f"/v1/models?api_key={PLAIN}&key={PLAIN}"), 401)
     twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {PLAIN}\r\n"
     answer = converse(
-        service.port, f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{twice}\r\n".encode()
+        service.port, f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{twice}\r\n".encode()
     )
     assert re.match(rb"HTTP/1\.1 40[01] ", answer), answer
 
@@ -216,7 +216,7 @@ def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/chat/completions/", "/v1/models", "/v1//chat/completions", "/v1/images/files/x"]
+    "path", ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/images/files/x"]
 )
 def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str) -> None:
     check_error_body(ask(node_port(service), "POST", path, CHAT, JSON), 404)
@@ -225,7 +225,7 @@ def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str)
 def test_a_host_header_does_not_reach_the_nodes_listener(service: Deployment) -> None:
     headers = {**JSON, "Host": f"127.0.0.1:{node_port(service)}", "X-Forwarded-Port": str(node_port(service))}
     check_error_body(ask(service.port, "POST", "/v1/chat/completions", CHAT, headers), 401)
-    request = f"POST http://127.0.0.1:{node_port(service)}/v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+    request = f"POST http://127.0.0.1:{node_port(service)}/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
     request += f"Connection: close\r\nContent-Length: {len(CHAT)}\r\n\r\n"
     assert converse(service.port, request.encode() + CHAT).startswith(b"HTTP/1.1 401 ")
 
