@@ -104,9 +104,7 @@ def test_needs_a_key(service: Deployment, method: str, path: str) -> None:
     ids=lambda value: repr(value)[:30],
 )
 def test_invalid_keys(service: Deployment, authorization: str) -> None:
-    request = (
-        f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: {authorization}\r\n\r\n"
-    )
+    request = f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAuthorization: {authorization}\r\n\r\n"
     answer = converse(service.port, request.encode("latin-1"))
     # gunicorn refuses a header with a NUL before the key is checked.
     assert re.match(rb"HTTP/1\.1 40[01] ", answer), answer
@@ -117,7 +115,8 @@ def test_a_key_in_the_url_or_given_twice_is_refused(service: Deployment) -> None
     check_error_body(ask(service.port, "GET", f"/v1/models?api_key={PLAIN}&key={PLAIN}"), 401)
     twice = f"Authorization: Bearer wrong\r\nAuthorization: Bearer {PLAIN}\r\n"
     answer = converse(
-        service.port, f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{twice}\r\n".encode()
+        service.port,
+        f"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{twice}\r\n".encode(),
     )
     assert re.match(rb"HTTP/1\.1 40[01] ", answer), answer
 
@@ -225,7 +224,9 @@ def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str)
 def test_a_host_header_does_not_reach_the_nodes_listener(service: Deployment) -> None:
     headers = {**JSON, "Host": f"127.0.0.1:{node_port(service)}", "X-Forwarded-Port": str(node_port(service))}
     check_error_body(ask(service.port, "POST", "/v1/chat/completions", CHAT, headers), 401)
-    request = f"POST http://127.0.0.1:{node_port(service)}/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    request = (
+        f"POST http://127.0.0.1:{node_port(service)}/v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    )
     request += f"Connection: close\r\nContent-Length: {len(CHAT)}\r\n\r\n"
     assert converse(service.port, request.encode() + CHAT).startswith(b"HTTP/1.1 401 ")
 
