@@ -23,7 +23,7 @@ log = logging.getLogger("web")
 LINGER_S = 3.0
 """How long an error response waits for the client to take it, and an unread body to end."""
 UNREAD_S = 15.0
-"""A connection on which the client takes nothing for this long is closed by the kernel, whatever is being sent."""
+"""A connection on which the client takes nothing for this long is closed by the kernel, during any response."""
 IDLE_S = 1.0
 """At a stop, a connection without a request for this long is closed."""
 

@@ -50,6 +50,14 @@ def _require_content(schema: dict[str, Any]) -> None:
     ]
 
 
+def _stream_options_need_stream(schema: dict[str, Any]) -> None:
+    """State in JSON Schema that `stream_options` requires `stream` to be true."""
+    schema["anyOf"] = [
+        {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+        {"properties": {"stream_options": {"type": "null"}}},
+    ]
+
+
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -108,7 +116,9 @@ class ChatMessage(BaseModel):
 class ChatCompletionRequest(BaseModel):
     """The body. None means not given: the catalogue's default applies, then the model's generation config."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(
+        extra="ignore", protected_namespaces=(), json_schema_extra=_stream_options_need_stream
+    )
 
     model: Annotated[StrictStr, Field(min_length=1, max_length=256)]
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]

@@ -1,4 +1,4 @@
-"""What is done with every request and response, whatever the endpoint."""
+"""What is done with every request and every response."""
 
 import re
 import uuid

@@ -42,7 +42,7 @@ def edit_form() -> dict[str, Any]:
     return _object(
         {
             "image": {**BINARY, "minLength": 1},
-            "mask": BINARY,
+            "mask": {**BINARY, "minLength": 1},
             "prompt": {**STRING, "pattern": _NOT_BLANK},
             "model": STRING,
             "n": {**INTEGER, "minimum": 0},
