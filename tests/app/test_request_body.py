@@ -35,6 +35,7 @@ def read(data: bytes, encoding: str | None = None, budget: BodyBudget | None = N
         (gzip.compress(TEXT), "X-GZIP"),
         (zlib.compress(TEXT), "deflate"),
     ],
+    ids=["no encoding", "identity", "gzip", "x-gzip", "deflate"],
 )
 def test_compressed_bodies_are_read(data: bytes, encoding: str | None) -> None:
     assert parse_json(read(data, encoding)) == {"a": 1}
@@ -49,7 +50,7 @@ def test_a_small_body_that_holds_much_is_refused(encoding: str) -> None:
         read(data[:LIMIT], encoding)
 
 
-@pytest.mark.parametrize("data", [TEXT, gzip.compress(TEXT)[:-4], b""])
+@pytest.mark.parametrize("data", [TEXT, gzip.compress(TEXT)[:-4], b""], ids=["plain", "cut", "empty"])
 def test_what_is_not_compressed_as_it_says_is_refused(data: bytes) -> None:
     with pytest.raises(InvalidRequest):
         read(data, "gzip")
