@@ -21,7 +21,7 @@ _numbers = itertools.count()
 
 
 def unit_of(nodeid: str) -> str:
-    """Return the unit of a test. The tests of a unit run in one process, one after another: by default those of a file."""
+    """Return the unit of a test, by default its file. The tests of a unit run one after another."""
     path = nodeid.partition("::")[0]
     return nodeid if path in APART else TOGETHER.get(path, path)
 
@@ -35,13 +35,13 @@ class UnitScheduling(LoadScopeScheduling):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduling:
-    """Schedule by unit, in the order of collection. (xdist's own `loadgroup` does not work with pytest 9.2.)"""
+    """Schedule by unit, in the order of collection. xdist's `loadgroup` does not work with pytest 9.2."""
     config.option.loadscopereorder = False
     return UnitScheduling(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under `pytest -n`, put the units with slow tests first: begun last, they would end long after the others."""
+    """Put the units with slow tests first under `pytest -n`: begun last, they would end long after all."""
     if hasattr(config, "workerinput"):
         slow = {unit_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: unit_of(item.nodeid) not in slow)

@@ -4,7 +4,7 @@
         service.start()
         service.post("/v1/chat/completions", {...})
 
-Every wait is for an event and has a generous limit. A process that dies during a wait fails it, with the end of its log.
+Every wait is for an event and has a generous limit. A process that dies meanwhile fails it with the end of its log.
 """
 
 import http.client
@@ -53,7 +53,7 @@ def demo_catalogue() -> str:
 
 
 def _own_ports() -> Iterator[int]:
-    """Ports below the range that the kernel assigns from, and apart from those of the run's other test processes."""
+    """Ports below the range that the kernel assigns from, different in each test process of a run."""
     process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
     first = 20000 + PORTS * (process % 8)
     return iter(random.sample(range(first, first + PORTS), PORTS))
@@ -74,7 +74,7 @@ def free_port() -> int:
 def wait_until(check: Callable[[], T], *, timeout_s: float, what: str) -> T:
     """Call `check` every 50 ms and return its first true result. Raises AssertionError after `timeout_s`.
 
-    Each turn counts for a second at most, so that a pause of the machine is not taken for a service that is late.
+    Each turn counts for a second at most, so that a pause of the machine is not taken for a late service.
     """
     left = timeout_s
     while True:

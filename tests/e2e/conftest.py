@@ -22,7 +22,7 @@ def node() -> Iterator[StandInNode]:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iterator[Deployment]:
-    """Two chat workers and one image worker, registered with `node`. Tests share it and must leave it as it is.
+    """Two chat workers and one image worker, registered with `node`. Tests must leave it as it is.
 
     tests/conftest.py names the files that use it, so that all run in one process and it is started once.
     """

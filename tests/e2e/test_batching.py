@@ -1,4 +1,4 @@
-"""Requests share the steps of one engine and two workers share one queue, as the engines' step counters show."""
+"""Requests share the steps of an engine and two workers share a queue, as the step counters show."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ def ask(demo: Deployment, question: str) -> dict[str, Any]:
 
 
 def reported_steps(demo: Deployment) -> dict[str, int]:
-    """Wait until each worker has renewed its lease; return the chat workers' step counters, by cid, as told with it."""
+    """Wait until each worker renews its lease; return the step counters of the chat workers by cid."""
     redis = demo.redis.client
     waiting = {name: redis.pttl(name) for name in redis.scan_iter(f"{PROJECT}:lease:*")}
 
@@ -61,7 +61,7 @@ def test_workers_log_what_they_loaded(demo: Deployment) -> None:
 
 
 def test_greedy_equals_generate(demo: Deployment) -> None:
-    """Equals `model.generate` token for token, except after a choice between two near-equal logits (one at most)."""
+    """Equals `model.generate`. One answer may differ after a choice between near-equal logits."""
     # Not at the top: every test process reads this file, and one runs the test.
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""Flower beside real workers: it requires the password, lists the workers by name and the tasks, and shows no prompt."""
+"""Flower beside real workers: it requires the password, lists workers and tasks, and shows no prompt."""
 
 import base64
 import http.client

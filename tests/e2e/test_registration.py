@@ -1,4 +1,4 @@
-"""What the node is told from a worker's start to its stop. tests/faults/test_node.py has the nodes that are hard to reach."""
+"""What workers register with the node. tests/faults/test_node.py has nodes that are hard to reach."""
 
 import signal
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_service_that_listens_everywhere_is_registered_at_the_loopback(tmp_pat
 
 
 def test_a_worker_is_not_registered_at_the_url_of_another_deployment(tmp_path: Path) -> None:
-    """The other one has a model of that name in another namespace. The node's callers would get its errors."""
+    """The other one has a model of that name in another namespace. Users of the node would get its errors."""
     own_catalogue = CATALOGUE.replace('project = "Test"', 'project = "Own"')
     with (
         StandInNode() as node,

@@ -1,4 +1,4 @@
-"""Every example call of the API standard (docs/standard.md), and the same as the node sends it (docs/node.md)."""
+"""Every example call of docs/standard.md, and the same calls as the node sends them (docs/node.md)."""
 
 import json
 import re

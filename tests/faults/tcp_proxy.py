@@ -10,8 +10,9 @@ from typing import Self
 class TcpProxy:
     """Listens on a loopback port and forwards to another.
 
-    `delay_s`: before each piece of data. `cut_after_bytes`: bytes towards the server until all connections break.
-    `sever_at`: once a client sends this, the proxy closes everything and stops listening; then `severed` is set.
+    `delay_s`: before each piece of data. `cut_after_bytes`: bytes towards the server until all connections
+    break. `sever_at`: once a client sends this, the proxy closes all connections and stops listening; then
+    `severed` is set.
     """
 
     def __init__(self, target_port: int) -> None:

@@ -1,4 +1,4 @@
-"""Clients that disconnect, stop reading, send slowly or reuse idle connections (docs/operations.md, faults)."""
+"""Clients that disconnect, stop reading, send slowly or reuse idle connections."""
 
 import json
 import selectors
@@ -62,7 +62,7 @@ def idle_steps(service: Deployment, beyond: int = -1) -> int:
 
 
 def check_nothing_runs(service: Deployment, steps: int) -> None:
-    """Check that nothing was generated since `steps` were reported: the next answer takes a step for each token."""
+    """Check that since `steps` were reported only the next answer takes steps, one for each token."""
     assert service.chat("hi", "echo", max_tokens=3)[0] == 200
     assert idle_steps(service, beyond=steps) == steps + 3
 
@@ -117,6 +117,7 @@ def test_a_request_closed_while_it_waits_costs_no_step(one_slot: Deployment, str
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
     service = start(step_ms=5)
@@ -251,6 +252,7 @@ def slow_openings(heads: int, bodies: int) -> list[bytes]:
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_heads_and_bodies_that_arrive_slowly(start: Starter) -> None:
     service = start()
@@ -288,6 +290,7 @@ def connect() -> Iterator[Callable[[Deployment], HTTPConnection]]:
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_connections_that_were_idle_for_85_seconds(
     start: Starter, connect: Callable[[Deployment], HTTPConnection]

@@ -1,4 +1,4 @@
-"""More requests than the service can answer (docs/operations.md, faults)."""
+"""More requests than the service can answer."""
 
 import json
 import statistics
@@ -115,7 +115,7 @@ def test_an_idle_service_takes_a_burst(start: Starter) -> None:
 
 
 def test_a_saturated_service_refuses_what_would_wait_too_long(start: Starter) -> None:
-    """MAX_WAITING would let them wait here: what is measured under full load says that they would wait in vain."""
+    """MAX_WAITING would let them wait here, but by the measured throughput they would wait too long."""
     deadline_s = 12
     service = start(step_ms=STEP_MS, slots=1, CHAT_DEADLINE_S=str(deadline_s))
     answers: list[Answered] = []

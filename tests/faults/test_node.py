@@ -1,4 +1,4 @@
-"""A node that is away, slow or refuses (docs/operations.md, faults). The service keeps serving."""
+"""A node that is away, slow or refuses. The service keeps serving."""
 
 import signal
 import time
@@ -12,7 +12,7 @@ from tests.stand_in_node import StandInNode
 
 
 def wait_reason(service: Deployment, part: str = "") -> dict[str, Any]:
-    """Wait until the only worker's row says why it is not registered, in words that contain `part`; return the row."""
+    """Wait until /v1/workers says why the only worker is not registered (`part` is in it); return the row."""
 
     def told() -> dict[str, Any] | None:
         (row,) = service.worker_rows()

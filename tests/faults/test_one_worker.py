@@ -1,4 +1,4 @@
-"""One worker that dies, stops, or has an engine that fails, while requests run (docs/operations.md, faults)."""
+"""One worker that dies, stops or has an engine that fails, while requests run."""
 
 import signal
 import time

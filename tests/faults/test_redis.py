@@ -1,4 +1,4 @@
-"""Redis that dies, stalls or loses connections while requests run (docs/operations.md, faults)."""
+"""Redis that dies, stalls or loses connections while requests run."""
 
 import signal
 import time

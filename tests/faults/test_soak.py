@@ -1,4 +1,4 @@
-"""A soak test: memory, files, threads, connections and keys stay bounded (docs/operations.md, faults).
+"""A soak test: memory, files, threads, connections and keys stay bounded.
 
 It runs for a minute; SOAK_MINUTES=10 in the environment makes it longer.
 """
@@ -23,7 +23,7 @@ from tests.faults.test_clients import JSON, chat_body, in_hand, waiting
 MINUTES = float(os.environ.get("SOAK_MINUTES", "1"))
 WARM_UP_S = 20 if MINUTES < 5 else 150  # a long run: until claims expire as fast as new ones come
 CLAIM_MB = 0 if MINUTES > 5 else 0.5 / 1024
-"""What a request may still hold in Redis in a run shorter than a claim lives. A replay list of ten tokens is four times that."""
+"""For each request, in a run shorter than a claim lives. A replay list of ten tokens is four times that."""
 CLIENTS = 4
 
 PERMANENT = ("_kombu.binding", "workers", "worker:", "lease:", "web:")
@@ -48,7 +48,7 @@ def paused(status: int, answer: Any) -> bool:
 
 
 class Clients:
-    """Four clients, one request after another: one in a hundred fails in the engine, one in a hundred disconnects."""
+    """Four clients that send requests: one in a hundred fails in the engine, one in a hundred is closed."""
 
     def __init__(self, service: Deployment) -> None:
         self.counts: Counter[str] = Counter()

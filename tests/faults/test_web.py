@@ -1,4 +1,4 @@
-"""Web processes that stop, die, pause or are away for a while (docs/operations.md, faults)."""
+"""Web processes that stop, die, pause or are away for a while."""
 
 import os
 import selectors
@@ -162,7 +162,7 @@ def test_one_of_two_web_processes_is_killed(start: Starter, clients: ExitStack) 
     for _ in range(3):
         connection = connect_to(service, victim, clients)
         connection.request("POST", "/v1/chat/completions", chat_body(50_000), JSON)
-    # Sent to the queue, too: killed between admission and sending, the process would leave an entry until its deadline.
+    # In the queue, too: a process killed before it sends leaves an entry that counts until its deadline.
     wait_until(
         lambda: waiting(service) == service.redis.client.llen("Test:model.echo") == 3,
         timeout_s=10,
@@ -253,7 +253,7 @@ def test_web_is_down_for_thirty_seconds(start: Starter) -> None:
 
 @pytest.mark.parametrize("first", ["web", pytest.param("worker", marks=pytest.mark.faults)])
 def test_web_and_worker_are_paused_together_for_longer_than_a_lease(start: Starter, first: str) -> None:
-    """As when a machine is paused: all leases have expired, and `first` looks at them before the other renews its own."""
+    """As if the machine was paused: all leases expire, and `first` looks before the other renews its own."""
     service = start(step_ms=50)
     (reader,) = read(service, 100)
     redis = service.redis.client
@@ -344,7 +344,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 
 def has_handlers_of_its_master(pid: int) -> bool:
-    """Whether the gunicorn worker `pid` has changed nothing after the fork: its own handlers leave SIGHUP out."""
+    """Whether the gunicorn worker `pid` has not changed them yet. Its own handlers leave SIGHUP out."""
     return catches(pid, signal.SIGTERM) and catches(pid, signal.SIGHUP)
 
 

@@ -1,4 +1,4 @@
-"""Workers that are stopped, paused or killed while another one serves or before they are ready (docs/operations.md, faults)."""
+"""Workers that are stopped, paused or killed while another one serves, or before they are ready."""
 
 import signal
 import time
@@ -89,7 +89,7 @@ def test_stopped_while_it_loads(tmp_path: Path) -> None:
 
 
 def test_stopped_after_redis_was_lost_before_it_was_ready(tmp_path: Path) -> None:
-    """Celery announces itself at its start, and repeats that without end while Redis is away, also after SIGTERM."""
+    """While Redis is away, Celery repeats its announcement without end, also after SIGTERM."""
     service = Deployment(tmp_path, catalogue=ECHO_CATALOGUE.format(step_ms=5, slots=4))
     with service, TcpProxy(service.redis.port) as proxy:
         service.redis.start()
@@ -101,7 +101,7 @@ def test_stopped_after_redis_was_lost_before_it_was_ready(tmp_path: Path) -> Non
 
 
 def test_stopped_for_twenty_seconds(start: Starter) -> None:
-    """SIGSTOP, then SIGCONT: it is lost and unregistered, nothing of it arrives late, and it comes back by itself."""
+    """It is lost and unregistered, nothing of it arrives late, and it comes back by itself."""
     with StandInNode() as node:
         service = start(workers=2, step_ms=50, slots=2, NODE_URL=node.url)
         node.wait_for(lambda node: len(node.cids("Test")) == 2, 20)
@@ -149,7 +149,7 @@ def test_a_request_received_by_a_paused_worker_is_served_by_the_other(start: Sta
 
 
 def test_redelivered_tasks_are_generated_once(start: Starter) -> None:
-    """CLIENT KILL makes Celery deliver every running task again, as the visibility timeout would; claims stop the copies."""
+    """CLIENT KILL makes Celery deliver every running task again, as the visibility timeout would."""
     service = start(workers=2, step_ms=50)
     readers = read(service, 150, 4)
     service.redis.client.execute_command("CLIENT", "KILL", "TYPE", "normal")

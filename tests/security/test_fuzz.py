@@ -1,4 +1,4 @@
-"""Random requests, made from /openapi.json and by hand: only declared responses, and no 5xx except a declared 503.
+"""Random requests, from /openapi.json and by hand: only declared responses, no 5xx except a declared 503.
 
 2,000 cases; `FUZZ_CASES=20000 .venv/bin/python -m pytest tests/security/test_fuzz.py` runs more.
 """
@@ -90,8 +90,8 @@ def steer(path: str, body: Any) -> None:
 def is_valid_as_sent(case: Any, message: str) -> bool:
     """Whether the generator reports a violation that the request as sent no longer has.
 
-    A longer text still matches a pattern without anchors. In a form every value is bytes, and a list is sent as its items
-    under the same name.
+    A longer text still matches a pattern without anchors. In a form every value is bytes, and a list is sent
+    as its items under the same name.
     """
     if case.media_type == "multipart/form-data" and "violates `type` at" in message:
         return True
@@ -227,7 +227,7 @@ def test_bodies_of_all_kinds(
 
 
 def test_the_checks_can_fail(echo: Deployment, api: Any) -> None:
-    """A response that is not as declared is found: the same calls against a description with one wrong type."""
+    """A response that is not as declared is found: here one type in the description is wrong."""
     document = json.loads(json.dumps(api.raw_schema))
     document["components"]["schemas"]["Health"]["properties"]["code"] = {"const": 1}
     wrong = schemathesis.openapi.from_dict(document)

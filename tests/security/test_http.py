@@ -1,4 +1,4 @@
-"""Hostile HTTP: requests that two servers may parse differently, and bodies that are too large, too deep or not text."""
+"""Hostile HTTP: ambiguous requests, and bodies that are too large, too deep or not text."""
 
 import http.client
 import json
@@ -131,7 +131,7 @@ def test_oversized_headers(echo: Deployment, request_bytes: bytes) -> None:
 
 @pytest.mark.parametrize(("path", "limit"), [(CHAT, 8 * MIB), (GENERATIONS, 29 * MIB), (EDITS, 29 * MIB)])
 def test_a_chunked_body_without_length_is_counted(echo: Deployment, path: str, limit: int) -> None:
-    """For an endless body, the response comes while it is still being sent, and reading ends soon afterwards."""
+    """The response to an endless body comes while it is being sent, and reading ends soon afterwards."""
     with socket.create_connection(("127.0.0.1", echo.port), timeout=60) as peer:
         peer.sendall(head(TE, start=f"POST {path} HTTP/1.1".encode()))
         sent, piece = 0, b"10000\r\n" + b"x" * 65536 + b"\r\n"

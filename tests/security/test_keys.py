@@ -261,7 +261,7 @@ def chat(service: Deployment, key: str, port: int | None = None) -> Answer:
 
 
 def test_the_rate_limit_counts_by_key_over_all_web_processes(service: KeyedDeployment) -> None:
-    """Of 4 x LIMIT requests at once to two web processes exactly LIMIT succeed; another key is not affected."""
+    """Of 4 x LIMIT requests at once to two web processes LIMIT succeed; another key is not affected."""
     second = KeyedDeployment(
         service.folder / "second",
         catalogue=CATALOGUE,

@@ -15,7 +15,7 @@ from protocol.names import Keys
 from tests.deployment import Deployment, free_port, wait_until
 from tests.security.conftest import CATALOGUE, HI, Certificates, GuardedRedis, KeyedDeployment, tls_redis
 
-# Each kind of process may use the keys and channels of its namespace, and no command that shows or ends what others do.
+# Each process may use the keys and channels of its namespace, and no command that affects or shows others.
 COMMANDS = (
     "-@all +@read +@write +@connection +@transaction +@pubsub +eval +evalsha +script|load +script|exists +time"
     " -@dangerous +info -scan -randomkey"
@@ -85,7 +85,7 @@ def test_everything_works_with_these_rights(guarded: Deployment) -> None:
     response, connection = guarded.request("GET", link)
     assert response.status == 200 and response.read().startswith(b"\x89PNG")
     connection.close()
-    # By then leases have been renewed, cancellations read, and the request monitor and kombu have run several times.
+    # By then leases have been renewed and cancellations read; the request monitor and kombu have run, too.
     begun = asked_for_work(guarded)
     wait_until(lambda: asked_for_work(guarded) >= begun + 8, timeout_s=60, what="workers ask for work")
     denied = {
@@ -149,7 +149,7 @@ def test_no_access_without_the_right_password(guarded: Deployment) -> None:
 
 
 def test_both_clients_of_a_url_check_the_certificate(guarded: Deployment, tmp_path: Path) -> None:
-    """redis-py and Celery, with this project's transport, connect only if the certificate has the right authority."""
+    """redis-py and Celery connect only if the right authority has signed the certificate."""
     url = guarded.redis.url
     right = Settings(redis_url=url)
     with create_celery(right, Keys.of("Test")).connection() as connection:
@@ -171,7 +171,7 @@ def test_both_clients_of_a_url_check_the_certificate(guarded: Deployment, tmp_pa
 
 
 def test_a_disabled_user_is_no_500(guarded: Deployment) -> None:
-    """The user is disabled while the service runs: requests fail as if Redis were away, until it is enabled again."""
+    """While the user is disabled, requests fail as if Redis were away."""
     admin = guarded.redis.client
     admin.execute_command("ACL", "SETUSER", "web", "off")
     admin.execute_command("CLIENT", "KILL", "USER", "web")

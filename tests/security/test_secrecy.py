@@ -1,7 +1,7 @@
 """Prompts, images and keys do not show in logs, Flower, Celery's messages and events, Redis or process lists.
 
-Markers are sent in every kind of request to real processes; then everything that was written anywhere is searched for
-them. In Redis they may occur only in keys with a TTL.
+Markers are sent in every kind of request to real processes; then everything that was written anywhere is
+searched for them. In Redis they may occur only in keys with a TTL.
 """
 
 import base64
@@ -213,7 +213,7 @@ def chat(service: Deployment, model: str, **fields: Any) -> Answer:
 
 
 def refused(service: Deployment) -> list[Answer]:
-    """Send one request for each kind of error, with the marker in or near the invalid part; return the responses."""
+    """Send a request for each kind of error, the marker in or near the invalid part; return the responses."""
     ok = {"model": "echo", "messages": messages()}
     chats: list[Any] = [
         {**ok, "messages": [{"role": PROMPT, "content": "x"}]},
@@ -369,7 +369,7 @@ def check_process_lists() -> None:
 
 
 def test_the_logs_of_a_worker_whose_engine_dies(service: KeyedDeployment) -> None:
-    """Last in this file: the engine's thread dies with a prompt and the worker exits; then web ends by SIGTERM."""
+    """Last in this file: the engine's thread dies with a prompt, the worker exits, web ends by SIGTERM."""
     worker = next(process for name, process in service.workers.items() if name.startswith("echo-1"))
     answer = call(service, "/v1/chat/completions", {"model": "echo", "messages": messages("die")})
     assert answer.status in (500, 503), answer

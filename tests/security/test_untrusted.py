@@ -216,7 +216,7 @@ for path in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Path]]:
-    """What a worker's loaders say of each folder. One process loads all, because importing torch takes seconds."""
+    """What a worker's loaders say of each folder. One process loads all: importing torch takes seconds."""
     folder = tmp_path_factory.mktemp("weights")
     catalogues = []
     for number, (task, make, _) in enumerate(WEIGHTS.values()):
