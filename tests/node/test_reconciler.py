@@ -175,9 +175,15 @@ def test_a_node_that_is_down_is_called_when_it_is_back(bench: Bench, node: Stand
     bench.watch_until(reconciler, lambda: not node.cids(), within_s=33)
 
 
-def test_a_refusing_node_is_asked_again_less_and_less(bench: Bench, node: StandInNode, record: Make) -> None:
-    bench.live(record("c-1"))
-    bench.expire(record("c-1"))
+@pytest.mark.parametrize("with_record", [True, False])
+def test_a_refusing_node_is_asked_again_less_and_less(
+    bench: Bench, node: StandInNode, record: Make, with_record: bool
+) -> None:
+    if with_record:
+        bench.live(record("c-1"))
+        bench.expire(record("c-1"))
+    else:
+        stale(node)
     node.behave("refusing", code=5000)
     reconciler = bench.reconciler()
     bench.watch(reconciler, 310)
