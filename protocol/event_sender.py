@@ -23,8 +23,9 @@ log = logging.getLogger(__name__)
 
 RESEND_S = 10.0
 RETRY_PAUSE_S = 0.25
-PENDING_LIMIT = 20_000
-"""So many events may wait for a Redis that doesn't answer; with more, requests are given up."""
+PENDING_LIMIT = 150_000
+"""So many events may wait for a Redis that doesn't answer; with more, requests are given up. A GPU makes some 10,000 in a
+second, and they should outlast RESEND_S; each takes about 300 bytes."""
 
 # KEYS: the replay lists of the requests that have new events.
 # ARGV: number of channels, then for each its name and message; then for each replay list its TTL in seconds

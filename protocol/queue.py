@@ -134,6 +134,7 @@ class JobQueue:
         self._resend = client.register_script(_RESEND)
         self._claim = client.register_script(_CLAIM)
         self._forgotten: deque[str] = deque()
+        self._uncertain: deque[tuple[str, str]] = deque()
 
     def admit(
         self, job: Job, *, web_id: str, deadline_s: float, max_waiting: int, rate: float = 0.0
@@ -181,12 +182,22 @@ class JobQueue:
             pipe.delete(self._keys.job(request_id), self._keys.replay(request_id))
             pipe.execute()
 
+    def cancel_later(self, request_id: str, model: str) -> None:
+        """Cancel a request of which it is not known whether it was admitted; `sweep` does it when Redis answers."""
+        self._uncertain.append((request_id, model))
+
     def forget(self, request_id: str) -> None:
         """Note that a request's events have all been read; `sweep` deletes its replay list."""
         self._forgotten.append(request_id)
 
     def sweep(self) -> None:
-        """Delete the replay lists of forgotten requests: before they expire they would fill most of Redis."""
+        """Cancel what may have been admitted unnoticed, and delete the replay lists of forgotten requests.
+
+        These would fill most of Redis before they expire.
+        """
+        while self._uncertain:
+            self.cancel(*self._uncertain[0])
+            self._uncertain.popleft()
         if forgotten := [self._forgotten.popleft() for _ in range(len(self._forgotten))]:
             self._redis.unlink(*map(self._keys.replay, forgotten))
 

@@ -176,6 +176,11 @@ class Dispatcher:
                 max_waiting=self._settings.max_waiting,
                 rate=self._worker_view.rate(job.model),
             )
+        except QueueUnavailable:
+            # Redis may have admitted the job all the same, or does so when it continues
+            self._queue.cancel_later(job.id, job.model)
+            reader.close()
+            raise
         except BaseException:
             reader.close()
             raise

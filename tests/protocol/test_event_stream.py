@@ -277,3 +277,46 @@ def test_a_channel_that_does_not_answer_a_ping_is_made_anew(
     wait_until(lambda: channel.pings >= 5, timeout_s=30, what="the silent channel is pinged")
     router.stop()
     assert (channel.subscriptions > 1) is not answers
+
+
+class Gone:
+    """A Redis that no write reaches."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+
+    def register_script(self, source: str) -> Callable[..., Any]:
+        def refused(**arguments: Any) -> Any:
+            self.asked.set()
+            raise redis.ConnectionError("gone")
+
+        return refused
+
+
+def test_events_that_no_write_delivers_are_given_up(
+    keys: Keys, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.event_sender.RESEND_S", 0.05)
+    sender = EventSender(cast(Any, Gone()), keys, prepare=lambda event: event)
+    sender.start()
+    sender.open("r", WEB, 100, ends.put)
+    sender.emit([("r", Delta("a"))])
+    assert ends.get(timeout=30) is None
+    sender.stop(5)
+
+
+def test_more_events_than_fit_are_given_up_before_the_time(
+    keys: Keys, ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.event_sender.RESEND_S", 600)
+    monkeypatch.setattr("protocol.event_sender.PENDING_LIMIT", 10)
+    gone = Gone()
+    sender = EventSender(cast(Any, gone), keys, prepare=lambda event: event)
+    sender.start()
+    sender.open("r", WEB, 100, ends.put)
+    sender.emit([("r", Delta("a"))])
+    assert gone.asked.wait(30)
+    for _ in range(20):
+        sender.emit([("r", Delta("a"))])
+    assert ends.get(timeout=30) is None
+    sender.stop(5)

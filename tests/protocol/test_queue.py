@@ -211,3 +211,35 @@ def test_images_are_refused_where_redis_has_no_room_and_chats_are_not(tmp_path: 
         admit(queue, chat("c"), max_waiting=9)
     finally:
         server.stop()
+
+
+def test_a_cancel_lasts_as_long_as_a_message_can_be_redelivered(
+    queue: JobQueue, keys: Keys, redis_client: Any
+) -> None:
+    admit(queue, chat("a"))
+    queue.claim("a", MODEL, "w")
+    queue.cancel("a", MODEL)
+    assert redis_client.ttl(keys.cancel("a")) > 90 and redis_client.ttl(keys.claim("a")) > 90
+
+
+def test_a_cancel_that_comes_before_the_admission_counts(queue: JobQueue) -> None:
+    """Redis stalled: the answer of the admission was lost, and the cancel overtook it."""
+    queue.cancel("a", MODEL)
+    admit(queue, chat("a"))
+    assert queue.claim("a", MODEL, "w") is None
+
+
+def test_what_may_have_been_admitted_is_cancelled_when_redis_answers(
+    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stall(*_: str) -> None:
+        raise TimeoutError
+
+    queue.cancel_later("a", MODEL)
+    monkeypatch.setattr(queue, "cancel", stall)
+    with pytest.raises(TimeoutError):
+        queue.sweep()
+    monkeypatch.undo()
+    admit(queue, chat("a"))
+    queue.sweep()
+    assert queue.claim("a", MODEL, "w") is None and queue.cancelled(["a"]) == {"a"}
