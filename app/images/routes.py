@@ -4,6 +4,7 @@ import time
 import uuid
 from contextlib import closing
 
+import msgspec
 from flask import Blueprint, Response, request
 
 from app.dispatch.dispatcher import Dispatcher
@@ -49,6 +50,10 @@ def blueprint(
             job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
             set_request_id(job.id)
         with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
+            # The images are in Redis now; kept here too, each waiting edit would take up to 50 MiB.
+            del content
+            job = msgspec.structs.replace(job, image=None, mask=None)
+            body = body._replace(image=None, mask=None)
             images = collect_images(reader)
         created = int(time.time())
         if params.response_format == "b64_json":

@@ -1,6 +1,15 @@
-"""Image links: they work for IMAGE_TTL_S and are 404 afterwards; the store never exceeds IMAGE_STORE_MB."""
+"""Where the bytes of images are: links expire, the store is bounded, and edits wait in Redis alone."""
 
+import base64
+import io
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+
+import psutil
+from PIL import Image
 
 from tests.deployment import ECHO_CATALOGUE, Deployment, wait_until
 
@@ -42,3 +51,33 @@ def test_the_store_is_bounded_and_the_oldest_images_are_removed_first(tmp_path: 
         assert stored <= 2**20
         assert status_of(service, links[0]) == 404
         assert status_of(service, links[-1]) == 200
+
+
+def test_an_edit_that_waits_keeps_its_image_in_redis_alone(tmp_path: Path) -> None:
+    png = io.BytesIO()
+    Image.frombytes("RGB", (1700, 1700), os.urandom(3 * 1700 * 1700)).save(png, "PNG")
+    image = base64.b64encode(png.getvalue()).decode()
+    catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
+    with Deployment(tmp_path, catalogue=catalogue, redis_server=None) as service:
+        service.start("echo-images")
+        assert service.web is not None
+        (web,) = psutil.Process(service.web.pid).children()
+        (worker,) = service.workers.values()
+
+        def edit(image: str) -> int:
+            body = {"model": "echo-images", "prompt": "x", "image": image}
+            return service.post("/v1/images/edits", body)[0]
+
+        def waits(count: int) -> bool:
+            return bool(service.redis.client.zcard("Test:waiting:echo-images") == count)
+
+        assert edit(image) == 200
+        before = web.memory_info().rss
+        worker.signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(12) as clients:
+            for count in range(1, 13):  # one after the other: the peak of reading bodies is not the question
+                clients.submit(edit, image)
+                wait_until(partial(waits, count), timeout_s=30, what="the edit waits")
+            grown = (web.memory_info().rss - before) / 2**20
+            worker.signal(signal.SIGCONT)
+        assert grown < 60, f"{grown:.0f} MiB for 12 edits of 8 MiB"
