@@ -122,6 +122,10 @@ class Settings(BaseSettings):
     flower_basic_auth: str = Field(
         default="", description="user:password for Flower, which does not start without"
     )
+    prometheus_multiproc_dir: Path | None = Field(
+        default=None,
+        description="folder in which the web processes of one gunicorn share their metrics; gunicorn.conf.py makes one",
+    )
     cuda_visible_devices: str | None = Field(
         default=None,
         description="GPUs that the service may use (CUDA's own variable); GPU indices in the catalogue count "

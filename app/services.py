@@ -83,7 +83,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         deployment=deployment,
         process=process,
         gate=Gate(settings, _build_limiter(settings, client, keys, worker_view)),
-        metrics=Metrics(worker_view, router),
+        metrics=Metrics(worker_view, router, settings.prometheus_multiproc_dir),
         dispatcher=Dispatcher(
             settings,
             web_id=web_id,

@@ -1,11 +1,13 @@
-"""Metrics for Prometheus: the responses of this web process, and its view of the workers."""
+"""Metrics for Prometheus: the responses of all web processes of this gunicorn, and the view of the workers."""
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 from flask import Flask, Response, g, request
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.dispatch.worker_view import WorkerView
@@ -13,9 +15,12 @@ from protocol.event_router import EventRouter
 
 
 class Metrics:
-    """The registry of one web process."""
+    """Counts the responses of this process, and renders those of all.
 
-    def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
+    `folder`: where the processes share their figures (PROMETHEUS_MULTIPROC_DIR); None: there is only this process.
+    """
+
+    def __init__(self, worker_view: WorkerView, router: EventRouter, folder: Path | None) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "http_requests_total",
@@ -30,7 +35,19 @@ class Metrics:
             buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 30, 60, 120, 180, 300),
             registry=self._registry,
         )
-        self._registry.register(_WorkerCollector(worker_view, router))
+        self._open = Gauge(
+            "requests_open",
+            "Requests that the web processes wait for.",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
+        self._router = router
+        self._shown = CollectorRegistry()
+        self._shown.register(_WorkerCollector(worker_view))
+        if folder is None:
+            self._shown.register(_Registered(self._registry))
+        else:
+            MultiProcessCollector(self._shown, str(folder))  # type: ignore[no-untyped-call]
 
     def init_app(self, app: Flask) -> None:
         """Count the responses of `app`. Call this first, to count those of other hooks too."""
@@ -39,7 +56,8 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._registry)
+        self._open.set(len(self._router.inboxes()))
+        return generate_latest(self._shown)
 
     def _count(self, response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "(none)"
@@ -52,12 +70,21 @@ def _start_clock() -> None:
     g.started = time.monotonic()
 
 
+class _Registered(Collector):
+    """The metrics of another registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        return self._registry.collect()
+
+
 class _WorkerCollector(Collector):
     """Gauges whose values are read when Prometheus asks for them."""
 
-    def __init__(self, worker_view: WorkerView, router: EventRouter) -> None:
+    def __init__(self, worker_view: WorkerView) -> None:
         self._worker_view = worker_view
-        self._router = router
 
     def collect(self) -> Iterable[Metric]:
         workers = GaugeMetricFamily("workers", "Workers by model and state.", labels=["model", "state"])
@@ -76,9 +103,6 @@ class _WorkerCollector(Collector):
             running.add_metric([model], count)
         yield workers
         yield running
-        yield GaugeMetricFamily(
-            "requests_open", "Requests that this web process waits for.", value=len(self._router.inboxes())
-        )
         yield GaugeMetricFamily(
             "redis_up", "Whether Redis answered the last time.", value=float(self._worker_view.reachable)
         )
