@@ -151,7 +151,7 @@ def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
     assert other.text == counted(12_000)
 
 
-def test_readers_of_an_image_who_do_not_read_hold_little_and_are_disconnected(tmp_path: Path) -> None:
+def test_clients_that_do_not_read_an_image_hold_little_and_are_disconnected(tmp_path: Path) -> None:
     with Deployment(tmp_path, catalogue=ECHO_CATALOGUE.format(step_ms=0, slots=1)) as service:
         service.redis.start()
         service.start_web()
@@ -174,12 +174,14 @@ def test_readers_of_an_image_who_do_not_read_hold_little_and_are_disconnected(tm
                 unread = stack.enter_context(closing(socket.socket()))
                 unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 unread.connect(("127.0.0.1", service.port))
-                unread.sendall(f"GET /v1/images/files/{name} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                unread.sendall(f"GET /v1/images/files/{name} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 assert unread.recv(100).startswith(b"HTTP/1.1 200")
                 ports.add(unread.getsockname()[1])
             assert held() == 30
             grown = (web.memory_info().rss - before) / 2**20
-            wait_until(lambda: held() == 0, timeout_s=40, what="those who do not read are disconnected")
+            wait_until(
+                lambda: held() == 0, timeout_s=40, what="the clients that do not read are disconnected"
+            )
         assert grown < 100, f"{grown:.0f} MiB for 30 readers of 30 MiB"
         assert "Traceback" not in service.web.log.read_text()
 

@@ -319,6 +319,15 @@ def own_signals() -> Iterator[None]:
     signal.set_wakeup_fd(-1)
 
 
+class Controller:
+    """What Celery sends with its signals: its name of this process, and a method that sets up logging."""
+
+    def __str__(self) -> str:
+        return "w@h"
+
+    def setup_logging(self) -> None: ...
+
+
 @pytest.mark.usefixtures("own_signals")
 def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptureFixture) -> None:
     def build(node_name: str) -> Worker:
@@ -326,6 +335,6 @@ def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptur
 
     connect_signals(Celery("test", set_as_current=False), build)
     with pytest.raises(SystemExit) as ended, caplog.at_level(logging.ERROR):
-        worker_init.send(sender="w@h")
+        worker_init.send(sender=Controller())
     assert ended.value.code == 1
     assert "no driver for w@h" in caplog.text
