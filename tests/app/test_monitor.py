@@ -17,10 +17,11 @@ from protocol.celery_app import create_celery
 from protocol.event_router import EventRouter, Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 from protocol.jobs import ChatJob, SamplingParams
-from protocol.leases import Leases, WorkerRecord
+from protocol.leases import Leases
 from protocol.names import Keys
 from protocol.queue import JobQueue
 from tests.deployment import RedisServer, wait_until
+from tests.records import worker_record
 
 MODEL = "m"
 WEB = "web"
@@ -79,18 +80,8 @@ class Web:
 
     def lease(self, incarnation_id: str, state: str = "ready") -> None:
         """Renew the lease of a worker with this incarnation id."""
-        record = WorkerRecord(
-            cid=incarnation_id.partition(":")[0],
-            incarnation_id=incarnation_id,
-            model=MODEL,
-            tasks=("chat",),
-            project="p",
-            pid=1,
-            host="h",
-            service_id="s",
-            node="",
-            gpus=[],
-            state=state,
+        record = worker_record(
+            incarnation_id.partition(":")[0], incarnation_id=incarnation_id, model=MODEL, state=state
         )
         self.leases.seize_worker(record)
 

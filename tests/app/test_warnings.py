@@ -10,9 +10,10 @@ from app.dispatch.worker_view import WorkerView
 from app.operations.warnings import Warnings
 from catalogue import Catalogue
 from config import Settings
-from protocol.leases import Leases, WorkerRecord
+from protocol.leases import Leases
 from protocol.names import Keys
 from tests.deployment import RedisServer
+from tests.records import worker_record
 
 CATALOGUE = Catalogue.model_validate(
     {
@@ -31,15 +32,7 @@ class Bench:
         self._warnings = Warnings(Settings(node_url=""), CATALOGUE.models, self.view, client)
 
     def worker(self, cid: str, **fields: Any) -> None:
-        given: dict[str, Any] = {
-            "incarnation_id": f"{cid}:1",
-            "model": "echo",
-            "tasks": ("chat",),
-            "project": "P",
-            "pid": 1,
-        }
-        given |= {"host": "h", "service_id": "s", "node": "n", "gpus": [], "state": "ready"}
-        self.leases.renew_worker(WorkerRecord(cid=cid, **(given | fields)))
+        self.leases.renew_worker(worker_record(cid, **({"node": "n", "state": "ready"} | fields)))
 
     def warnings(self) -> list[str]:
         self.view.refresh()

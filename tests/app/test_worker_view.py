@@ -8,24 +8,13 @@ import redis
 from app.dispatch.worker_view import WorkerView
 from protocol.leases import LEASE_TTL_S, Leases, WorkerRecord
 from protocol.names import Keys
+from tests.records import worker_record
 
 INCARNATION = "cid:1"
 
 
 def record(incarnation_id: str = INCARNATION) -> WorkerRecord:
-    return WorkerRecord(
-        cid="cid",
-        incarnation_id=incarnation_id,
-        model="echo",
-        tasks=("chat",),
-        project="P",
-        pid=1,
-        host="h",
-        service_id="s",
-        node="",
-        gpus=[],
-        state="ready",
-    )
+    return worker_record(incarnation_id=incarnation_id, state="ready")
 
 
 class Bench:

@@ -14,6 +14,7 @@ from node.deployment import Deployment
 from protocol.connections import RedisClient
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
+from tests.records import worker_record
 from tests.stand_in_node import StandInNode
 
 
@@ -100,18 +101,12 @@ def record(settings: Settings) -> Callable[..., WorkerRecord]:
 
     def make(cid: str, **fields: object) -> WorkerRecord:
         given = {
-            "incarnation_id": f"{cid}:1",
             "model": "Chat",
-            "tasks": ("chat",),
-            "project": "P",
-            "pid": 1,
-            "host": "h",
             "service_id": settings.service_id,
             "node": settings.node_url,
-            "gpus": [],
             "state": "ready",
             "registered": True,
         }
-        return WorkerRecord(cid=cid, **(given | fields))  # type: ignore[arg-type]
+        return worker_record(cid, **(given | fields))
 
     return make

@@ -5,9 +5,10 @@ import json
 import msgspec
 import pytest
 
-from protocol.leases import GAP_S, LEASE_TTL_S, Leases, Observation, WorkerRecord
+from protocol.leases import GAP_S, LEASE_TTL_S, Leases, Observation
 from protocol.names import Keys
 from tests.deployment import RedisServer
+from tests.records import worker_record
 
 
 class Watch:
@@ -78,18 +79,7 @@ def test_time_after_the_latest_look_is_not_watched(watch: Watch) -> None:
 
 def test_a_record_of_another_version_hides_nobody(redis_server: RedisServer, keys: Keys) -> None:
     leases, client = Leases(redis_server.client, keys), redis_server.client
-    ours = WorkerRecord(
-        cid="ours",
-        incarnation_id="ours:1",
-        model="m",
-        tasks=("chat",),
-        project="p",
-        pid=1,
-        host="h",
-        service_id="s",
-        node="",
-        gpus=[],
-    )
+    ours = worker_record("ours")
     leases.renew_worker(ours)
     newer = json.loads(client.get(keys.worker("ours"))) | {"cid": "newer", "incarnation_id": "newer:1"}
     for cid, change in (("newer", {"state": "warming", "more": 1}), ("newest", {"pid": "a string"})):
@@ -109,18 +99,7 @@ def test_a_lease_of_another_incarnation_is_seized_and_neither_renewed_nor_releas
     redis_server: RedisServer, keys: Keys
 ) -> None:
     leases = Leases(redis_server.client, keys)
-    older = WorkerRecord(
-        cid="c",
-        incarnation_id="c:1",
-        model="m",
-        tasks=("chat",),
-        project="P",
-        pid=1,
-        host="h",
-        service_id="s",
-        node="",
-        gpus=[],
-    )
+    older = worker_record("c")
     newer = msgspec.structs.replace(older, incarnation_id="c:2", state="ready")
     assert leases.renew_worker(older) == "", "nobody had it"
     assert leases.seize_worker(newer) == "c:1"

@@ -8,23 +8,13 @@ import redis
 
 from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
 from protocol.names import Keys
+from tests.records import worker_record
 from workers.heartbeat import Heartbeat, WorkerReplaced
 from workers.watchdog import EngineHung
 
 
 def record() -> WorkerRecord:
-    return WorkerRecord(
-        cid="cid",
-        incarnation_id="cid:1",
-        model="echo",
-        tasks=("chat",),
-        project="P",
-        pid=1,
-        host="h",
-        service_id="s",
-        node="",
-        gpus=[],
-    )
+    return worker_record()
 
 
 class Bench:

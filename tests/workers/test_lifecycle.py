@@ -19,6 +19,7 @@ from protocol.events import Delta, Failed, Finished
 from protocol.jobs import Job
 from protocol.leases import WorkerRecord
 from tests.deployment import wait_until
+from tests.records import worker_record
 from workers.engines.base import Emit, EngineLoadError, EngineStatus
 from workers.heartbeat import WorkerReplaced
 from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
@@ -26,18 +27,7 @@ from workers.services import Worker
 from workers.status import WorkerStatus
 from workers.watchdog import EngineHung
 
-IDENTITY = WorkerRecord(
-    cid="cid",
-    incarnation_id="cid:1",
-    model="m",
-    tasks=("chat",),
-    project="P",
-    pid=1,
-    host="h",
-    service_id="s",
-    node="",
-    gpus=[],
-)
+IDENTITY = worker_record(model="m")
 CATALOGUE = Catalogue.model_validate(
     {"project": "P", "models": [{"name": "m", "tasks": ["chat"], "weights": "echo:"}]}
 )
