@@ -70,13 +70,20 @@ def make_plan(
     )
 
 
+_WITHOUT_EVENTS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
+"""What workers tell each other and Flower. Nobody else reads it, and each worker would write every two seconds."""
+
+
 def _workers(settings: Settings, catalogue: Catalogue, env: dict[str, str]) -> Iterator[Spec]:
     names: set[str] = set()
+    celery: tuple[str, ...] = (sys.executable, "-m", "celery", "-q", "-A", "workers", "worker")
+    if not settings.flower_basic_auth:
+        celery += _WITHOUT_EVENTS
     only_one = sum(len(model.workers or ((),)) for model in catalogue.models) == 1
     for model in catalogue.models:
         for number, gpus in enumerate(model.workers or (None,), start=1):
             name = _unique(f"{slug(model.name)}-{number}", names)
-            command = (sys.executable, "-m", "celery", "-q", "-A", "workers", "worker", "-n", f"{name}@%h")
+            command = (*celery, "-n", f"{name}@%h")
             own = {"WORKER_MODEL": model.name} | _cuda(settings, gpus)
             if not only_one:
                 own["WORKER_CID"] = ""  # one cid can't name several workers, so each makes its own

@@ -101,3 +101,12 @@ def test_the_embedded_redis_starts_in_a_folder_with_an_odd_name(tmp_path: Path) 
 )
 def test_the_embedded_redis_is_on_the_loopback_and_writes_nothing(tmp_path: Path, line: str) -> None:
     assert line in EmbeddedRedis.prepare(tmp_path).configuration.read_text().splitlines()
+
+
+def test_workers_tell_each_other_nothing_unless_flower_listens() -> None:
+    without, with_flower = (
+        plan_for([{"name": "m"}]),
+        plan_for([{"name": "m"}], Settings(flower_basic_auth="u:p")),
+    )
+    assert "--without-gossip" in without.workers[0].argv
+    assert "--without-gossip" not in with_flower.workers[0].argv
