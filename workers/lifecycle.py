@@ -54,13 +54,18 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
         lifecycle = Lifecycle(worker, stop)
         # weak=False: Celery would drop functions to which nothing else refers
         worker_ready.connect(lambda **_: lifecycle.serve(), weak=False)
-        worker_shutdown.connect(lambda **_: lifecycle.shut_down(), weak=False)
+        worker_shutdown.connect(lambda **_: end(lifecycle), weak=False)
 
         def generate(request_id: str) -> None:
             worker.runner.run(request_id)
 
         celery.task(name=GENERATE_TASK)(generate)
         lifecycle.start()
+
+    def end(lifecycle: Lifecycle) -> None:
+        lifecycle.shut_down()
+        # Python takes its handlers away while it exits, and a late SIGTERM would then be its exit status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     worker_init.connect(on_init, weak=False)
 
