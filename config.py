@@ -39,6 +39,9 @@ class Settings(BaseSettings):
         default="127.0.0.1:1088",
         description="host:port that the web process listens on; 0.0.0.0 or [::] as host for every address",
     )
+    web_concurrency: int = Field(
+        default=1, ge=1, description="number of web processes (gunicorn's own variable)"
+    )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="comma-separated bearer keys; without any, requests need no key"
     )
@@ -170,6 +173,14 @@ class Settings(BaseSettings):
         check_redis_url(value)
         return value
 
+    @field_validator("flower_basic_auth")
+    @classmethod
+    def _valid_login(cls, value: str) -> str:
+        user, separator, password = value.partition(":")
+        if value and not (user and separator and password):
+            raise ValueError("is not user:password")
+        return value
+
     @field_validator("rate_limit")
     @classmethod
     def _valid_rate(cls, value: str) -> str:
@@ -242,7 +253,7 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 def _similar_variables() -> list[str]:
     """Return a warning for each variable of the environment whose name is almost that of a setting."""
-    known = [name.upper() for name in Settings.model_fields] + ["WEB_CONCURRENCY", "HF_TOKEN", "HF_HOME"]
+    known = [name.upper() for name in Settings.model_fields] + ["HF_TOKEN", "HF_HOME"]
     found = []
     for name in sorted(set(os.environ)):  # noqa: TID251
         if name.upper() not in known and (close := difflib.get_close_matches(name.upper(), known, 1, 0.85)):

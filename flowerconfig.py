@@ -11,7 +11,7 @@ from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 
 try:
     _password = Settings.from_env().flower_basic_auth
-    if ":" not in _password:
+    if not _password:
         raise ConfigurationError("FLOWER_BASIC_AUTH must be set to user:password")
 except ConfigurationError as _error:
     print(f"flower: {_error}", file=sys.stderr)

@@ -30,7 +30,7 @@ if _open_files != resource.RLIM_INFINITY:  # macOS has no number there, and refu
 _metrics_folder = str(_settings.prometheus_multiproc_dir or tempfile.mkdtemp(prefix="modelservice-metrics-"))
 raw_env = [f"PROMETHEUS_MULTIPROC_DIR={_metrics_folder}"]
 
-# gunicorn takes the number of processes from WEB_CONCURRENCY. They share only the listeners and Redis.
+workers = _settings.web_concurrency  # processes; they share only the listeners and Redis
 worker_class = "gunicorn_worker.Worker"
 worker_connections = 4096  # open connections of a process; each takes about 15 KiB
 preload_app = False  # the application must be imported after gevent has patched the standard library

@@ -1,6 +1,7 @@
 """Files that the other tests don't run: pins, the compose file, Dockerfiles, gunicorn's settings."""
 
 import re
+import resource
 import runpy
 import subprocess
 import sys
@@ -83,17 +84,13 @@ def test_compose_has_the_workers_of_the_example_catalogue(compose: dict[str, Any
 def test_compose_sets_nothing_that_settings_do_not_know(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
         if name != "redis":
-            known = {field.upper() for field in Settings.model_fields} | {
-                "NODE_NAME",
-                "HF_TOKEN",
-                "WEB_CONCURRENCY",
-            }
+            known = {field.upper() for field in Settings.model_fields} | {"NODE_NAME", "HF_TOKEN"}
             assert set(service.get("environment", {})) <= known
 
 
 def test_every_setting_reaches_the_containers(compose: dict[str, Any]) -> None:
     of_one_process = {"WORKER_MODEL", "WORKER_CID", "FLOWER_BASIC_AUTH", "CUDA_VISIBLE_DEVICES"}
-    wanted = {field.upper() for field in Settings.model_fields} - of_one_process | {"WEB_CONCURRENCY"}
+    wanted = {field.upper() for field in Settings.model_fields} - of_one_process
     for service in [compose["services"]["web"], *workers(compose)]:
         assert wanted <= set(service["environment"])
 
@@ -128,3 +125,17 @@ def test_gunicorn_listens_for_the_node_only_with_keys(monkeypatch: pytest.Monkey
     conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
     assert conf["bind"] == ["127.0.0.1:1", "127.0.0.1:2"]
     assert conf["keepalive"] > 90 and conf["max_requests"] == 0 and conf["control_socket_disable"]
+
+
+def test_gunicorn_raises_the_soft_limit_of_open_files() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    script = f"""
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, {hard}))
+runpy.run_path("gunicorn.conf.py")
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == hard

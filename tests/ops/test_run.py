@@ -19,6 +19,7 @@ from config import Settings
 from supervise.readiness import Probe
 from tests.deployment import ROOT, free_port, wait_until
 from tests.ops.stand_ins import alive
+from tests.stand_in_node import StandInNode
 
 READY_S = 90.0
 CATALOGUE = """
@@ -42,16 +43,16 @@ def command_of(process: psutil.Process) -> list[str]:
 class Run:
     """A `scripts/run` in the background."""
 
-    def __init__(self, folder: Path, *before: str) -> None:
+    def __init__(self, folder: Path, *before: str, **settings: str) -> None:
         catalogue = folder / "models.toml"
         catalogue.write_text(CATALOGUE)
-        self.bind = f"127.0.0.1:{free_port()}"
+        self.bind = settings.get("BIND") or f"127.0.0.1:{free_port()}"
         self._log = folder / "output"
         env = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "API_KEYS", "FLOWER_BASIC_AUTH")}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*before, ROOT / "scripts" / "run", catalogue],
-                env={**env, "BIND": self.bind, "NODE_URL": "", "DRAIN_S": "2"},
+                env={**env, "BIND": self.bind, "NODE_URL": "", "DRAIN_S": "2", **settings},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -139,6 +140,44 @@ def test_nohup_survives_its_terminal(tmp_path: Path) -> None:
 def test_workers_log_what_they_loaded_but_no_task(started: Run) -> None:
     started.until_printed(r"echo-1 +\| .*echo answered the canary request, [0-9.]+ s after the start")
     assert "received" not in started.output
+
+
+@pytest.fixture
+def node() -> Iterator[StandInNode]:
+    with StandInNode() as node:
+        yield node
+
+
+def stop(run: Run) -> None:
+    run.process.send_signal(signal.SIGTERM)
+    try:
+        assert run.process.wait(60) == 0
+    finally:
+        run.process.kill()
+        run.process.wait()
+
+
+@pytest.mark.parametrize(("host", "loopback"), [("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]")])
+def test_a_service_that_listens_on_every_address_is_registered_at_the_loopback(
+    tmp_path: Path, node: StandInNode, host: str, loopback: str
+) -> None:
+    port = free_port()
+    run = Run(tmp_path, NODE_URL=node.url, BIND=f"{host}:{port}")
+    try:
+        ready = run.until_printed(r"READY (\S+)/v1 .*")
+        assert ready[1] == f"http://{loopback}:{port}" and "not registered" not in ready[0]
+        node.wait_for(lambda node: len(node.entries()) == 2, 30)
+        assert {entry["api"] for entry in node.entries()} == {f"{ready[1]}/v1/chat/completions"}
+    finally:
+        stop(run)
+
+
+def test_the_ready_line_and_readyz_say_what_the_node_refuses(tmp_path: Path, node: StandInNode) -> None:
+    run = Run(tmp_path, NODE_URL=node.url, SERVICE_URL="http://192.0.2.7:1")
+    try:
+        run.until_printed(r"READY .* not registered with the node: ")
+    finally:
+        stop(run)
 
 
 def test_from_ready_to_one_ctrl_c(started: Run) -> None:

@@ -1,6 +1,7 @@
 """`scripts/run` with a wrong configuration: one line that says what is wrong, a status, nothing started."""
 
 import os
+import signal
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -166,6 +167,19 @@ def test_letters_that_the_output_cannot_print(tmp_path: Path) -> None:
     status, line = run("Pfäd.toml", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert status == 78
     assert line.startswith(f"run: {tmp_path}/Pf\\xe4d.toml: No such file")
+
+
+def test_sigterm_before_anything_is_started(tmp_path: Path) -> None:
+    """A Redis that never answers holds the checks up."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}/0"
+        environment = {**os.environ, "BIND": f"127.0.0.1:{free_port()}", "REDIS_URL": url}
+        with subprocess.Popen([ROOT / "scripts" / "run", catalogue(tmp_path)], env=environment) as process:
+            connection, _ = silent.accept()
+            with connection:
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(60) == 0
 
 
 def test_redis_unreachable(tmp_path: Path) -> None:
