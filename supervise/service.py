@@ -137,14 +137,14 @@ class Service:
             await asyncio.sleep(POLL_S)
 
     async def _unregistered(self) -> str:
-        """Return what keeps a worker from being registered with the node, as far as it is known by then."""
+        """Return what keeps a worker from being registered with the node, "" if nothing does."""
         give_up_at = time.monotonic() + REGISTER_S
         while time.monotonic() < give_up_at:
             reason = await asyncio.to_thread(self._probe.unregistered)
             if reason is not None:
                 return reason
             await asyncio.sleep(POLL_S)
-        return ""
+        return "it has not answered yet, or SERVICE_URL does not reach this service"
 
     def _web_pid(self) -> int | None:
         return next((p.pid for group in self._groups for p in group if p.spec in self._plan.web), None)

@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
 import signal
 import stat
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,9 +175,13 @@ def test_a_service_that_listens_on_every_address_is_registered_at_the_loopback(
 
 
 def test_the_ready_line_and_readyz_say_what_the_node_refuses(tmp_path: Path, node: StandInNode) -> None:
-    run = Run(tmp_path, NODE_URL=node.url, SERVICE_URL="http://192.0.2.7:1")
+    node.behave("refusing", code=1001)
+    run = Run(tmp_path, NODE_URL=node.url)
     try:
-        run.until_printed(r"READY .* not registered with the node: ")
+        assert "1001" in run.until_printed(r"READY .* not registered with the node: .*")[0]
+        with urllib.request.urlopen(f"http://{run.bind}/readyz", timeout=20) as answer:
+            warnings = json.load(answer)["warnings"]
+        assert [warning for warning in warnings if "is not registered" in warning and "1001" in warning]
     finally:
         stop(run)
 
