@@ -1,8 +1,11 @@
-"""kombu's Redis transport (kombu 5.7.0) with one error and one cost removed.
+"""kombu's Redis transport (kombu 5.7.0) with two errors and one cost removed.
 
-The error: when kombu closes a connection it drops the connection's client, and raises AttributeError later,
+The first error: when kombu closes a connection it drops the connection's client, and raises AttributeError later,
 when it restores unacknowledged messages or acknowledges a task that has ended. Celery ends the worker for
 that, while it survives a connection error. Seen when Redis is killed while tasks run.
+
+The second: Celery also ends the worker for an error that Redis answers with (READONLY, OOM, MISCONF, UNBLOCKED).
+Redis gives them when it is full, can't save, or was demoted to a replica, and takes commands again later.
 
 The cost: kombu makes a new client of redis-py, which sets up a table of some 200 commands, for every
 message that it sends, receives or acknowledges. That is a fifth of a worker's time for a task that does
@@ -41,3 +44,5 @@ class ReconnectingTransport(kombu_redis.Transport):
     """The transport for `redis` and `rediss` URLs (protocol.celery_app.create_celery)."""
 
     Channel = ReconnectingChannel
+    # Celery reconnects after these, and goes on doing so, at most five times a second, while the error lasts
+    connection_errors = (*kombu_redis.Transport.connection_errors, redis.ResponseError)

@@ -98,7 +98,7 @@ class Heartbeat:
             raise
         except RedisError as error:
             self._observation.interrupt()
-            log.warning("the lease was not renewed, Redis can't be reached: %s", error)
+            log.warning("the lease was not renewed: %s", error)
         except Exception:
             # without this thread the lease would expire, so it must go on
             self._observation.interrupt()

@@ -5,8 +5,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tests.deployment import ECHO_CATALOGUE, Deployment, demo_catalogue, wait_until
-from tests.faults.conftest import Starter, check_lost, counted, read
+import pytest
+
+from tests.deployment import ECHO_CATALOGUE, Deployment, demo_catalogue, free_port, wait_until
+from tests.faults.conftest import Starter, check_lost, counted, read, wait_served
 from tests.faults.tcp_proxy import TcpProxy
 from tests.stand_in_node import StandInNode
 
@@ -177,3 +179,26 @@ def test_killed_and_staying_down_is_unregistered(start: Starter) -> None:
         assert node.cids("Other") == ["foreign"]
         assert not node.seen("project/unregister", "project/register")
         service.stop()
+
+
+@pytest.mark.parametrize("refusal", ["replica", "full"])
+def test_a_redis_that_refuses_writes_ends_no_worker(start: Starter, refusal: str) -> None:
+    """It was demoted, or is full, for longer than a lease lasts."""
+    service = start(workers=2)
+    redis = service.redis.client
+    if refusal == "replica":
+        redis.replicaof("127.0.0.1", free_port())
+    else:
+        redis.config_set("maxmemory", 1)
+    wait_until(
+        lambda: all(worker["state"] == "lost" for worker in service.worker_rows()),
+        timeout_s=40,
+        what="no lease is renewed",
+    )
+    assert service.chat("hi", "echo", max_tokens=3)[0] == 503
+    redis.replicaof("NO", "ONE")
+    redis.config_set("maxmemory", 0)
+    wait_served(service, timeout_s=40)
+    for worker in service.workers.values():
+        worker.check_alive()
+        assert "Unrecoverable" not in worker.log.read_text()
