@@ -10,7 +10,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import msgspec
@@ -45,22 +46,23 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
         # until Celery installs its handler SIGTERM would end the process with its lease unreleased
         signal.signal(signal.SIGTERM, lambda *_: None)
         stop = StopSignal()
-        try:
+        with _fatal("the worker could not be started"):
             worker = build(str(sender))
-        except Exception as error:
-            # Celery ignores all other exceptions of a signal's receiver
-            log.exception("the worker could not be built")
-            raise SystemExit(1) from error
-        lifecycle = Lifecycle(worker, stop)
-        # weak=False: Celery would drop functions to which nothing else refers
-        worker_ready.connect(lambda **_: lifecycle.serve(), weak=False)
-        worker_shutdown.connect(lambda **_: end(lifecycle), weak=False)
+            lifecycle = Lifecycle(worker, stop)
 
-        def generate(request_id: str) -> None:
-            worker.runner.run(request_id)
+            def on_ready(**_: object) -> None:
+                with _fatal("the worker could not begin to serve"):
+                    lifecycle.serve()
 
-        celery.task(name=GENERATE_TASK)(generate)
-        lifecycle.start()
+            # weak=False: Celery would drop functions to which nothing else refers
+            worker_ready.connect(on_ready, weak=False)
+            worker_shutdown.connect(lambda **_: end(lifecycle), weak=False)
+
+            def generate(request_id: str) -> None:
+                worker.runner.run(request_id)
+
+            celery.task(name=GENERATE_TASK)(generate)
+            lifecycle.start()
 
     def end(lifecycle: Lifecycle) -> None:
         lifecycle.shut_down()
@@ -68,6 +70,20 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     worker_init.connect(on_init, weak=False)
+
+
+@contextmanager
+def _fatal(what: str) -> Iterator[None]:
+    """End the process after an exception: of a signal's receivers Celery ignores all but SystemExit.
+
+    It would then take requests that it can't serve.
+    """
+    try:
+        yield
+    except Exception as error:
+        log.exception("%s", what)
+        log.critical("%s: %s: %s", what, type(error).__name__, error)
+        raise SystemExit(1) from error
 
 
 class Lifecycle:

@@ -69,11 +69,19 @@ class Runner:
                 return
             self._tasks.add(request_id)
         try:
-            if claimed := self._claim(request_id):
+            claimed = self._claim(request_id)
+            if claimed is not None and claimed.job.model == self._model:
                 self._generate(claimed)
+            elif claimed is not None:
+                log.error("request %s is for model %s and came from our queue", request_id, claimed.job.model)
+                self._refuse(request_id, claimed.web_id, claimed.remaining_s)
         except UnreadableJob as error:
             log.error("request %s was made by another version of this service: %s", request_id, error)
-            self._fail(request_id, error)
+            self._refuse(request_id, error.web_id, error.remaining_s)
+        except Exception:
+            # whose client is not known: without its job the web process takes the request for lost
+            log.exception("request %s could not be read", request_id)
+            self._end(request_id)
         finally:
             with self._lock:
                 self._tasks.discard(request_id)
@@ -155,10 +163,10 @@ class Runner:
         self._sender.open(request_id, web_id, int(remaining_s) + REPLAY_GRACE_S, on_end)
         self._sender.emit([(request_id, Started(self._incarnation_id))])
 
-    def _fail(self, request_id: str, job: UnreadableJob) -> None:
-        """Tell the client of a job that can't be read."""
-        run = _Run(job.web_id)
-        self._open(request_id, job.web_id, job.remaining_s, run)
+    def _refuse(self, request_id: str, web_id: str, remaining_s: float) -> None:
+        """Tell the client of a claimed job that this worker can't serve it."""
+        run = _Run(web_id)
+        self._open(request_id, web_id, remaining_s, run)
         self._sender.emit(
             [(request_id, Failed.of(EngineError("this worker can't read the request; send it again")))]
         )

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from catalogue import Catalogue
@@ -58,7 +58,7 @@ class Bench:
         self.status = WorkerStatus(
             IDENTITY, parts.engine, parts.runner, parts.registrar, parts.throughput, threading.Event()
         )
-        worker = Worker(
+        self.worker = Worker(
             entry=CATALOGUE.models[0],
             engine=parts.engine,
             sender=parts.sender,
@@ -70,7 +70,7 @@ class Bench:
             leases=parts.leases,
             drain_s=drain_s,
         )
-        self.lifecycle = Lifecycle(worker, cast(Any, self.stop), self.ended.append)
+        self.lifecycle = Lifecycle(self.worker, cast(Any, self.stop), self.ended.append)
 
     def load(self, emit: Emit) -> None:
         assert self.heartbeat_runs.wait(30), "the lease is held before the load"
@@ -301,10 +301,13 @@ def test_without_redis_the_lease_is_left_to_expire(bench: Bench, caplog: pytest.
 @pytest.fixture
 def own_signals() -> Iterator[None]:
     """Give the signals of this process and of Celery back after the test."""
-    receivers, handler = worker_init.receivers, signal.getsignal(signal.SIGTERM)
-    worker_init.receivers = []
+    celery_signals = (worker_init, worker_ready, worker_shutdown)
+    receivers, handler = [sent.receivers for sent in celery_signals], signal.getsignal(signal.SIGTERM)
+    for sent in celery_signals:
+        sent.receivers = []
     yield
-    worker_init.receivers = receivers
+    for sent, before in zip(celery_signals, receivers, strict=True):
+        sent.receivers = before
     signal.signal(signal.SIGTERM, handler)
     signal.set_wakeup_fd(-1)
 
@@ -327,4 +330,22 @@ def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptur
     with pytest.raises(SystemExit) as ended, caplog.at_level(logging.ERROR):
         worker_init.send(sender=Controller())
     assert ended.value.code == 1
-    assert "no driver for w@h" in caplog.text
+    # the supervisor shows this line
+    assert caplog.messages[-1] == "the worker could not be started: TimeoutError: no driver for w@h"
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_worker_that_cannot_be_started_or_serve_ends_the_process(bench: Bench) -> None:
+    """Celery ignores exceptions of its signals' receivers, and would take requests."""
+    bench.parts.registrar.start.side_effect = RuntimeError("can't start new thread")
+    connect_signals(Celery("test", set_as_current=False), lambda name: bench.worker)
+    with pytest.raises(SystemExit) as ended:
+        worker_init.send(sender=Controller())
+    assert ended.value.code == 1
+
+    bench.parts.registrar.start.side_effect = None
+    bench.parts.registrar.set_serving.side_effect = RuntimeError("a bug")
+    worker_init.send(sender=Controller())
+    with pytest.raises(SystemExit) as ended:
+        worker_ready.send(sender=None)
+    assert ended.value.code == 1

@@ -75,9 +75,11 @@ class Bench:
         )
         self.tasks: list[threading.Thread] = []
 
-    def admit(self, request_id: str, *, web_id: str = "web", deadline_s: float = 60) -> None:
+    def admit(
+        self, request_id: str, *, model: str = MODEL, web_id: str = "web", deadline_s: float = 60
+    ) -> None:
         messages = [{"role": "user", "content": "hi"}]
-        job = ChatJob(id=request_id, model=MODEL, messages=messages, sampling=SamplingParams())
+        job = ChatJob(id=request_id, model=model, messages=messages, sampling=SamplingParams())
         JobQueue(self.redis, self.keys, self.celery, claim_ttl_s=100).admit(
             job, web_id=web_id, deadline_s=deadline_s, max_waiting=100
         )
@@ -185,6 +187,31 @@ def test_the_client_of_a_job_of_another_version_gets_an_error(
     assert bench.untouched()
     assert "another version of this service" in caplog.text
     assert [type(event) for event in bench.replay("a")] == [Started, Failed]
+    assert not bench.redis.exists(bench.keys.job("a"))
+
+
+def test_the_client_of_a_job_for_another_model_gets_an_error(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operator may have sent it to the wrong queue. The engine would fail on it, or answer as the wrong model."""
+    bench.admit("a", model="another")
+
+    join(bench.start("a"))
+
+    assert bench.untouched()
+    assert "is for model another" in caplog.text
+    assert [type(event) for event in bench.replay("a")] == [Started, Failed]
+    assert not bench.redis.exists(bench.keys.job("a"))
+
+
+def test_a_job_without_a_client_is_deleted(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.admit("a")
+    bench.redis.hdel(bench.keys.job("a"), "web")
+
+    join(bench.start("a"))
+
+    assert bench.untouched()
+    assert "request a could not be read" in caplog.text
     assert not bench.redis.exists(bench.keys.job("a"))
 
 
