@@ -229,3 +229,11 @@ def test_a_stop_waits_for_a_renewal_in_progress_which_would_undo_the_release(ben
     stopper.join(30)
     thread.join(30)
     assert order == ["renewed", "stopped"]
+
+
+def test_after_a_stop_nothing_is_renewed(bench: Bench) -> None:
+    """A renewal that begins after the release would undo it."""
+    bench.heartbeat.stop()
+    bench.expire()
+    bench.watch(LEASE_TTL_S)
+    assert not bench.client.exists(bench.keys.lease("cid"))
