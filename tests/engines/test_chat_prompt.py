@@ -1,12 +1,13 @@
 """From a job to a request: chat template, limits, and the defaults of the sampling parameters."""
 
 import inspect
+import threading
 from typing import Any
 
 import pytest
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
-from protocol.errors import ContextLengthExceeded, InvalidRequest
+from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 from protocol.jobs import ChatJob, SamplingParams
 from tests.engines.tiny_chat import VOCABULARY, make_tokenizer
 from workers.engines.chat.prompt import RESERVED_TEMPLATE_NAMES, PromptBuilder
@@ -86,7 +87,10 @@ def test_the_context_must_hold_the_prompt_and_one_token():
     with pytest.raises(ContextLengthExceeded) as caught:
         builder(context=length).build(job())
     assert caught.value.param == "messages"
-    assert f"context is {length} tokens and the messages have {length}" in caught.value.message
+    assert caught.value.message == (
+        f"This model's maximum context length is {length} tokens. However, your messages resulted in"
+        f" {length} tokens. Please reduce the length of the messages."
+    )
     assert builder(context=length + 1).build(job()).sampling.max_tokens == 1
 
 
@@ -132,6 +136,7 @@ def test_a_parameter_is_the_requests_then_the_generation_configs_then_neutral(na
 def test_a_generation_config_that_does_not_sample_makes_a_request_greedy():
     greedy = GenerationConfig(do_sample=False)
     assert sampling_of(greedy).greedy
+    assert sampling_of(GenerationConfig(do_sample=False, temperature=0.7)).greedy
     assert not sampling_of(greedy, temperature=0.5).greedy
 
 
@@ -144,14 +149,101 @@ def test_a_request_without_a_seed_gets_one_of_its_own():
     ("generation", "expected"),
     [
         pytest.param(GenerationConfig(), {EOS}, id="tokenizer"),
-        pytest.param(GenerationConfig(eos_token_id=7), {7}, id="one"),
-        pytest.param(GenerationConfig(eos_token_id=[7, 9]), {7, 9}, id="several"),
+        pytest.param(GenerationConfig(eos_token_id=7), {7, EOS}, id="one"),
+        pytest.param(GenerationConfig(eos_token_id=[7, 9]), {7, 9, EOS}, id="several"),
     ],
 )
-def test_end_tokens_are_the_generation_configs_then_the_tokenizers(generation, expected):
+def test_end_tokens_are_the_generation_configs_and_the_tokenizers(generation, expected):
     assert sampling_of(generation).stop_token_ids == expected
     assert sampling_of(generation, stop_token_ids=(3,)).stop_token_ids == expected | {3}
     assert sampling_of(generation, stop_token_ids=(3,), ignore_eos=True).stop_token_ids == {3}
+
+
+def test_the_end_token_of_the_config_counts_if_it_is_a_special_token():
+    system = TOKENIZER.convert_tokens_to_ids("<|system|>")
+    for token, expected in ((system, {EOS, system}), (300, {EOS})):
+        config = LlamaConfig(vocab_size=VOCABULARY, eos_token_id=token)
+        made = PromptBuilder(TOKENIZER, GenerationConfig(), VOCABULARY, CONTEXT, config)
+        assert made.build(job()).sampling.stop_token_ids == expected
+
+
+def test_what_the_template_writes_after_an_answer_ends_it():
+    template = "{% for m in messages %}{{ m['content'] }}<|user|>\n{% endfor %}"
+    user = TOKENIZER.convert_tokens_to_ids("<|user|>")
+    assert builder(template).build(job()).sampling.stop_token_ids == {EOS, user}
+    ordinary = "{% for m in messages %}{{ m['content'] }} the end{% endfor %}"
+    assert builder(ordinary).build(job()).sampling.stop_token_ids == {EOS}
+
+
+class CountingTokenizer:
+    """Counts what is encoded; everything else is the tokenizer's own."""
+
+    def __init__(self) -> None:
+        self._tokenizer = make_tokenizer()
+        self.encoded = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tokenizer(*args, **kwargs)
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        return self
+
+    def encode(self, text: str, **kwargs: Any) -> Any:
+        self.encoded += 1
+        return self._tokenizer.backend_tokenizer.encode(text, **kwargs)
+
+    def no_truncation(self) -> None: ...
+
+    def no_padding(self) -> None: ...
+
+    def to_str(self) -> str:
+        return self._tokenizer.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("template", [None, "{{ 'x' * 8000000 }}"], ids=["messages", "template"])
+def test_text_that_cannot_fit_is_refused_before_it_is_encoded(template):
+    tokenizer = CountingTokenizer()
+    made = PromptBuilder(tokenizer, GenerationConfig(), VOCABULARY, CONTEXT)
+    if template is not None:
+        tokenizer._tokenizer.chat_template = template
+    content = "hi" if template else "x" * 8_000_000
+    with pytest.raises(ContextLengthExceeded, match="resulted in at least "):
+        made.build(job({"role": "user", "content": content}))
+    assert tokenizer.encoded == 0
+
+
+def test_a_request_that_is_cancelled_already_is_not_encoded():
+    tokenizer = CountingTokenizer()
+    made = PromptBuilder(tokenizer, GenerationConfig(), VOCABULARY, CONTEXT)
+    with pytest.raises(Cancelled):
+        made.build(job(), lambda: True)
+    assert tokenizer.encoded == 0
+    made.build(job())
+    assert tokenizer.encoded == 1
+
+
+def test_other_threads_run_while_a_long_prompt_is_encoded():
+    made, count = builder(context=1 << 22), 0
+    long = threading.Thread(target=made._encode, args=("the quick brown fox " * 20_000,))
+    long.start()
+    while long.is_alive():
+        made.build(job())
+        count += 1
+    assert count > 10, "the long prompt held up the short ones"
+
+
+def test_a_token_beyond_the_models_embedding_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<added>"])
+    rows = tokenizer.convert_tokens_to_ids("<added>")
+    made = PromptBuilder(tokenizer, GenerationConfig(), rows, CONTEXT)
+    with pytest.raises(InvalidRequest, match=f"contain token {rows}; .* 0 to {rows - 1}") as caught:
+        made.build(job({"role": "user", "content": "a <added>"}))
+    assert caught.value.param == "messages"
 
 
 def test_a_model_without_end_tokens_stops_at_the_requests_own():

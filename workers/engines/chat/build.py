@@ -71,6 +71,7 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
     loaded = load_model(entry)
     # before the weights are packed: some of the model's parameters are then gone
     attention_cost = _attention_cost(loaded)
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     backend = build_backend(loaded, options)
     cache = backend.cache
@@ -78,7 +79,9 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, options.prefill_chunk, attention_cost)
     scheduler.step_overhead = _measure_overhead(backend, min(options.prefill_chunk, max_context - 1))
-    prompts = PromptBuilder(loaded.tokenizer, loaded.model.generation_config, vocabulary, max_context)
+    prompts = PromptBuilder(
+        loaded.tokenizer, loaded.model.generation_config, rows, max_context, loaded.text_config
+    )
     return EngineParts(
         cache=cache,
         attention=backend.attention,

@@ -69,7 +69,7 @@ class ChatEngine:
         try:
             if closed:
                 raise ShuttingDown
-            request = self.parts.prompts.build(job)
+            request = self.parts.prompts.build(job, lambda: job.id in self._cancels)
             with self._lock:
                 if not self._closed:
                     self._inbox.append(request)

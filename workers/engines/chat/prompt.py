@@ -4,12 +4,12 @@ Runs in the thread that submits, never in the engine thread.
 """
 
 import random
-import threading
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import TemplateError
 
-from protocol.errors import ContextLengthExceeded, InvalidRequest
+from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.sequence import Request, Sampling, Sequence
@@ -32,9 +32,12 @@ RESERVED_TEMPLATE_NAMES = frozenset(
 class PromptBuilder:
     """Builds the requests for one model."""
 
-    def __init__(self, tokenizer: Any, generation: Any, vocabulary_size: int, max_context: int) -> None:
-        """`generation`: the model's generation config.
+    def __init__(
+        self, tokenizer: Any, generation: Any, vocabulary_size: int, max_context: int, config: Any = None
+    ) -> None:
+        """`generation` and `config`: the model's generation config and its config for text.
 
+        `vocabulary_size`: number of rows of the embedding.
         `max_context`: limit of prompt and answer together, in tokens.
         """
         self._tokenizer = tokenizer
@@ -42,25 +45,40 @@ class PromptBuilder:
         self._vocabulary = Vocabulary.of(tokenizer)
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
-        self._eos = _eos_token_ids(generation, tokenizer)
-        # transformers' tokenizers keep state (truncation, padding) that two threads must not change at once
-        self._lock = threading.Lock()
+        self._eos = end_tokens(generation, config, tokenizer)
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is not None:
+            # nothing changes the tokenizer afterwards, so that any number of threads may encode at once
+            self._backend.no_truncation()
+            self._backend.no_padding()
+        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
 
     @property
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
 
-    def build(self, job: ChatJob) -> Request:
-        """Build the request of a job. Raises InvalidRequest or ContextLengthExceeded."""
-        prompt = self._encode(job)
+    def build(self, job: ChatJob, cancelled: Callable[[], bool] = lambda: False) -> Request:
+        """Build the request of a job. `cancelled` is asked before the prompt is encoded.
+
+        Raises InvalidRequest, ContextLengthExceeded or Cancelled.
+        """
+        self._refuse_long(_characters(job.messages))
+        text = self._render(job)
+        self._refuse_long(len(text))
+        if cancelled():
+            raise Cancelled
+        prompt = self._encode(text)
         if not prompt:
             raise InvalidRequest(
                 "the model's chat template turns these messages into an empty prompt", param="messages"
             )
         if len(prompt) >= self._max_context:
-            raise ContextLengthExceeded(
-                f"the model's context is {self._max_context} tokens and the messages have {len(prompt)};"
-                " shorten them and leave room for the answer",
+            raise self._too_long(f"{len(prompt)}")
+        if (outside := max(prompt)) >= self._vocabulary_size:
+            # an embedding's lookup beyond its rows would end the process on a GPU
+            raise InvalidRequest(
+                f"the messages contain token {outside}; the model's tokens are 0 to"
+                f" {self._vocabulary_size - 1}",
                 param="messages",
             )
         sampling = self._resolve(job.sampling, self._max_context - len(prompt))
@@ -69,21 +87,43 @@ class PromptBuilder:
             request.sequences.append(Sequence(request, index, self._vocabulary.detokenizer(sampling.stop)))
         return request
 
-    def _encode(self, job: ChatJob) -> list[int]:
+    def _refuse_long(self, characters: int) -> None:
+        """Refuse a text that can't fit before it is rendered or encoded.
+
+        No token is longer than the longest of the vocabulary. Only a tokenizer that drops characters, runs of
+        spaces for example, could have made a text of this length fit.
+        """
+        if characters > self._max_context * self._longest_token:
+            raise self._too_long(f"at least {-(-characters // self._longest_token)}")
+
+    def _too_long(self, tokens: str) -> ContextLengthExceeded:
+        """The error in OpenAI's words, which routers recognize."""
+        return ContextLengthExceeded(
+            f"This model's maximum context length is {self._max_context} tokens. However, your messages"
+            f" resulted in {tokens} tokens. Please reduce the length of the messages.",
+            param="messages",
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        if self._backend is None:
+            slow: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            return slow
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _render(self, job: ChatJob) -> str:
         if clash := RESERVED_TEMPLATE_NAMES & job.chat_template_kwargs.keys():
             raise InvalidRequest(
                 f"chat_template_kwargs can't set {', '.join(sorted(clash))}", param="chat_template_kwargs"
             )
         try:
-            with self._lock:
-                text = self._tokenizer.apply_chat_template(
-                    job.messages,
-                    tokenize=False,
-                    add_generation_prompt=not job.continue_final_message,
-                    continue_final_message=job.continue_final_message,
-                    **job.chat_template_kwargs,
-                )
-                ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+            text: str = self._tokenizer.apply_chat_template(
+                job.messages,
+                tokenize=False,
+                add_generation_prompt=not job.continue_final_message,
+                continue_final_message=job.continue_final_message,
+                **job.chat_template_kwargs,
+            )
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template rejects the messages: {str(error)[:200]}", param="messages"
@@ -94,7 +134,7 @@ class PromptBuilder:
                 f"the model's chat template can't be applied to the messages ({type(error).__name__})",
                 param="messages",
             ) from error
-        return ids
+        return text
 
     def _resolve(self, params: SamplingParams, room: int) -> Sampling:
         """Fill in defaults. `room`: number of tokens that the context leaves for the answer."""
@@ -128,16 +168,52 @@ class PromptBuilder:
         """Return the request's value, else the generation config's, else the neutral one."""
         if given is not None:
             return float(given)
-        value = getattr(self._generation, name, None)
-        if value is None and name == "temperature" and getattr(self._generation, "do_sample", None) is False:
+        if name == "temperature" and getattr(self._generation, "do_sample", None) is False:
+            # transformers ignores a temperature beside do_sample false
             return 0.0
+        value = getattr(self._generation, name, None)
         return float(neutral if value is None else value)
 
 
-def _eos_token_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
-    eos = getattr(generation, "eos_token_id", None)
+def _characters(messages: Any) -> int:
+    """Count the characters of the messages' texts, without a copy."""
+    contents = (message.get("content") for message in messages)
+    return sum(len(content) for content in contents if isinstance(content, str))
+
+
+def end_tokens(generation: Any, config: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer, from all places that may name one.
+
+    Fine-tunes often change one of these places only. Where a file names none, transformers fills in a number
+    of the architecture, which may be an ordinary word here: what comes from the config must therefore be a
+    special token.
+    """
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special |= set(tokenizer.all_special_ids)
+    named = _ids(generation)
+    of_config = _ids(config)
+    if getattr(generation, "_from_model_config", False):
+        of_config, named = of_config | named, set()
+    own = tokenizer.eos_token_id
+    named |= set() if own is None else {own}
+    return frozenset(named | ((of_config | _turn_end(tokenizer)) & special))
+
+
+def _ids(config: Any) -> set[int]:
+    eos = getattr(config, "eos_token_id", None)
     if eos is None:
-        eos = tokenizer.eos_token_id
-    if eos is None:
-        return frozenset()
-    return frozenset([eos] if isinstance(eos, int) else eos)
+        return set()
+    return {eos} if isinstance(eos, int) else set(eos)
+
+
+def _turn_end(tokenizer: Any) -> set[int]:
+    """Return the token that the chat template writes after an assistant's message."""
+    answer = "sentinel"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return set()  # a template that wants other messages tells nothing
+    _, found, rest = text.rpartition(answer)
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
+    return set(ids[:1])
