@@ -2,12 +2,14 @@
 
 import logging
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig, LlamaConfig, MambaConfig, T5Config
 
 from protocol.events import Failed
@@ -538,6 +540,27 @@ def test_a_load_ends_with_one_line_about_what_serves_the_model(weights, caplog):
 def test_missing_weights_are_refused_in_one_line(tmp_path):
     with pytest.raises(EngineLoadError, match="nowhere") as caught:
         make_engine(tmp_path / "nowhere")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_a_checkpoint_that_lacks_a_weight_is_refused_naming_it(weights, tmp_path, key):
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineLoadError, match=f"tiny: the weights lack {re.escape(key)}$"):
+        make_engine(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cut", "pointer"])
+def test_a_weights_file_that_is_not_whole_is_refused_in_one_line(weights, tmp_path, kind):
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "model.safetensors"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    file.write_bytes(file.read_bytes()[:-1000] if kind == "cut" else pointer)
+    with pytest.raises(EngineLoadError, match="cut off or not a safetensors file") as caught:
+        make_engine(tmp_path)
     assert "\n" not in str(caught.value)
 
 

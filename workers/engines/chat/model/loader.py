@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from catalogue import ChatEngineOptions, ChatModelEntry
@@ -45,9 +46,20 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
         config = AutoConfig.from_pretrained(entry.weights, **source)
         refuse_unsupported(config)
         tokenizer = AutoTokenizer.from_pretrained(entry.weights, **source)
-        model = AutoModelForCausalLM.from_pretrained(
-            entry.weights, config=config, dtype=_dtype(options, device), use_safetensors=True, **source
+        model, info = AutoModelForCausalLM.from_pretrained(
+            entry.weights,
+            config=config,
+            dtype=_dtype(options, device),
+            use_safetensors=True,
+            output_loading_info=True,
+            **source,
         )
+        _refuse_incomplete(info)
+    except SafetensorError as error:
+        raise EngineLoadError(
+            f"{entry.name}: a weights file of {entry.weights} is cut off or not a safetensors file (a Git LFS"
+            f" pointer?): {first_line(error)}"
+        ) from error
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         if isinstance(error, torch.cuda.OutOfMemoryError):
             raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
@@ -67,6 +79,17 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
         device=device,
         name=entry.name,
     )
+
+
+def _refuse_incomplete(info: dict[str, Any]) -> None:
+    """Raise EngineLoadError if weights are missing: transformers fills them with random numbers.
+
+    Tied weights don't count as missing. `info` is transformers' report on the load.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise EngineLoadError(f"the weights lack {', '.join(missing[:3])}{more}")
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
