@@ -234,6 +234,14 @@ class JobQueue:
         """Return how many admitted requests of `model` no worker has claimed."""
         return int(self._redis.zcard(self._keys.waiting(model)))
 
+    def is_waiting(self, request_id: str, model: str) -> bool:
+        """Whether a request of `model` was admitted and not yet claimed."""
+        return self._redis.zscore(self._keys.waiting(model), request_id) is not None
+
+    def queued(self, model: str) -> int:
+        """Return how many messages no worker of `model` has received."""
+        return int(self._redis.llen(self._keys.queue_list(model)))
+
     def cancelled(self, request_ids: list[str]) -> set[str]:
         """Return those of `request_ids` that were cancelled."""
         if not request_ids:

@@ -20,11 +20,20 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 STOP_S = 5.0
 """Above the time limit of a command to Redis."""
+DEAF_S = 10.0
+"""Celery takes a message within a second; after a lost connection it needs a few."""
 
 
 class WorkerReplaced(Exception):
     """Raised by the heartbeat when another worker holds the lease of this one's cid. It started later, as each takes
     the lease at its start.
+    """
+
+
+class NotConsuming(Exception):
+    """Raised by the heartbeat when messages wait though this worker has free slots: Celery does not consume its queue.
+
+    A remote command, or a connection that Celery lost unnoticed, can be the reason.
     """
 
 
@@ -65,6 +74,8 @@ class Heartbeat:
         self._renewing = threading.Lock()
         self._renew_at = 0.0
         self._renewed_once = False
+        self._received = 0
+        self._deaf_since = clock()
 
     def run(self) -> None:
         """Tick until `stop`. Raises EngineHung and WorkerReplaced: then the process must end."""
@@ -92,9 +103,10 @@ class Heartbeat:
             if self._clock() >= self._renew_at:
                 self._renew()
             self._throughput.look(self._queue.waiting(self._model))
+            self._check_consuming()
             for request_id in self._queue.cancelled(self._runner.running()):
                 self._runner.cancel(request_id)
-        except WorkerReplaced:
+        except (WorkerReplaced, NotConsuming):
             raise
         except RedisError as error:
             self._observation.interrupt()
@@ -119,6 +131,18 @@ class Heartbeat:
             raise WorkerReplaced
         self._renewed_once = True
         self._cancel_for_lost_webs()
+
+    def _check_consuming(self) -> None:
+        """Raise NotConsuming after DEAF_S in which messages waited, a slot was free and none was received."""
+        received, now = self._runner.received, self._clock()
+        has_room = len(self._runner.running()) < self._throughput.slots
+        is_deaf = self._get_record().state == "ready" and has_room and self._queue.queued(self._model) > 0
+        if not is_deaf or received != self._received:
+            self._received, self._deaf_since = received, now
+        elif now - self._deaf_since >= DEAF_S:
+            raise NotConsuming(
+                f"requests have waited for {DEAF_S:g} s while this worker was free: Celery does not consume its queue"
+            )
 
     def _cancel_for_lost_webs(self) -> None:
         """Cancel the requests of web processes whose lease has expired: nobody reads their events any more.

@@ -19,13 +19,14 @@ from celery import Celery
 from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
-from config import EXIT_CONFIGURATION
+from config import EXIT_CONFIGURATION, ConfigurationError
 from protocol.errors import EngineStopped, ServiceError, WorkerLost
 from protocol.events import Failed
 from protocol.names import GENERATE_TASK
 from workers.canary import SwitchableEmit, run_canary
+from workers.control import check_options, install_controls, stop_at_hangup
 from workers.engines.base import EngineLoadError
-from workers.heartbeat import WorkerReplaced
+from workers.heartbeat import NotConsuming, WorkerReplaced
 from workers.services import Worker
 from workers.stop_signal import StopSignal
 from workers.watchdog import EngineHung
@@ -45,13 +46,19 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
         sender.setup_logging()
         # until Celery installs its handler SIGTERM would end the process with its lease unreleased
         signal.signal(signal.SIGTERM, lambda *_: None)
+        stop_at_hangup()
         stop = StopSignal()
         with _fatal("the worker could not be started"):
+            conf = celery.conf
+            check_options(sender, queue=conf.task_default_queue, slots=conf.worker_concurrency)
             worker = build(str(sender))
+            install_controls(worker.runner.revoke)
             lifecycle = Lifecycle(worker, stop)
 
             def on_ready(**_: object) -> None:
                 with _fatal("the worker could not begin to serve"):
+                    # Celery has installed a handler of its own meanwhile
+                    stop_at_hangup()
                     lifecycle.serve()
 
             # weak=False: Celery would drop functions to which nothing else refers
@@ -80,6 +87,9 @@ def _fatal(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except ConfigurationError as error:
+        log.critical("%s", error)
+        raise SystemExit(EXIT_CONFIGURATION) from error
     except Exception as error:
         log.exception("%s", what)
         log.critical("%s: %s: %s", what, type(error).__name__, error)
@@ -132,9 +142,10 @@ class Lifecycle:
         log.info("loading %s from %s", worker.entry.name, worker.entry.weights)
         emit = SwitchableEmit()
         worker.engine.load(emit)
+        # the canary is watched too: an engine that is too slow for it would be stopped at the first request
+        worker.watchdog.start()
         run_canary(worker.engine, worker.entry, emit)
         emit.target = worker.sender.emit
-        worker.watchdog.start()
         # what is in memory now stays: full collections, perhaps during a burst, need not visit it
         gc.collect()
         gc.freeze()
@@ -184,8 +195,11 @@ class Lifecycle:
             self._worker.registrar.abandon()
             reason = "a newer worker with the same cid has started; each worker needs a cid of its own"
             self._fail(reason, EXIT_CONFIGURATION, WorkerLost())
+        except NotConsuming as error:
+            self._fail(str(error), EXIT_HUNG, WorkerLost())
         except EngineHung as error:
-            self._fail(str(error), EXIT_HUNG, EngineStopped())
+            advice = "" if self._loaded else "; raise HANG_S or serve a smaller model"
+            self._fail(f"{error}{advice}", EXIT_HUNG, EngineStopped())
 
     def _fail(self, reason: str, status: int, failure: ServiceError) -> None:
         """End a process that can't serve, nor end in order; the supervisor starts another.

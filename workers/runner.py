@@ -6,7 +6,7 @@ import time
 
 from redis.exceptions import RedisError
 
-from protocol.errors import EngineError
+from protocol.errors import Cancelled, EngineError, ServiceError
 from protocol.event_sender import EventSender
 from protocol.events import Event, Failed, Finished, Started
 from protocol.jobs import work_of
@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 CLAIM_RETRY_S = 10.0
 CLAIM_PAUSE_S = 0.5
+UNREADABLE = "this worker can't read the request; send it again"
 REPLAY_GRACE_S = 60
 """How long a request's replay list outlives its deadline."""
 
@@ -56,6 +57,8 @@ class Runner:
         self._sender = sender
         self._throughput = throughput
         self._lock = threading.Lock()
+        self.received = 0
+        """Messages that Celery has handed over since the start."""
         self._tasks: set[str] = set()
         self._runs: dict[str, _Run] = {}
 
@@ -65,6 +68,7 @@ class Runner:
         A second message for a request of this process is dropped here: its claim would succeed again.
         """
         with self._lock:
+            self.received += 1
             if request_id in self._tasks:
                 return
             self._tasks.add(request_id)
@@ -74,10 +78,10 @@ class Runner:
                 self._generate(claimed)
             elif claimed is not None:
                 log.error("request %s is for model %s and came from our queue", request_id, claimed.job.model)
-                self._refuse(request_id, claimed.web_id, claimed.remaining_s)
+                self._refuse(request_id, claimed.web_id, claimed.remaining_s, EngineError(UNREADABLE))
         except UnreadableJob as error:
             log.error("request %s was made by another version of this service: %s", request_id, error)
-            self._refuse(request_id, error.web_id, error.remaining_s)
+            self._refuse(request_id, error.web_id, error.remaining_s, EngineError(UNREADABLE))
         except Exception:
             # whose client is not known: without its job the web process takes the request for lost
             log.exception("request %s could not be read", request_id)
@@ -94,6 +98,16 @@ class Runner:
     def cancel(self, request_id: str, reason: CancelReason = "cancelled") -> None:
         """Stop a request of this process; unknown ids are ignored."""
         self._engine.cancel(request_id, reason)
+
+    def revoke(self, request_id: str) -> None:
+        """Cancel a request of this process, or one that waits in its queue; its client gets an error.
+
+        Every worker of every model gets this command, so it leaves alone what is not its own.
+        """
+        if request_id in self.running():
+            self.cancel(request_id)
+        elif self._queue.is_waiting(request_id, self._model) and (claimed := self._claim(request_id)):
+            self._refuse(request_id, claimed.web_id, claimed.remaining_s, Cancelled())
 
     def fail_all(self, failure: Failed) -> None:
         """End every request without the engine, which can't do it any more."""
@@ -163,13 +177,11 @@ class Runner:
         self._sender.open(request_id, web_id, int(remaining_s) + REPLAY_GRACE_S, on_end)
         self._sender.emit([(request_id, Started(self._incarnation_id))])
 
-    def _refuse(self, request_id: str, web_id: str, remaining_s: float) -> None:
-        """Tell the client of a claimed job that this worker can't serve it."""
+    def _refuse(self, request_id: str, web_id: str, remaining_s: float, error: ServiceError) -> None:
+        """End a claimed job that is not handed to the engine."""
         run = _Run(web_id)
         self._open(request_id, web_id, remaining_s, run)
-        self._sender.emit(
-            [(request_id, Failed.of(EngineError("this worker can't read the request; send it again")))]
-        )
+        self._sender.emit([(request_id, Failed.of(error))])
         run.ended.wait()
         self._end(request_id)
 

@@ -9,7 +9,7 @@ import redis
 from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
 from protocol.names import Keys
 from tests.records import worker_record
-from workers.heartbeat import Heartbeat, WorkerReplaced
+from workers.heartbeat import DEAF_S, Heartbeat, NotConsuming, WorkerReplaced
 from workers.watchdog import EngineHung
 
 
@@ -33,6 +33,10 @@ class Bench:
         self.lost: set[str] = set()
         self.requests: list[str] = []
         self.looks: list[int] = []
+        self.received = 0
+        self.messages = 0
+        self.slots = 2
+        self.state = "loading"
         self.marked: set[str] = set()
         self.cancelled_requests: list[str] = []
         stand_in = cast(Any, self)
@@ -43,7 +47,7 @@ class Bench:
             stand_in,
             stand_in,
             model="m",
-            get_record=record,
+            get_record=lambda: worker_record(state=self.state),
             renew_now=self.renew_now,
             on_expired=self.on_expired,
             clock=lambda: self.now,
@@ -85,6 +89,9 @@ class Bench:
 
     def waiting(self, model: str) -> int:
         return 3
+
+    def queued(self, model: str) -> int:
+        return self.messages
 
     def look(self, waiting: int) -> None:
         self.looks.append(waiting)
@@ -237,3 +244,25 @@ def test_after_a_stop_nothing_is_renewed(bench: Bench) -> None:
     bench.expire()
     bench.watch(LEASE_TTL_S)
     assert not bench.client.exists(bench.keys.lease("cid"))
+
+
+def test_a_worker_that_receives_nothing_though_messages_wait_ends(bench: Bench) -> None:
+    bench.state, bench.messages = "ready", 1
+    bench.watch(int(DEAF_S) - 1)
+    with pytest.raises(NotConsuming):
+        bench.watch(2)
+
+
+@pytest.mark.parametrize("reason", ["loading", "draining", "busy", "receives", "empty now and then"])
+def test_messages_may_wait(bench: Bench, reason: str) -> None:
+    bench.state, bench.messages = "ready", 1
+    if reason in ("loading", "draining"):
+        bench.state = reason
+    if reason == "busy":
+        bench.requests = ["a", "b"]
+    for second in range(int(3 * DEAF_S)):
+        if reason == "receives":
+            bench.received += second % 5 == 0
+        if reason == "empty now and then":
+            bench.messages = int(second % 5 > 0)
+        bench.watch(1)

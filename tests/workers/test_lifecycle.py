@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 from unittest.mock import Mock
 
 import pytest
@@ -14,10 +14,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from catalogue import Catalogue
 from config import EXIT_CONFIGURATION
+from protocol.celery_app import consume
 from protocol.errors import EngineError
 from protocol.events import Delta, Failed, Finished
 from protocol.jobs import Job
 from protocol.leases import WorkerRecord
+from protocol.names import Keys
 from tests.deployment import wait_until
 from tests.records import worker_record
 from workers.engines.base import Emit, EngineLoadError, EngineStatus
@@ -116,7 +118,7 @@ def bench() -> Iterator[Bench]:
     bench.heartbeat_ends.set()
 
 
-STARTED = ["sender.start", "registrar.start", "engine.load", "engine.submit", "watchdog.start"]
+STARTED = ["sender.start", "registrar.start", "engine.load", "watchdog.start", "engine.submit"]
 
 
 def test_it_loads_generates_once_and_registers_when_celery_is_ready(bench: Bench) -> None:
@@ -230,7 +232,7 @@ def test_a_failed_canary_is_a_model_that_cannot_be_loaded(bench: Bench) -> None:
     with pytest.raises(SystemExit) as ended:
         bench.lifecycle.start()
     assert ended.value.code == EXIT_CONFIGURATION
-    assert "watchdog.start" not in bench.calls()
+    assert "registrar.set_serving" not in bench.calls()
 
 
 def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
@@ -312,8 +314,22 @@ def own_signals() -> Iterator[None]:
     signal.set_wakeup_fd(-1)
 
 
+def consuming() -> Celery:
+    """A Celery app that consumes one queue."""
+    celery = Celery("test", set_as_current=False)
+    consume(celery, Keys.of("Test"), "m", 4)
+    return celery
+
+
 class Controller:
-    """What Celery sends with its signals: its name of this process, and a method that sets up logging."""
+    """Celery's controller of this process, as far as it is used."""
+
+    pool_cls = "threads"
+    options: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, celery: Celery) -> None:
+        self.app = celery
+        self.concurrency = celery.conf.worker_concurrency
 
     def __str__(self) -> str:
         return "w@h"
@@ -326,9 +342,10 @@ def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptur
     def build(node_name: str) -> Worker:
         raise TimeoutError(f"no driver for {node_name}")
 
-    connect_signals(Celery("test", set_as_current=False), build)
+    celery = consuming()
+    connect_signals(celery, build)
     with pytest.raises(SystemExit) as ended, caplog.at_level(logging.ERROR):
-        worker_init.send(sender=Controller())
+        worker_init.send(sender=Controller(celery))
     assert ended.value.code == 1
     # the supervisor shows this line
     assert caplog.messages[-1] == "the worker could not be started: TimeoutError: no driver for w@h"
@@ -338,14 +355,15 @@ def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptur
 def test_a_worker_that_cannot_be_started_or_serve_ends_the_process(bench: Bench) -> None:
     """Celery ignores exceptions of its signals' receivers, and would take requests."""
     bench.parts.registrar.start.side_effect = RuntimeError("can't start new thread")
-    connect_signals(Celery("test", set_as_current=False), lambda name: bench.worker)
+    celery = consuming()
+    connect_signals(celery, lambda name: bench.worker)
     with pytest.raises(SystemExit) as ended:
-        worker_init.send(sender=Controller())
+        worker_init.send(sender=Controller(celery))
     assert ended.value.code == 1
 
     bench.parts.registrar.start.side_effect = None
     bench.parts.registrar.set_serving.side_effect = RuntimeError("a bug")
-    worker_init.send(sender=Controller())
+    worker_init.send(sender=Controller(celery))
     with pytest.raises(SystemExit) as ended:
         worker_ready.send(sender=None)
     assert ended.value.code == 1

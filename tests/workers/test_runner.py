@@ -14,7 +14,7 @@ from config import Settings
 from protocol import events
 from protocol.celery_app import create_celery
 from protocol.connections import RedisClient
-from protocol.errors import EngineError
+from protocol.errors import Cancelled, EngineError
 from protocol.event_sender import EventSender
 from protocol.events import Delta, Event, Failed, Finished, Started
 from protocol.jobs import ChatJob, Job, SamplingParams
@@ -334,3 +334,25 @@ def test_fail_all_ends_every_request_without_the_engine(bench: Bench) -> None:
         join(task)
 
     assert bench.replay("a")[-1] == bench.replay("b")[-1] == failure
+
+
+def test_a_revoke_ends_a_running_request_and_one_that_waits(bench: Bench) -> None:
+    for name in ("running", "waiting"):
+        bench.admit(name)
+    task = bench.start_and_submit("running")
+    bench.runner.revoke("running")
+    assert bench.engine.cancels.get(timeout=60) == ("running", "cancelled")
+    bench.emit("running", Failed.of(Cancelled()))
+    join(task)
+    bench.runner.revoke("waiting")
+    assert bench.replay("waiting")[-1] == Failed.of(Cancelled())
+    assert not bench.redis.exists(bench.keys.job("waiting"))
+
+
+def test_a_revoke_leaves_alone_what_is_not_its_own(bench: Bench) -> None:
+    bench.admit("claimed")
+    assert bench.queue.claim("claimed", MODEL, "another:1") is not None
+    for name in ("claimed", "unknown"):
+        bench.runner.revoke(name)
+        assert bench.replay(name) == []
+    assert bench.untouched() and not bench.redis.exists(bench.keys.claim("unknown"))
