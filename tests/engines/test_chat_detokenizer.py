@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from tests.engines.tiny_chat import make_tokenizer
 from workers.engines.chat.detokenizer import ByteStream, Detokenizer, StopMatcher, Vocabulary, WindowStream
@@ -168,3 +169,17 @@ def test_characters_that_are_never_whole_are_not_held_indefinitely():
     assert len(gained) >= 995
     assert gained + stream.flush() == "\ufffd" * 1000
     assert max(decoded) < 25, "every token decodes all before it again"
+
+
+def test_logprobs_tell_tokens_apart_that_decode_to_the_same_text():
+    """SentencePiece's spaces and bytes, WordPiece's continuations, special tokens by name."""
+    words = ["<s>", "the", "▁the", "<0xE4>", "##the"]
+    backend = Tokenizer(models.WordLevel({word: at for at, word in enumerate(words)}, unk_token="<s>"))
+    vocabulary = Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    texts = ["<s>", "the", " the", "\ufffd", "##the"]
+    assert [vocabulary.describe(token)[0] for token in range(5)] == texts
+    assert vocabulary.describe(3)[1] == [0xE4]
+
+
+def test_logprobs_name_the_special_tokens_of_a_byte_level_tokenizer():
+    assert VOCABULARY.describe(TOKENIZER.eos_token_id)[0] == "<|end|>"

@@ -7,6 +7,7 @@ one.
 
 import codecs
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,6 +16,9 @@ REPLACEMENT = "\ufffd"
 UTF8 = codecs.getincrementaldecoder("utf-8")
 LONGEST = 4
 """Largest number of bytes of a character in UTF-8."""
+
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece spells a token of one byte."""
 
 WINDOW = 4
 """Number of tokens after which a WindowStream shortens its window, at the end of a character."""
@@ -152,6 +156,9 @@ class Vocabulary:
 
     table: list[bytes] | None
     decode: Callable[[list[int]], str]
+    pieces: dict[int, str] = field(default_factory=dict)
+    """Each token as the vocabulary spells it, `▁the` or `<0x0A>` for example."""
+    special: frozenset[int] = frozenset()
     described: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
 
     def detokenizer(self, stops: tuple[str, ...]) -> Detokenizer:
@@ -159,10 +166,19 @@ class Vocabulary:
         return Detokenizer(stream, stops)
 
     def token_bytes(self, token: int) -> bytes:
-        """The token's bytes. If the tokenizer isn't byte-level: the bytes of its text."""
-        if self.table is not None:
+        """The token's bytes by itself, for logprobs: two tokens that differ give different bytes.
+
+        Decoding would drop the space of `▁the` and show half a character for a byte token. A special token
+        gives its name.
+        """
+        if self.table is not None and token not in self.special:
             return self.table[token] if token < len(self.table) else b""
-        return self.decode([token]).encode()
+        piece = self.pieces.get(token, "")
+        if token not in self.special:
+            if byte := BYTE_TOKEN.fullmatch(piece):
+                return bytes([int(byte[1], 16)])
+            piece = piece.replace("▁", " ")
+        return piece.encode()
 
     def describe(self, token: int) -> tuple[str, list[int]]:
         """Text and bytes of a token by itself, for logprobs."""
@@ -184,7 +200,9 @@ class Vocabulary:
             text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             return text
 
-        return cls(_byte_table(tokenizer), decode)
+        pieces = {token: text for text, token in tokenizer.get_vocab().items()}
+        special = frozenset(token for token, added in tokenizer.added_tokens_decoder.items() if added.special)
+        return cls(_byte_table(tokenizer), decode, pieces, special)
 
 
 def _byte_table(tokenizer: Any) -> list[bytes] | None:
