@@ -414,8 +414,8 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
         (expected,) = run(engine, collector, [chat_job("alone", **many)])
         build = engine.parts.prompts.build
 
-        def masked(job):
-            request = build(job)
+        def masked(job, is_cancelled):
+            request = build(job, is_cancelled)
             if job.id == "bad":
                 request.sequences[0].mask = Broken()
             return request
