@@ -56,6 +56,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     worker_view = WorkerView(leases)
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
+    queue.prepare(entry.name for entry in catalogue.models)
     router = EventRouter(client, keys, web_id)
     deployment = Deployment(settings, namespace, catalogue.project)
     node_lock = NodeLock(client, keys, settings.node_url, settings.service_id)

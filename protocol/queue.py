@@ -6,6 +6,7 @@ is harmless.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -135,6 +136,10 @@ class JobQueue:
         self._claim = client.register_script(_CLAIM)
         self._forgotten: deque[str] = deque()
         self._uncertain: deque[tuple[str, str]] = deque()
+
+    def prepare(self, models: Iterable[str]) -> None:
+        """Make ready to admit jobs of these models."""
+        self._messages.prepare(map(self._keys.queue, models))
 
     def admit(
         self, job: Job, *, web_id: str, deadline_s: float, max_waiting: int, rate: float = 0.0
