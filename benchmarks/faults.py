@@ -92,15 +92,15 @@ def _gaps_ms(results: list[StreamResult]) -> list[float]:
 
 def stalled_reader(streams: int) -> Figures:
     """Measure the gaps between tokens of streams, without and with another stream that is not read."""
-    requests = [chat_request("x", _body(1000))] * streams
+    requests = [chat_request("127.0.0.1", _body(1000))] * streams
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 20, streams + 1) as service:
         service.start("echo")
-        run_streams(service.port, [chat_request("x", _body(50))] * streams)
+        run_streams(service.port, [chat_request("127.0.0.1", _body(50))] * streams)
         without = _gaps_ms(run_streams(service.port, requests))
         with closing(socket.socket()) as stalled:
             stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             stalled.connect(("127.0.0.1", service.port))
-            stalled.sendall(chat_request("x", _body(100_000)))
+            stalled.sendall(chat_request("127.0.0.1", _body(100_000)))
             beside = _gaps_ms(run_streams(service.port, requests))
     before, after = percentile(without, 0.99), percentile(beside, 0.99)
     return {
@@ -116,14 +116,16 @@ def first_token_under_load(rounds: int) -> Figures:
         service.start("echo")
 
         def first_token() -> float:
-            (result,) = run_streams(service.port, [chat_request("x", _body(1))])
+            (result,) = run_streams(service.port, [chat_request("127.0.0.1", _body(1))])
             return (result.first_token_at - result.sent_at) * 1000
 
         alone = [first_token() for _ in range(rounds)]
         loaded: list[float] = []
         results: list[StreamResult] = []
         with ThreadPoolExecutor(1) as pool:
-            load = pool.submit(run_streams, service.port, [chat_request("x", _body(1500))] * 60, 300, results)
+            load = pool.submit(
+                run_streams, service.port, [chat_request("127.0.0.1", _body(1500))] * 60, 300, results
+            )
             wait_until(
                 lambda: len(results) == 60 and all(result.tokens for result in results),
                 timeout_s=60,

@@ -38,7 +38,7 @@ def first_token(rounds: int) -> dict[str, float]:
         service.start("echo")
         tokens, plain = [], []
         for _ in range(rounds):
-            (result,) = run_streams(service.port, [chat_request("x", body(1))])
+            (result,) = run_streams(service.port, [chat_request("127.0.0.1", body(1))])
             tokens.append((result.first_token_at - result.sent_at) * 1000)
             began = time.monotonic()
             service.get("/healthz")
@@ -87,8 +87,8 @@ def relay(streams: int, tokens: int) -> dict[str, float]:
     """Measure tokens per second through the worker's writes, pub/sub and SSE, including the client."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 0, streams) as service:
         service.start("echo")
-        run_streams(service.port, [chat_request("x", body(50))] * streams)
-        results = run_streams(service.port, [chat_request("x", body(tokens))] * streams)
+        run_streams(service.port, [chat_request("127.0.0.1", body(50))] * streams)
+        results = run_streams(service.port, [chat_request("127.0.0.1", body(tokens))] * streams)
         assert all(result.done and result.tokens == tokens for result in results), "a stream was not complete"
         first = min(result.first_token_at for result in results)
         return {"relay_tokens_per_s": streams * tokens / (max(r.ended_at for r in results) - first)}
@@ -103,7 +103,7 @@ def idle_streams(count: int) -> dict[str, float]:
         service.get("/v1/models")
         before = _resident_kb(pid)
         results: list[StreamResult] = []
-        requests = [chat_request("x", body(10))] * count
+        requests = [chat_request("127.0.0.1", body(10))] * count
         threading.Thread(target=run_streams, args=(service.port, requests, 200, results), daemon=True).start()
         wait_until(
             lambda: len(results) == count and all(result.tokens for result in results),
