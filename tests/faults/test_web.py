@@ -1,5 +1,6 @@
 """Web processes that stop, die, pause or are away for a while."""
 
+import json
 import os
 import selectors
 import signal
@@ -137,6 +138,17 @@ def connect_to(service: Deployment, pid: int, clients: ExitStack) -> HTTPConnect
     return found
 
 
+def wait_serving(connection: HTTPConnection) -> None:
+    """Wait until the web process of this connection reaches Redis and knows the worker of `echo`."""
+
+    def serving() -> bool:
+        connection.request("GET", "/readyz")
+        body = json.loads(connection.getresponse().read())
+        return body["redis"] == "ok" and "echo" not in body["models_without_worker"]
+
+    wait_until(serving, timeout_s=30, what="the web process can admit requests")
+
+
 def _holder(service: Deployment, own: tuple[str, int]) -> int | None:
     for pid in web_processes(service):
         for connection in psutil.Process(pid).net_connections("tcp"):
@@ -192,6 +204,8 @@ def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter
     victim, survivor = web_processes(service)
     through_victim = [connect_to(service, victim, clients) for _ in range(4)]
     through_survivor = connect_to(service, survivor, clients)
+    for connection in (through_victim[3], through_survivor):
+        wait_serving(connection)
     # No worker claims: what is admitted keeps waiting until its deadline.
     service.workers["echo-1"].signal(signal.SIGSTOP)
     # Were its lease to expire, requests would be refused because there is no worker.
