@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 TICK_S = 1.0
 STOP_S = 5.0
 """Above the time limit of a command to Redis."""
-DEAF_S = 10.0
+DEAF_LOOKS = 10
 """Celery takes a message within a second; after a lost connection it needs a few."""
 
 
@@ -75,7 +75,7 @@ class Heartbeat:
         self._renew_at = 0.0
         self._renewed_once = False
         self._received = 0
-        self._deaf_since = clock()
+        self._deaf_looks = 0
 
     def run(self) -> None:
         """Tick until `stop`. Raises EngineHung and WorkerReplaced: then the process must end."""
@@ -110,6 +110,7 @@ class Heartbeat:
             raise
         except RedisError as error:
             self._observation.interrupt()
+            self._deaf_looks = 0
             log.warning("the lease was not renewed: %s", error)
         except Exception:
             # without this thread the lease would expire, so it must go on
@@ -133,15 +134,20 @@ class Heartbeat:
         self._cancel_for_lost_webs()
 
     def _check_consuming(self) -> None:
-        """Raise NotConsuming after DEAF_S in which messages waited, a slot was free and none was received."""
-        received, now = self._runner.received, self._clock()
+        """Raise NotConsuming after DEAF_LOOKS in a row at which messages waited, a slot was free and none was received.
+
+        Looks are counted, not seconds: while Redis stalls nobody can receive anything.
+        """
+        received = self._runner.received
         has_room = len(self._runner.running()) < self._throughput.slots
         is_deaf = self._get_record().state == "ready" and has_room and self._queue.queued(self._model) > 0
         if not is_deaf or received != self._received:
-            self._received, self._deaf_since = received, now
-        elif now - self._deaf_since >= DEAF_S:
+            self._received, self._deaf_looks = received, 0
+            return
+        self._deaf_looks += 1
+        if self._deaf_looks > DEAF_LOOKS:
             raise NotConsuming(
-                f"requests have waited for {DEAF_S:g} s while this worker was free: Celery does not consume its queue"
+                "requests waited while this worker was free: Celery does not consume its queue"
             )
 
     def _cancel_for_lost_webs(self) -> None:

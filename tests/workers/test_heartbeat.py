@@ -9,7 +9,7 @@ import redis
 from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
 from protocol.names import Keys
 from tests.records import worker_record
-from workers.heartbeat import DEAF_S, Heartbeat, NotConsuming, WorkerReplaced
+from workers.heartbeat import DEAF_LOOKS, Heartbeat, NotConsuming, WorkerReplaced
 from workers.watchdog import EngineHung
 
 
@@ -248,7 +248,7 @@ def test_after_a_stop_nothing_is_renewed(bench: Bench) -> None:
 
 def test_a_worker_that_receives_nothing_though_messages_wait_ends(bench: Bench) -> None:
     bench.state, bench.messages = "ready", 1
-    bench.watch(int(DEAF_S) - 1)
+    bench.watch(DEAF_LOOKS)
     with pytest.raises(NotConsuming):
         bench.watch(2)
 
@@ -260,9 +260,19 @@ def test_messages_may_wait(bench: Bench, reason: str) -> None:
         bench.state = reason
     if reason == "busy":
         bench.requests = ["a", "b"]
-    for second in range(int(3 * DEAF_S)):
+    for second in range(3 * DEAF_LOOKS):
         if reason == "receives":
             bench.received += second % 5 == 0
         if reason == "empty now and then":
             bench.messages = int(second % 5 > 0)
         bench.watch(1)
+
+
+def test_a_redis_that_stalls_makes_no_worker_deaf(bench: Bench) -> None:
+    bench.state, bench.messages = "ready", 1
+    bench.watch(DEAF_LOOKS - 1)
+    bench.reachable = False
+    bench.watch(5)
+    bench.now += 60
+    bench.reachable = True
+    bench.watch(DEAF_LOOKS - 1)
