@@ -549,7 +549,9 @@ def test_a_checkpoint_that_lacks_a_weight_is_refused_naming_it(weights, tmp_path
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[key]
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(EngineLoadError, match=f"tiny: the weights lack {re.escape(key)}$"):
+    with pytest.raises(
+        EngineLoadError, match=f"tiny: the weights of the LlamaForCausalLM lack {re.escape(key)}$"
+    ):
         make_engine(tmp_path)
 
 

@@ -7,6 +7,7 @@ names. Only safetensors files are read, and code from a model repository is neve
 import inspect
 import logging
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from diffusers.utils import logging as diffusers_logging
 from catalogue import ImageEngineOptions, ImageModelEntry
 from protocol.errors import ContextLengthExceeded
 from workers.engines.base import EngineLoadError
+from workers.engines.checkpoint import refuse_broken_files
+from workers.engines.images.components import complete_components
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 from workers.engines.images.prompt_limit import PromptLimit
 from workers.engines.images.size import size_problem
@@ -82,9 +85,15 @@ def device() -> str:
 
 
 def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
+    folder = Path(entry.weights)
     try:
-        pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
+        # of the hub's files the client library checks the sizes
+        refuse_broken_files([*folder.glob("*"), *folder.glob("*/*")] if folder.is_dir() else [])
+        with complete_components():
+            pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
         pipe.to(device())
+    except EngineLoadError as error:
+        raise EngineLoadError(f"{entry.name}: {error}") from error
     except Exception as error:  # network, disk, file formats and devices raise many types
         raise EngineLoadError(f"{entry.name}: can't load {entry.weights!r}: {_one_line(error)}") from error
     if "generation" in entry.tasks and _requires(pipe, "image"):

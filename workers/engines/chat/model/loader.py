@@ -4,17 +4,21 @@ A model must be decoder-only with standard attention caches. output_check.py fin
 doesn't tell.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
+from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -41,38 +45,17 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     """Load what a catalogue entry names. Raises EngineLoadError with one line for the operator."""
     options = entry.engine
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
-        config = AutoConfig.from_pretrained(entry.weights, **source)
-        refuse_unsupported(config)
-        tokenizer = AutoTokenizer.from_pretrained(entry.weights, **source)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            entry.weights,
-            config=config,
-            dtype=_dtype(options, device),
-            use_safetensors=True,
-            output_loading_info=True,
-            **source,
-        )
-        _refuse_incomplete(info)
-    except SafetensorError as error:
-        raise EngineLoadError(
-            f"{entry.name}: a weights file of {entry.weights} is cut off or not a safetensors file (a Git LFS"
-            f" pointer?): {first_line(error)}"
-        ) from error
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        if isinstance(error, torch.cuda.OutOfMemoryError):
-            raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
-        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {first_line(error)}") from error
-    except EngineLoadError as error:
-        raise EngineLoadError(f"{entry.name}: {error}") from error
+    with _in_one_line(entry):
+        config, tokenizer, model = _read(entry, _dtype(options, device))
+        model = model.to(device).eval()
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
         raise EngineLoadError(f"{entry.name}: {type(model).__name__} has no standard attention cache")
     if not tokenizer.chat_template:
         raise EngineLoadError(f"{entry.name}: {entry.weights} has no chat template")
+    _refuse_broken_template(entry, tokenizer)
     text_config = config.get_text_config()
     return LoadedModel(
-        model=model.to(device).eval(),
+        model=model,
         tokenizer=tokenizer,
         text_config=text_config,
         max_context=_max_context(entry.name, text_config, options),
@@ -81,15 +64,59 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     )
 
 
-def _refuse_incomplete(info: dict[str, Any]) -> None:
-    """Raise EngineLoadError if weights are missing: transformers fills them with random numbers.
+def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, Any, Any]:
+    """Return configuration, tokenizer and model, on the CPU. Raises EngineLoadError, or what transformers does."""
+    source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
+    folder = Path(entry.weights)
+    # of the hub's files the client library checks the sizes
+    refuse_broken_files(folder.iterdir() if folder.is_dir() else [])
+    config = AutoConfig.from_pretrained(entry.weights, **source)
+    refuse_unsupported(config)
+    tokenizer = AutoTokenizer.from_pretrained(entry.weights, **source)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        entry.weights,
+        config=config,
+        dtype=dtype,
+        use_safetensors=True,
+        # refused below, with the names of the weights
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **source,
+    )
+    refuse_incomplete(info, type(model).__name__)
+    return config, tokenizer, model
 
-    Tied weights don't count as missing. `info` is transformers' report on the load.
-    """
-    missing = sorted(info["missing_keys"])
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise EngineLoadError(f"the weights lack {', '.join(missing[:3])}{more}")
+
+@contextmanager
+def _in_one_line(entry: ChatModelEntry) -> Iterator[None]:
+    """Turn every error of a load into an EngineLoadError that names model and weights."""
+    try:
+        yield
+    except EngineLoadError as error:
+        raise EngineLoadError(f"{entry.name}: {error}") from error
+    except SafetensorError as error:
+        raise EngineLoadError(
+            f"{entry.name}: a weights file of {entry.weights} is cut off or not a safetensors file (a Git LFS"
+            f" pointer?): {first_line(error)}"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
+    except (
+        Exception
+    ) as error:  # network, disk and file formats raise many types; tokenizers a plain Exception
+        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {first_line(error)}") from error
+
+
+def _refuse_broken_template(entry: ChatModelEntry, tokenizer: Any) -> None:
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise EngineLoadError(
+            f"{entry.name}: the chat template of {entry.weights} is cut off or broken at line {error.lineno}:"
+            f" {first_line(error)}"
+        ) from error
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return  # it can be compiled, and wants other messages than this one
 
 
 def refuse_unsupported(config: PreTrainedConfig) -> None:
@@ -177,5 +204,8 @@ def _machine_memory() -> int:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the error's first line, or its type; both where the text alone says nothing, as a missing key."""
     lines = str(error).strip().splitlines()
+    if isinstance(error, LookupError | TypeError | AttributeError):
+        return ": ".join([type(error).__name__, *lines[:1]])[:300]
     return lines[0][:300] if lines else type(error).__name__
