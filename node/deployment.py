@@ -11,7 +11,7 @@ from enum import StrEnum
 from catalogue import TASKS
 from config import Settings
 from node.registration import Registration, cid_prefix, registration_of
-from protocol.leases import WorkerRecord
+from protocol.leases import UNREADABLE, WorkerRecord
 
 
 class Mark(StrEnum):
@@ -74,5 +74,8 @@ class Deployment:
 
 def worker_of(entry: Registration, records: Iterable[WorkerRecord]) -> WorkerRecord | None:
     """The worker that an entry names, living or lost. With another model the cid is another worker's."""
-    name = (entry.project, entry.model, entry.cid)
-    return next((record for record in records if (record.project, record.model, record.cid) == name), None)
+
+    def fits(record: WorkerRecord) -> bool:
+        return record.state == UNREADABLE or (record.project, record.model) == (entry.project, entry.model)
+
+    return next((record for record in records if record.cid == entry.cid and fits(record)), None)

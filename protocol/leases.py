@@ -25,6 +25,8 @@ GAP_S = LEASE_TTL_S - REFRESH_S
 RECORD_TTL_S = 24 * 3600
 
 WorkerState = Literal["loading", "ready", "draining", "lost"]
+UNREADABLE = "unknown"
+"""Replaces the state of a worker that lives and whose record this version can't read. Of that only the cid is known."""
 
 
 class WorkerRecord(msgspec.Struct, kw_only=True):
@@ -238,5 +240,5 @@ def _readable(cid: str, body: bytes, incarnation_id: bytes | None) -> WorkerReco
             service_id="",
             node="",
             gpus=[],
-            state="unknown",
+            state=UNREADABLE,
         )

@@ -321,6 +321,22 @@ def test_a_loading_worker_stands_for_its_cid(bench: Bench, node: StandInNode, re
     assert node.cids() == [DEAD]
 
 
+def test_a_worker_of_another_version_stands_for_its_cid_until_its_lease_expires(
+    bench: Bench, node: StandInNode, record: Make
+) -> None:
+    """Its record can't be read, but its lease is there: it registers itself, as in a rolling upgrade."""
+    worker = record(OURS)
+    bench.live(worker)
+    bench.client.set(bench.keys.worker(OURS), b'{"cid": ["a list, in a later version"]}')
+    reconciler = bench.reconciler()
+
+    bench.watch(reconciler, 300)
+    assert node.cids() == [OURS]
+
+    bench.expire(worker)
+    bench.watch_until(reconciler, lambda: not node.cids(), within_s=Timing().unknown_after_s + 6)
+
+
 def test_two_namespaces_on_one_redis_and_one_node(bench: Bench, node: StandInNode, record: Make) -> None:
     """Same machine, SERVICE_ID and project: the other deployment's reconciler knows no record of ours."""
     bench.live(record(OURS), record(SIBLING))
