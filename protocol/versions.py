@@ -7,7 +7,7 @@ import functools
 import logging
 
 PROTOCOL_VERSION = 1
-"""In every job and every worker's record. Raised by a change that older processes can't read."""
+"""In every worker's record. Raised by a change that older processes can't read."""
 
 
 @functools.lru_cache(maxsize=100)

@@ -141,12 +141,14 @@ def redis_major() -> int:
 class Process:
     """One process of the service, its log in a file."""
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, command: list[str], environment: dict[str, str], log: Path, root: Path = ROOT
+    ) -> None:
         self.name = name
         self.log = log
         with log.open("ab") as out:
             self.popen = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+                command, cwd=root, env=environment, stdout=out, stderr=out, start_new_session=True
             )
 
     @property
@@ -207,6 +209,9 @@ class Stream:
 class Deployment:
     """Real processes of one deployment on one machine."""
 
+    root = ROOT
+    """Where the code is that they run."""
+
     def __init__(
         self, folder: Path, *, catalogue: str, redis_server: RedisServer | None = None, **environment: str
     ) -> None:
@@ -260,7 +265,7 @@ class Deployment:
     def launch_web(self, configuration: str = "gunicorn.conf.py", **more: str) -> Process:
         """Start the web process; do not wait for it."""
         command = [sys.executable, "-m", "gunicorn", "-c", configuration, "wsgi:app"]
-        self.web = Process("web", command, self.environment(**more), self.folder / "web.log")
+        self.web = Process("web", command, self.environment(**more), self.folder / "web.log", self.root)
         return self.web
 
     def start_worker(self, model: str, name: str | None = None, **more: str) -> str:
@@ -281,7 +286,7 @@ class Deployment:
             f"{name}@%h",
         ]
         environment = self.environment(WORKER_MODEL=model, **more)
-        self.workers[name] = Process(name, command, environment, self.folder / f"{name}.log")
+        self.workers[name] = Process(name, command, environment, self.folder / f"{name}.log", self.root)
         return name
 
     def stop(self) -> None:
