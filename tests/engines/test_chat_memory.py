@@ -1,12 +1,16 @@
 """The KV cache: budget, mixed lengths, preemption, prefixes, chunks, invariants of the bookkeeping."""
 
 import random
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+from protocol.events import Finished
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model, together
+from workers.engines.chat.cache import prefix_cache
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache, OutOfPages
 from workers.engines.chat.cache.prefix_cache import PrefixCache
 from workers.engines.chat.sequence import Chunk
@@ -183,30 +187,50 @@ def read(cache: KVCache, slot: int, count: int) -> list[tuple[int, int]]:
     return list(zip(keys, values, strict=True))
 
 
+def assert_whole(cache: KVCache, prefixes: PrefixCache, held: Iterable[int]) -> None:
+    """Every page is either free or held, its uses are counted, and what is known of it can be looked up."""
+    used = Counter(page for slot in held for page in cache.pages_of(slot))
+    assert [cache._uses[page] for page in range(cache.num_pages)] == [
+        used[page] for page in range(cache.num_pages)
+    ]
+    assert sorted([*used, *cache._free]) == list(range(cache.num_pages))
+    assert len(cache._free_slots) + len(list(held)) == len(cache.held) - 1
+    assert cache.kept == set(prefixes._keys) == set(prefixes._serials)
+    assert prefixes._pages == {key: page for page, keys in prefixes._keys.items() for key in keys}
+
+
+@pytest.mark.parametrize("beginning", [2, 32], ids=["beginnings of pages", "full pages only"])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_operations_never_mix_pages(seed):
-    """Compares random growing, releasing, storing and loading of prefixes with a plain dictionary."""
+def test_random_operations_never_mix_pages(seed, beginning, monkeypatch):
+    """Compares random growing, forking, releasing, storing and finding with a plain dictionary."""
+    monkeypatch.setattr(prefix_cache, "BEGINNING", beginning)
     chance = random.Random(seed)
     cache = small_cache()
     prefixes = PrefixCache(cache)
     held: dict[int, list[int]] = {}
-    loaded = 0
-    for _ in range(600):
+    found = shared = 0
+    for _ in range(900):
         action = chance.random()
         if action < 0.35 and cache.num_free_slots:
             tokens = [chance.randrange(2) for _ in range(chance.randrange(1, 18))]
-            chain = prefixes.match(tokens)
             slot = cache.take_slot()
             try:
-                cache.grow(slot, len(tokens))
+                have = prefixes.start(slot, prefixes.match(tokens[:-1]), len(tokens))
             except OutOfPages:
                 cache.release(slot)
                 continue
-            have = prefixes.load(slot, chain)
-            loaded += have
+            found += have
             write(cache, slot, tokens, have)
             held[slot] = tokens
-        elif action < 0.6 and held:
+        elif action < 0.45 and held and cache.num_free_slots:
+            source, slot = chance.choice(list(held)), cache.take_slot()
+            try:
+                cache.fork(source, slot, len(held[source]))
+            except OutOfPages:
+                cache.release(slot)
+                continue
+            held[slot] = list(held[source])
+        elif action < 0.7 and held:
             slot = chance.choice(list(held))
             try:
                 cache.grow(slot, len(held[slot]) + 1)
@@ -221,32 +245,133 @@ def test_random_operations_never_mix_pages(seed):
             if chance.random() < 0.7:
                 cache.release(slot)
                 del held[slot]
-        used = [page for slot in held for page in cache.tables[slot]]
-        assert sorted(used) == list(range(cache.num_active)), "the active part has holes or shared pages"
-        assert len(prefixes) <= cache.num_free_pages
+        assert_whole(cache, prefixes, held)
+        shared += sum(uses > 1 for uses in cache._uses)
         for slot, tokens in held.items():
             assert read(cache, slot, len(tokens)) == [(token, at) for at, token in enumerate(tokens)]
-    assert loaded > 0
+    assert found > 0 and shared > 0
 
 
-def test_the_least_recently_used_prefix_goes_first():
+def held_slot(cache: KVCache, tokens: int) -> int:
+    slot = cache.take_slot()
+    cache.grow(slot, tokens)
+    return slot
+
+
+def test_the_page_that_was_not_used_for_longest_goes_first():
     cache = small_cache(num_pages=4)
     prefixes = PrefixCache(cache)
     for token in (1, 2, 3):
-        slot = cache.take_slot()
-        cache.grow(slot, PAGE)
+        slot = held_slot(cache, PAGE)
         prefixes.store(slot, [token] * PAGE)
         cache.release(slot)
-    assert prefixes.match([1] * PAGE)
     slot = cache.take_slot()
-    cache.grow(slot, 2 * PAGE)
-    assert [len(prefixes.match([token] * PAGE)) for token in (1, 2, 3)] == [1, 0, 1]
+    prefixes.start(slot, prefixes.match([1] * PAGE), PAGE)
+    cache.release(slot)
+    held_slot(cache, 2 * PAGE)
+    assert [len(prefixes.match([token] * PAGE).pages) for token in (1, 2, 3)] == [1, 0, 1]
+
+
+def test_of_one_sequence_the_last_page_goes_first():
+    cache = small_cache(num_pages=3)
+    prefixes = PrefixCache(cache)
+    slot, tokens = held_slot(cache, 3 * PAGE), list(range(3 * PAGE))
+    prefixes.store(slot, tokens)
+    cache.release(slot)
+    held_slot(cache, PAGE)
+    assert len(prefixes.match(tokens).pages) == 2
+
+
+def test_a_page_that_a_prefix_is_copied_from_may_be_the_one_that_is_taken(monkeypatch):
+    monkeypatch.setattr(prefix_cache, "BEGINNING", 2)
+    cache = small_cache(num_pages=2)
+    prefixes = PrefixCache(cache)
+    slot = held_slot(cache, PAGE)
+    write(cache, slot, [5, 6, 7, 8])
+    prefixes.store(slot, [5, 6, 7, 8])
+    cache.release(slot)
+    held_slot(cache, PAGE)  # now the page with the content is the only free one
+    slot = cache.take_slot()
+    assert prefixes.start(slot, prefixes.match([5, 6, 9]), 3) == 2
+    assert read(cache, slot, 2) == [(5, 0), (6, 1)]
+    assert not prefixes.match([5, 6, 9]).copied, "the page is about to get other content"
 
 
 def test_growing_beyond_the_budget_changes_nothing():
     cache = small_cache(num_pages=3)
-    slot = cache.take_slot()
-    cache.grow(slot, 2 * PAGE)
+    slot = held_slot(cache, 2 * PAGE)
     with pytest.raises(OutOfPages):
         cache.grow(slot, 4 * PAGE)
-    assert (len(cache.tables[slot]), cache.num_active) == (2, 2)
+    assert (cache.held[slot], cache.num_active) == (2, 2)
+
+
+def test_running_sequences_hold_the_pages_of_a_common_beginning_once(weights):
+    engine, collector = make_engine(weights)
+    system = "and then again the quick brown fox " * 6
+    try:
+        (first,) = run(engine, collector, [chat_job("a", system + "0", max_tokens=4, ignore_eos=True)])
+        cache = engine.parts.cache
+        prompt = cache.pages_for(first.usage.prompt_tokens)
+        most = 0
+        emit = engine._callback
+
+        def watch(events):
+            nonlocal most
+            most = max(most, cache.num_active)
+            emit(events)
+
+        engine._callback = watch
+        jobs = [chat_job(f"b{i}", system + str(i), max_tokens=4, ignore_eos=True) for i in range(8)]
+        results = run(engine, collector, jobs)
+        assert all(result.usage.cached_tokens > 0 for result in results)
+        assert most <= prompt + 2 * 8
+    finally:
+        engine.close()
+
+
+def test_a_prompt_that_fits_only_because_of_shared_pages_is_started(weights):
+    system = "and then again the quick brown fox " * 40
+    engine, collector = make_engine(weights, kv_cache_tokens=20 * 24)
+    try:
+        with together(engine):
+            for name in ("a", "b"):
+                engine.submit(chat_job(name, system + name, max_tokens=30, ignore_eos=True))
+        results = [collector.result(name) for name in ("a", "b")]
+        prompt = engine.parts.cache.pages_for(results[0].usage.prompt_tokens)
+        assert 10 < prompt < 18
+        assert engine.metrics.max_batch == 2
+        assert engine.metrics.preemptions == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("failing", "failed"), [({2}, 0), ({2, 3}, 1)], ids=["once", "again, alone"])
+def test_a_failed_copy_leaves_the_cache_whole_and_other_texts_unchanged(
+    weights, monkeypatch, failing, failed
+):
+    jobs = [
+        chat_job(f"c{i}", f"{i} fox", temperature=1.0, seed=i, n=3, max_tokens=40, ignore_eos=True)
+        for i in range(4)
+    ]
+    expected, _ = texts(weights, jobs)
+    engine, collector = make_engine(weights)
+    copy, calls = engine.parts.cache.copy_page, 0
+
+    def fail_at_times(source: int, target: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls in failing:
+            raise torch.OutOfMemoryError("no memory for a page")
+        copy(source, target)
+
+    monkeypatch.setattr(engine.parts.cache, "copy_page", fail_at_times)
+    try:
+        results = run(engine, collector, jobs)
+        served = [at for at, result in enumerate(results) if isinstance(result.events[-1], Finished)]
+        assert len(served) == len(jobs) - failed
+        assert [results[at].text() for at in served] == [expected[at] for at in served]
+        prefixes = engine.parts.scheduler._prefixes
+        assert prefixes is not None
+        assert_whole(engine.parts.cache, prefixes, [])
+    finally:
+        engine.close()

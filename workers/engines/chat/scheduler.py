@@ -1,11 +1,11 @@
 """Picks what each step computes: continuous batching over the KV cache's pages."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from workers.engines.chat.cache.kv_cache import KVCache, OutOfPages
-from workers.engines.chat.cache.prefix_cache import PrefixCache
+from workers.engines.chat.cache.prefix_cache import Prefix, PrefixCache
 from workers.engines.chat.sequence import Chunk, Sequence, SequenceStatus
 
 SMALLEST_CHUNK = 16
@@ -69,6 +69,8 @@ class BatchScheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._refused: tuple[Sequence, int] | None = None
+        """A waiting sequence that had no room, and the number of free pages then."""
 
     def add(self, sequence: Sequence) -> None:
         """Put a new sequence at the end of the queue."""
@@ -114,28 +116,28 @@ class BatchScheduler:
         room = self._room_for(self.waiting[0])
         return min(len(self.waiting), self._cache.num_free_slots, room)
 
-    def _room_for(self, sequence: Sequence) -> int:
+    def _room_for(self, sequence: Sequence, in_use: int = 0) -> int:
         """How many sequences as long as this one fit into the free pages.
 
-        Some pages are kept back for the running sequences, which will soon need them: otherwise a newcomer
+        `in_use`: how many of its pages other sequences hold already. Some pages are kept back for the running sequences, which will soon need them: otherwise a newcomer
         would be preempted at once.
         """
         free = self._cache.num_free_pages - len(self.running) // 4
-        return max(0, free) // self._cache.pages_for(sequence.length + 1)
+        return max(0, free) // (self._cache.pages_for(sequence.length + 1) - in_use)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
-        """Start the new sequence `child` with a copy of what `parent` has computed.
-
-        False if there is no room.
-        """
-        cache = self._cache
-        needed = cache.pages_for(parent.computed)
-        if not cache.num_free_slots or needed > cache.num_free_pages:
+        """Start the new sequence `child` with what `parent` has computed. False if there is no room."""
+        if not self._cache.num_free_slots:
             return False
-        self._start(child, parent.computed)
-        cache.copy_pages(cache.tables[parent.slot][:needed], cache.tables[child.slot])
-        child.computed = parent.computed
+        try:
+            self._start(child, lambda slot: self._fork_pages(parent, slot))
+        except OutOfPages:
+            return False
         return True
+
+    def _fork_pages(self, parent: Sequence, slot: int) -> int:
+        self._cache.fork(parent.slot, slot, parent.computed)
+        return parent.computed
 
     def rewind_forks(self) -> None:
         """After a failed step: let forks that got no token compute the prompt's last token again."""
@@ -170,21 +172,51 @@ class BatchScheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Start a waiting sequence, from what the prefix cache has of its tokens. False: no room."""
-        cache = self._cache
-        if not cache.num_free_slots or not self._room_for(sequence):
+        if not self._cache.num_free_slots:
             return False
-        chain = self._prefixes.match(sequence.tokens(0, sequence.length - 1)) if self._prefixes else []
-        self._start(sequence, sequence.length)
-        if self._prefixes and chain:
-            sequence.computed = self._prefixes.load(sequence.slot, chain)
-            if not sequence.output:
-                sequence.request.cached_tokens = sequence.computed
+        prefix = self._prefix_of(sequence)
+        if prefix is None:
+            return False
+        self._start(sequence, lambda slot: self._first_pages(slot, prefix, sequence.length))
+        if not sequence.output:
+            sequence.request.cached_tokens = sequence.computed
         return True
 
-    def _start(self, sequence: Sequence, tokens: int) -> None:
-        """Make a sequence RUNNING, with pages for `tokens` tokens."""
-        sequence.slot = self._cache.take_slot()
-        self._cache.grow(sequence.slot, tokens)
+    def _prefix_of(self, sequence: Sequence) -> Prefix | None:
+        """Look up what the prefix cache has of a waiting sequence. None: there is no room for the rest."""
+        free = self._cache.num_free_pages
+        fits = self._room_for(sequence) > 0
+        if not self._prefixes:
+            return Prefix([]) if fits else None
+        # a long prompt isn't looked up again before the number of free pages has changed
+        if not fits and self._refused == (sequence, free):
+            return None
+        prefix = self._prefixes.match(sequence.tokens(0, sequence.length - 1))
+        in_use = sum(map(self._cache.in_use, prefix.pages))
+        if fits or self._room_for(sequence, in_use) > 0:
+            return prefix
+        self._refused = (sequence, free)
+        return None
+
+    def _first_pages(self, slot: int, prefix: Prefix, tokens: int) -> int:
+        if self._prefixes:
+            return self._prefixes.start(slot, prefix, tokens)
+        self._cache.grow(slot, tokens)
+        return 0
+
+    def _start(self, sequence: Sequence, take_pages: Callable[[int], int]) -> None:
+        """Make a sequence RUNNING.
+
+        `take_pages` gives its slot pages and returns how many tokens' keys and values these hold. If it
+        raises, nothing has changed.
+        """
+        slot = self._cache.take_slot()
+        try:
+            sequence.computed = take_pages(slot)
+        except BaseException:
+            self._cache.release(slot)
+            raise
+        sequence.slot = slot
         self._arrivals += 1
         sequence.arrival = self._arrivals
         sequence.status = SequenceStatus.RUNNING

@@ -24,8 +24,8 @@ class CpuPagedAttention(PagedAttention):
         self._pools = [(pool[layer, 0], pool[layer, 1]) for layer in range(pool.shape[0])]
         self._places = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         """Page and offset of each new token, int64 [tokens] each."""
-        self._tables = np.zeros((0, 0), np.int64)
-        """Pages of each decode row, int64 [rows, most pages of a row]."""
+        self._tables = np.zeros((0, 0), np.int32)
+        """Pages of each decode row, int32 [rows, most pages of a row]."""
         self._ends = np.zeros(0, np.int64)
         """Number of keys that each decode row sees, its own included, int64 [rows]."""
 
@@ -34,11 +34,9 @@ class CpuPagedAttention(PagedAttention):
         self._places = self._metadata.pages.numpy(), self._metadata.offsets.numpy()
 
     def _prepare_decode(self, rows: list[Chunk]) -> None:
-        tables = [self._cache.tables[chunk.slot] for chunk in rows]
-        self._tables = np.zeros((len(rows), max(map(len, tables), default=0)), np.int64)
-        for row, table in enumerate(tables):
-            self._tables[row, : len(table)] = table
         self._ends = np.array([chunk.end for chunk in rows], np.int64)
+        width = self._cache.pages_for(int(self._ends.max(initial=0)))
+        self._tables = self._cache.tables[[chunk.slot for chunk in rows], :width]
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         keys, values = self._pools[layer]

@@ -46,10 +46,8 @@ class FlashPagedAttention(ModelAttention):
 
     def prepare(self, chunks: list[Chunk]) -> None:
         cache, device = self._cache, self._cache.pool.device
-        table = np.full((len(chunks), cache.pages_for(self._max_context)), cache.scratch_page, np.int32)
-        for number, chunk in enumerate(chunks):
-            held = cache.tables[chunk.slot]
-            table[number, : len(held)] = held
+        slots = [chunk.slot for chunk in chunks]
+        table = cache.tables[slots, : cache.pages_for(self._max_context)]
         places = to_device(cache.places(chunks), device)
         queries = np.array([len(chunk.tokens) for chunk in chunks])
         keys = np.array([chunk.end for chunk in chunks])

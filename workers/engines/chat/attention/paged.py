@@ -1,8 +1,8 @@
 """Attention over the paged KV cache with torch's own operations: for any device and dtype.
 
-In a decode step each active page of the pool is a batch element: every page gets a copy of its owner's query,
-two batched products run over the pool in place, and a segmented softmax merges the pages' partial results.
-Nothing is gathered or padded to the longest sequence, so the work is proportional to the tokens held.
+In a decode step each page of each row is a batch element: every page gets a copy of its row's query, two
+batched products run over the gathered pages, and a segmented softmax merges the pages' partial results.
+Nothing is padded to the longest sequence, so the work is proportional to the tokens held.
 """
 
 from dataclasses import dataclass, field
@@ -65,7 +65,7 @@ class PagedAttention(ModelAttention):
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache)
         self._metadata = self._metadata_of([])
-        self._owners: PageOwners | None = None
+        self._row_pages: RowPages | None = None
 
     def prepare(self, chunks: list[Chunk]) -> None:
         self._metadata = self._metadata_of(chunks)
@@ -79,14 +79,14 @@ class PagedAttention(ModelAttention):
         for chunk in chunks:
             end = start + len(chunk.tokens)
             if end - start > 1:
-                pages = cache.tables[chunk.slot][: cache.pages_for(chunk.end)]
-                segments.append(Segment(start, end, chunk.start, to_device(np.array(pages), device)))
+                pages = cache.tables[chunk.slot, : cache.pages_for(chunk.end)].astype(np.int64)
+                segments.append(Segment(start, end, chunk.start, to_device(pages, device)))
             start = end
         return PagedMetadata(places[0], places[1], len(chunks) - len(segments), segments)
 
     def _prepare_decode(self, rows: list[Chunk]) -> None:
         """Build the metadata of the decode rows."""
-        self._owners = PageOwners(self._cache, rows) if rows else None
+        self._row_pages = RowPages(self._cache, rows) if rows else None
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
@@ -111,37 +111,32 @@ class PagedAttention(ModelAttention):
 
     def _decode(self, layer: int, query: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Attend with the decode rows. query [rows, heads, head_dim] -> like query."""
-        assert self._owners is not None
-        keys, values = self._cache.pool[layer, 0], self._cache.pool[layer, 1]
-        return _decode(self._owners, query, keys, values, call)
+        assert self._row_pages is not None
+        pages = self._row_pages.pages
+        keys, values = (self._cache.pool[layer, kind].index_select(0, pages) for kind in (0, 1))
+        return _decode(self._row_pages, query, keys, values, call)
 
 
-class PageOwners:
-    """For each active page the decode row that owns it, so that all pages can be treated as one batch."""
+class RowPages:
+    """The pages of all decode rows, one row's after another's, so that they can be treated as one batch."""
 
     def __init__(self, cache: KVCache, rows: list[Chunk]) -> None:
-        active, slots = cache.num_active, len(cache.tables)
-        row_of_slot, length_of_slot = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
-        own_slots = [chunk.slot for chunk in rows]
-        row_of_slot[own_slots] = np.arange(len(rows))
-        length_of_slot[own_slots] = [chunk.end for chunk in rows]
-        slot, start = cache.slot_of_page[:active], cache.start_of_page[:active]
-        past_start = length_of_slot[slot] - start
-        of_pages = [row_of_slot[slot], np.clip(past_start, 0, cache.page_size), past_start - 1]
-        self.owner, self._visible, self._newest = to_device(np.stack(of_pages), cache.pool.device)
-        """int64 [active pages] each.
-
-        `owner`: a row's number; a page that no decode row owns gets any row and no visible keys. `_visible`:
-        keys of the page that the owner sees. `_newest`: the owner's position minus the page's first.
-        """
+        ends = np.array([chunk.end for chunk in rows], np.int64)
+        counts = -(-ends // cache.page_size)
+        row = np.arange(len(rows)).repeat(counts)
+        number = np.arange(len(row)) - (counts.cumsum() - counts).repeat(counts)
+        pages = cache.tables[np.array([chunk.slot for chunk in rows])[row], number]
+        newest = ends[row] - 1 - number * cache.page_size
+        self.pages, self.row, self._newest = to_device(np.stack([pages, row, newest]), cache.pool.device)
+        """int64 [pages of all rows] each. `_newest`: the row's position minus the page's first."""
         self._page_size = cache.page_size
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, window: int | None) -> torch.Tensor:
-        """float32 [active pages, 1, 1, page_size], added to scores."""
+        """float32 [pages of all rows, 1, 1, page_size], added to scores."""
         if window not in self._masks:
-            places = torch.arange(self._page_size, device=self.owner.device)
-            seen = places < self._visible[:, None]
+            places = torch.arange(self._page_size, device=self.row.device)
+            seen = places <= self._newest[:, None]
             if window is not None:
                 seen &= places > self._newest[:, None] - window
             self._masks[window] = torch.where(seen, 0.0, MASKED)[:, None, None]
@@ -149,32 +144,32 @@ class PageOwners:
 
 
 def _decode(
-    owners: PageOwners, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
+    row_pages: RowPages, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, call: LayerCall
 ) -> torch.Tensor:
     """query [rows, heads, head_dim], keys and values [pages, kv_heads, page_size, head_dim] -> like query."""
     rows, heads, head_dim = query.shape
-    owner, active = owners.owner, owners.owner.shape[0]
-    _, kv_heads, page_size, _ = keys.shape
+    row = row_pages.row
+    pages, kv_heads, page_size, _ = keys.shape
     group = heads // kv_heads
-    # each page gets its owner's query; heads that share a key head are the rows of one small product
+    # each page gets its row's query; heads that share a key head are the rows of one small product
     spread = (
-        (query.reshape(rows, -1) * call.scale).index_select(0, owner).view(active * kv_heads, group, head_dim)
+        (query.reshape(rows, -1) * call.scale).index_select(0, row).view(pages * kv_heads, group, head_dim)
     )
-    flat_keys = keys[:active].view(active * kv_heads, page_size, head_dim)
-    flat_values = values[:active].view(active * kv_heads, page_size, head_dim)
+    flat_keys = keys.view(pages * kv_heads, page_size, head_dim)
+    flat_values = values.view(pages * kv_heads, page_size, head_dim)
     scores = torch.bmm(spread, flat_keys.transpose(1, 2)).float()
     if call.softcap is not None:
         scores = torch.tanh(scores / call.softcap) * call.softcap
-    scores = scores.view(active, kv_heads, group, page_size) + owners.mask(call.window)
-    # the softmax spans all pages of a row: their common maximum first, then sums by owner
-    best = scores.amax(-1).view(active, heads)
-    by_head = owner[:, None].expand(active, heads)
+    scores = scores.view(pages, kv_heads, group, page_size) + row_pages.mask(call.window)
+    # the softmax spans all pages of a row: their common maximum first, then sums by row
+    best = scores.amax(-1).view(pages, heads)
+    by_head = row[:, None].expand(pages, heads)
     row_best = best.new_full((rows, heads), 2 * MASKED).scatter_reduce_(0, by_head, best, "amax")
-    weights = scores.sub_(row_best.index_select(0, owner).view(active, kv_heads, group, 1)).exp_()
-    total = best.new_zeros(rows, heads).index_add_(0, owner, weights.sum(-1).view(active, heads))
-    weights = weights.to(values.dtype).view(active * kv_heads, group, page_size)
-    partial = torch.bmm(weights, flat_values).view(active, heads, head_dim).float()
-    merged = best.new_zeros(rows, heads, head_dim).index_add_(0, owner, partial)
+    weights = scores.sub_(row_best.index_select(0, row).view(pages, kv_heads, group, 1)).exp_()
+    total = best.new_zeros(rows, heads).index_add_(0, row, weights.sum(-1).view(pages, heads))
+    weights = weights.to(values.dtype).view(pages * kv_heads, group, page_size)
+    partial = torch.bmm(weights, flat_values).view(pages, heads, head_dim).float()
+    merged = best.new_zeros(rows, heads, head_dim).index_add_(0, row, partial)
     return (merged / total[..., None]).to(query.dtype)
 
 

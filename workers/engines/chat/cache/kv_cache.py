@@ -1,13 +1,12 @@
 """Keys and values of all running sequences, in pages of one pool.
 
-The pool's first `num_active` pages belong to running sequences, without holes: when a sequence is released,
-the last active pages move into its place. A decode step can then treat the whole active part as one batch,
-without gathering or padding (attention/paged.py). The pages above belong to the prefix cache
-(prefix_cache.py), which makes room when the active part grows. Sequences never share a page: a cached prefix
-is copied, at a thousandth of the cost of computing it.
+A page is used by one sequence or, if it is full, by several whose tokens begin alike. Each use is counted. A
+page without a use is free, but keeps its content until it is needed: the prefix cache (prefix_cache.py) gives
+it to a later sequence with the same beginning. No page ever moves.
 """
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -56,21 +55,30 @@ class KVCache:
         self.shape = shape
         self.num_pages = num_pages
         self.page_size = page_size
-        self.num_active = 0
         self.scratch_page = num_pages
         self.padding_slot = num_slots
-        self.tables: list[list[int]] = [*([] for _ in range(num_slots)), [self.scratch_page]]
-        """For each slot the pages of its tokens, in order."""
-        self.slot_of_page = np.zeros(num_pages, np.int64)
-        self.start_of_page = np.zeros(num_pages, np.int64)
-        """For each active page the position of its first token."""
+        self.tables = np.full((num_slots + 1, num_pages), self.scratch_page, np.int32)
+        """int32 [slots + 1, pages]: for each slot the pages of its tokens, in order, then the scratch page."""
+        self.held = [*(0 for _ in range(num_slots)), 1]
+        """For each slot its number of pages."""
+        self.kept: set[int] = set()
+        """Pages whose content the prefix cache can find."""
+        self.forget: Callable[[int], None] = lambda page: None
+        """Called before a page of `kept` gets other content."""
+        self._uses = [0] * num_pages
+        """For each page the number of slots that hold it."""
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        """Pages without a use, those that are taken next first."""
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        self.vacate: Callable[[int, int], None] = lambda start, end: None
-        """Called before pages start..end become active, to move or evict their cached content."""
 
     @property
     def num_free_pages(self) -> int:
-        return self.num_pages - self.num_active
+        return len(self._free)
+
+    @property
+    def num_active(self) -> int:
+        """The number of pages in use."""
+        return self.num_pages - len(self._free)
 
     @property
     def num_free_slots(self) -> int:
@@ -80,59 +88,81 @@ class KVCache:
         """The number of pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
+    def pages_of(self, slot: int) -> list[int]:
+        """The pages of a slot, in order."""
+        pages: list[int] = self.tables[slot, : self.held[slot]].tolist()
+        return pages
+
+    def in_use(self, page: int) -> bool:
+        """Whether any slot holds this page."""
+        return self._uses[page] > 0
+
     def take_slot(self) -> int:
         """Reserve a slot for a sequence. There must be a free one."""
         return self._free_slots.pop()
 
     def grow(self, slot: int, tokens: int) -> None:
         """Give `slot` pages for `tokens` tokens in all. Raises OutOfPages and then changes nothing."""
-        table = self.tables[slot]
-        missing = self.pages_for(tokens) - len(table)
-        if missing <= 0:
-            return
-        if missing > self.num_free_pages:
+        missing = self.pages_for(tokens) - self.held[slot]
+        if missing > len(self._free):
             raise OutOfPages
-        start, end = self.num_active, self.num_active + missing
-        self.vacate(start, end)
-        for page in range(start, end):
-            self.slot_of_page[page] = slot
-            self.start_of_page[page] = len(table) * self.page_size
-            table.append(page)
-        self.num_active = end
+        for _ in range(missing):
+            page, _ = self._free.popitem(last=False)
+            if page in self.kept:
+                self.forget(page)
+                self.kept.discard(page)
+            self._append(slot, page)
+
+    def share(self, slot: int, pages: Iterable[int]) -> None:
+        """Append full pages with known content to a slot's own. They must not be written to any more."""
+        for page in pages:
+            self._free.pop(page, None)
+            self._append(slot, page)
+
+    def fork(self, source: int, target: int, tokens: int) -> None:
+        """Give the empty slot `target` the first `tokens` tokens of `source`.
+
+        Full pages are shared. The page of the last token is copied, because both will write there. Raises
+        OutOfPages and then changes nothing.
+        """
+        shared = (tokens - 1) // self.page_size
+        if not self._free:
+            raise OutOfPages
+        self.share(target, self.pages_of(source)[:shared])
+        self.grow(target, tokens)
+        self.copy_page(int(self.tables[source, shared]), int(self.tables[target, shared]))
 
     def release(self, slot: int) -> None:
-        """Free the slot and its pages, and move the last active pages into the holes they leave."""
-        freed = set(self.tables[slot])
-        self.tables[slot] = []
+        """Free the slot, and those of its pages that no other slot holds."""
+        # the last page first: a later page is of no use without those before it, so it is taken earlier
+        for page in reversed(self.pages_of(slot)):
+            self._uses[page] -= 1
+            if self._uses[page]:
+                continue
+            self._free[page] = None
+            if page not in self.kept:
+                self._free.move_to_end(page, last=False)
+        self.tables[slot, : self.held[slot]] = self.scratch_page
+        self.held[slot] = 0
         self._free_slots.append(slot)
-        remaining = self.num_active - len(freed)
-        holes = [page for page in freed if page < remaining]
-        movers = [page for page in range(remaining, self.num_active) if page not in freed]
-        self.copy_pages(movers, holes)
-        for source, hole in zip(movers, holes, strict=True):
-            owner, start = int(self.slot_of_page[source]), int(self.start_of_page[source])
-            self.tables[owner][start // self.page_size] = hole
-            self.slot_of_page[hole], self.start_of_page[hole] = owner, start
-        self.num_active = remaining
 
-    def copy_pages(self, sources: list[int], targets: list[int]) -> None:
-        """Copy whole pages in all layers. No page may be both source and target."""
-        if self.pool.device.type == "cpu":
-            for source, target in zip(sources, targets, strict=True):
-                self.pool[:, :, target] = self.pool[:, :, source]
-        elif sources:
-            # two kernels, however many pages there are
-            index = torch.tensor([sources, targets], device=self.pool.device)
-            self.pool[:, :, index[1]] = self.pool[:, :, index[0]]
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in all layers, without memory of its own."""
+        self.pool[:, :, target].copy_(self.pool[:, :, source])
 
     def places(self, chunks: list[Chunk]) -> np.ndarray:
         """int64 [2, tokens]: page and offset of each of the chunks' tokens."""
-        pages: list[int] = []
-        offsets: list[int] = []
-        for chunk in chunks:
-            table = self.tables[chunk.slot]
-            for position in range(chunk.start, chunk.end):
-                page, offset = divmod(position, self.page_size)
-                pages.append(table[page])
-                offsets.append(offset)
-        return np.array([pages, offsets], np.int64)
+        slots = np.array([chunk.slot for chunk in chunks], np.int64)
+        positions = np.array([chunk.start for chunk in chunks], np.int64)
+        counts = np.array([len(chunk.tokens) for chunk in chunks], np.int64)
+        if counts.sum() > len(chunks):
+            slots = slots.repeat(counts)
+            first = counts.cumsum() - counts
+            positions = (positions - first).repeat(counts) + np.arange(counts.sum())
+        number, offsets = np.divmod(positions, self.page_size)
+        return np.stack([self.tables[slots, number], offsets])
+
+    def _append(self, slot: int, page: int) -> None:
+        self.tables[slot, self.held[slot]] = page
+        self.held[slot] += 1
+        self._uses[page] += 1

@@ -1,128 +1,125 @@
-"""Keeps keys and values of earlier sequences in the pages that no running sequence needs.
+"""Finds pages of the KV cache whose tokens a new sequence begins with.
 
-Only full pages are kept. A page is found by its tokens and the page before it, so the same text at another
-position or after another beginning is another entry. The least recently used entries are evicted first; of
-one sequence, later pages first.
+A page is found by its tokens and the page before it, so the same text at another position or after another
+beginning is another entry. Full pages are shared. The first tokens of a page, in steps of BEGINNING, are
+found as well and copied: on a GPU a page has 256 tokens, more than many system prompts.
+
+Nothing is stored apart: an entry points to a page of a running sequence or to a free page, and ends when the
+page gets other content. Free pages are reused in the order of their last use.
 """
 
-from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from workers.engines.chat.cache.kv_cache import KVCache
 
+BEGINNING = 32
+"""Tokens. A page is also found by its first 32, 64, 96, ... tokens."""
+
 Key = tuple[int, tuple[int, ...]]
-"""The serial number of the previous page's entry (0: none), and the tokens of this page."""
+"""The serial number of the page before (0: none), and the tokens of this page, or its first ones."""
 
 
-@dataclass(eq=False, slots=True)
-class _Entry:
-    serial: int
-    key: Key
-    page: int
-    """Its page in the pool; -1 once evicted."""
+class Prefix(NamedTuple):
+    """What the cache has of a sequence's first tokens."""
+
+    pages: list[int]
+    """Full pages, to be shared."""
+    beginning: int | None = None
+    """A page whose first `copied` tokens continue them, to be copied."""
+    copied: int = 0
 
 
 class PrefixCache:
-    """Full pages of earlier sequences, copied to the inactive part of `cache`'s pool."""
+    """The pages of `cache` whose content is known."""
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._entries: OrderedDict[Key, _Entry] = OrderedDict()
-        self._at: dict[int, _Entry] = {}
-        self._serial = 0
-        cache.vacate = self._vacate
+        self._pages: dict[Key, int] = {}
+        self._keys: dict[int, list[Key]] = {}
+        """For each known page all keys that lead to it."""
+        self._serials: dict[int, int] = {}
+        """For each known page the number by which the keys of following pages name its content."""
+        self._last_serial = 0
+        cache.forget = self._forget
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """The number of known pages."""
+        return len(self._keys)
 
     def store(self, slot: int, tokens: Tokens[int]) -> None:
-        """Keep the full pages of the first `len(tokens)` tokens of a sequence, which must be computed."""
-        size, table = self._cache.page_size, self._cache.tables[slot]
-        sources, targets, parent = [], [], 0
-        chain: list[_Entry] = []
-        for number in range(len(tokens) // size):
-            key = (parent, tuple(tokens[number * size : (number + 1) * size]))
-            entry = self._entries.get(key)
-            if entry is None:
-                page = self._free_page(chain)
-                if page is None:
-                    break
-                self._serial += 1
-                entry = self._entries[key] = self._at[page] = _Entry(self._serial, key, page)
-                sources.append(table[number])
-                targets.append(page)
-            chain.append(entry)
-            parent = entry.serial
-        self._touch(chain)
-        self._cache.copy_pages(sources, targets)
+        """Remember the pages that hold the first `len(tokens)` tokens of a sequence, all computed."""
+        size, table = self._cache.page_size, self._cache.pages_of(slot)
+        parent = 0
+        for number, start in enumerate(range(0, len(tokens), size)):
+            content = tuple(tokens[start : start + size])
+            keys = [(parent, content[:count]) for count in self._lengths(len(content))]
+            page = self._pages.get(keys[-1]) if keys else None
+            if page is None:
+                page = table[number]
+                self._remember(page, keys)
+            if len(content) == size:
+                parent = self._serials[page]
 
-    def match(self, tokens: Tokens[int]) -> list[_Entry]:
-        """Return the entries of the longest known beginning of `tokens`."""
-        size, chain, parent = self._cache.page_size, [], 0
-        for number in range(len(tokens) // size):
-            entry = self._entries.get((parent, tuple(tokens[number * size : (number + 1) * size])))
-            if entry is None:
-                break
-            chain.append(entry)
-            parent = entry.serial
-        self._touch(chain)
-        return chain
-
-    def load(self, slot: int, chain: list[_Entry]) -> int:
-        """Copy entries to the first pages of `slot`, which must have grown already.
-
-        Returns the number of tokens copied.
-
-        Growing may have evicted entries of the chain: the copy ends before the first of these.
-        """
+    def match(self, tokens: Tokens[int]) -> Prefix:
+        """Find the longest known beginning of `tokens`. Valid until pages are next taken."""
+        size = self._cache.page_size
         pages: list[int] = []
-        for entry in chain:
-            if entry.page < 0:
+        parent = 0
+        while len(tokens) >= (len(pages) + 1) * size:
+            start = len(pages) * size
+            page = self._pages.get((parent, tuple(tokens[start : start + size])))
+            if page is None:
                 break
-            pages.append(entry.page)
-        self._cache.copy_pages(pages, self._cache.tables[slot][: len(pages)])
-        return len(pages) * self._cache.page_size
+            pages.append(page)
+            parent = self._serials[page]
+        rest = tuple(tokens[len(pages) * size : (len(pages) + 1) * size])
+        for count in range(len(rest) // BEGINNING * BEGINNING, 0, -BEGINNING):
+            if (page := self._pages.get((parent, rest[:count]))) is not None:
+                return Prefix(pages, page, count)
+        return Prefix(pages)
 
-    def _touch(self, chain: list[_Entry]) -> None:
-        # the first page last: later pages are of no use without it
-        for entry in reversed(chain):
-            self._entries.move_to_end(entry.key)
+    def start(self, slot: int, prefix: Prefix, tokens: int) -> int:
+        """Give the empty `slot` pages for `tokens` tokens, the first of them from `prefix`.
 
-    def _free_page(self, keep: list[_Entry]) -> int | None:
-        """Find a page for a new entry: a free one, or that of the least recently used entry outside `keep`.
-
-        None: there is no such page.
+        Returns the number of tokens whose keys and values are there. Raises OutOfPages; what the slot has got
+        until then is freed with it.
         """
-        if len(self._at) < self._cache.num_free_pages:
-            page = self._cache.num_pages - 1 - len(self._at)
-            while page in self._at or page < self._cache.num_active:
-                page = page + 1 if page + 1 < self._cache.num_pages else self._cache.num_active
-            return page
-        oldest = next((entry for entry in self._entries.values() if entry not in keep), None)
-        return self._evict(oldest) if oldest is not None else None
+        cache = self._cache
+        cache.share(slot, prefix.pages)
+        have = len(prefix.pages) * cache.page_size
+        if prefix.beginning is None:
+            cache.grow(slot, tokens)
+            return have
+        cache.grow(slot, have + 1)
+        target = cache.pages_of(slot)[-1]
+        # the page that was taken may be the source itself, if that was free
+        if target != prefix.beginning:
+            cache.copy_page(prefix.beginning, target)
+        cache.grow(slot, tokens)
+        return have + prefix.copied
 
-    def _evict(self, entry: _Entry) -> int:
-        """Forget an entry. Returns the page it had."""
-        page, entry.page = entry.page, -1
-        del self._entries[entry.key], self._at[page]
-        return page
+    def _lengths(self, count: int) -> Iterator[int]:
+        """The numbers of first tokens by which a page with `count` tokens is found."""
+        yield from range(BEGINNING, count, BEGINNING)
+        if count == self._cache.page_size or count % BEGINNING == 0:
+            yield count
 
-    def _vacate(self, start: int, end: int) -> None:
-        """Clear pages start..end, which are about to become active: evict or move their entries."""
-        inside = [entry for page in range(start, end) if (entry := self._at.get(page)) is not None]
-        if not inside:
+    def _remember(self, page: int, keys: list[Key]) -> None:
+        if not keys:
             return
-        room = self._cache.num_pages - end
-        while len(self._at) > room:
-            self._evict(next(iter(self._entries.values())))
-        movers = [entry for entry in inside if entry.page >= 0]
-        free = (page for page in range(self._cache.num_pages - 1, end - 1, -1) if page not in self._at)
-        sources, targets = [], []
-        for entry, page in zip(movers, free, strict=False):
-            sources.append(entry.page)
-            targets.append(page)
-            del self._at[entry.page]
-            entry.page = page
-            self._at[page] = entry
-        self._cache.copy_pages(sources, targets)
+        if page not in self._keys:
+            self._last_serial += 1
+            self._serials[page] = self._last_serial
+            self._keys[page] = []
+            self._cache.kept.add(page)
+        for key in keys:
+            if key not in self._pages:
+                self._pages[key] = page
+                self._keys[page].append(key)
+
+    def _forget(self, page: int) -> None:
+        for key in self._keys.pop(page):
+            del self._pages[key]
+        del self._serials[page]
