@@ -1,6 +1,7 @@
 """The chat engine compared with model.generate, and everything that starts, controls and ends a request."""
 
 import logging
+import math
 import re
 import shutil
 import threading
@@ -46,6 +47,8 @@ class Reference:
     def __init__(self, folder: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.padding = list(range(len(self.tokenizer), VOCABULARY))
+        """The rows of the embedding beyond the tokenizer's tokens."""
 
     def prompt(self, job: ChatJob) -> list[int]:
         text = self.tokenizer.apply_chat_template(
@@ -57,7 +60,7 @@ class Reference:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def greedy(self, job: ChatJob) -> tuple[str, list[float]]:
-        """Generate. Returns the text, and for each token the difference of the two best logits."""
+        """Generate. Returns the text, and for each token the difference of the two best scores."""
         ids = torch.tensor([self.prompt(job)])
         out = self.model.generate(
             ids,
@@ -65,10 +68,11 @@ class Reference:
             do_sample=False,
             max_new_tokens=job.sampling.max_tokens,
             eos_token_id=None if job.sampling.ignore_eos else self.tokenizer.eos_token_id,
-            output_logits=True,
+            suppress_tokens=self.padding,
+            output_scores=True,
             return_dict_in_generate=True,
         )
-        margins = [float(best[0, 0] - best[0, 1]) for best in (step.topk(2).values for step in out.logits)]
+        margins = [float(best[0, 0] - best[0, 1]) for best in (step.topk(2).values for step in out.scores)]
         text = self.tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True)
         return text, margins
 
@@ -222,9 +226,34 @@ def test_logprobs_are_the_models_own(loaded, weights):
     job = chat_job("lp", "hello")
     with torch.inference_mode():
         logits = reference.model(input_ids=torch.tensor([reference.prompt(job)])).logits[0, -1]
-    best = logits.log_softmax(-1).topk(3).values.tolist()
+    best = logits[: -len(reference.padding)].log_softmax(-1).topk(3).values.tolist()
     assert entries[0].logprob == pytest.approx(best[0], abs=1e-4)
     assert [top.logprob for top in entries[0].top] == pytest.approx(best, abs=1e-4)
+
+
+def test_rows_beyond_the_tokenizer_are_neither_chosen_nor_reported(weights, tmp_path):
+    """Rows that pad an embedding may have any values."""
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    tensors, known = load_file(weights / "model.safetensors"), len(AutoTokenizer.from_pretrained(weights))
+    tensors["lm_head.weight"][known:] *= 50
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    engine, collector = make_engine(tmp_path)
+    try:
+        options: dict[str, Any] = {"max_tokens": 20, "ignore_eos": True, "logprobs": 20}
+        jobs = [
+            chat_job("greedy", **options),
+            chat_job("drawn", temperature=2.0, seed=1, **options),
+            chat_job("biased", logit_bias={known: 100.0}, **options),
+        ]
+        for result in run(engine, collector, jobs):
+            entries = [entry for delta in result.deltas() for entry in delta.logprobs or []]
+            assert len(entries) == 20
+            for entry in entries:
+                # a row that is no token would have no bytes
+                assert all([entry.bytes, *(top.bytes for top in entry.top)])
+                assert sum(math.exp(top.logprob) for top in entry.top) > 0.1
+    finally:
+        engine.close()
 
 
 def test_logprobs_zero_reports_the_chosen_token_alone(loaded):

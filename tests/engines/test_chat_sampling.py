@@ -177,6 +177,19 @@ def test_each_row_obeys_its_own_parameters():
     assert sampled[0].logprob is None
 
 
+@pytest.mark.parametrize("params", [*FILTERS, {"temperature": 0.0}], ids=str)
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_rows_that_are_no_tokens_are_never_chosen(params, way, monkeypatch):
+    torch.manual_seed(6)
+    logits = torch.randn(200, VOCABULARY)
+    logits[:, 290:] += 30
+    sampler = Sampler(VOCABULARY, 200, CPU, 290)
+    if way == "torch":
+        monkeypatch.setattr(sampler, "_draw", draw_module.draw)
+    sampled = sampler.sample(logits, [row(index, seed=index, logprobs=20, **params) for index in range(200)])
+    assert all(one.token < 290 and max(one.top)[0] < 290 for one in sampled)
+
+
 def test_penalties_are_those_of_transformers_and_openai():
     torch.manual_seed(3)
     logits = torch.randn(VOCABULARY)
@@ -245,6 +258,7 @@ def margin(engine, model, job, choice: int, tokens: list[int], other: list[int])
     prompt = engine.parts.prompts.build(job).prompt
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([prompt + tokens[:place]])).logits[0, -1].double()
+    logits[len(engine.parts.prompts.vocabulary.pieces) :] = -torch.inf
     names = ("temperature", "top_k", "top_p", "min_p")
     params = {name: value for name in names if (value := getattr(job.sampling, name)) is not None}
     cumulative = reference(logits, **params).cumsum(-1)

@@ -16,8 +16,9 @@ from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.loader import LoadedModel, load_model
 from workers.engines.chat.model.runner import Runner
+from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
-from workers.engines.chat.prompt import PromptBuilder
+from workers.engines.chat.prompt import PromptBuilder, end_tokens
 from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
@@ -73,6 +74,8 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
     attention_cost = _attention_cost(loaded)
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+    end = end_tokens(loaded.model.generation_config, loaded.text_config, loaded.tokenizer)
+    refuse_foreign_tokenizer(loaded, rows, end)
     backend = build_backend(loaded, options)
     cache = backend.cache
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
@@ -87,7 +90,13 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
         attention=backend.attention,
         runner=backend.runner,
         scheduler=scheduler,
-        sampler=Sampler(vocabulary, options.max_batch_size, loaded.device),
+        sampler=Sampler(
+            vocabulary,
+            options.max_batch_size,
+            loaded.device,
+            # a sampled token is also the next step's input
+            sampled_tokens(loaded.tokenizer, min(rows, vocabulary)),
+        ),
         prompts=prompts,
         outputs=RequestOutputs(scheduler, prompts.vocabulary, metrics, on_end),
         max_context=max_context,

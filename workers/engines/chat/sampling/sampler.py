@@ -78,9 +78,16 @@ class _Batch:
 class Sampler:
     """Chooses one token for each row."""
 
-    def __init__(self, vocabulary: int, slots: int, device: torch.device) -> None:
-        """`slots`: the largest number of sequences that run at once."""
+    def __init__(
+        self, vocabulary: int, slots: int, device: torch.device, sampled_tokens: int | None = None
+    ) -> None:
+        """`slots`: the largest number of sequences that run at once.
+
+        `sampled_tokens`: number of ids, from 0, that may be chosen and are reported; None: all.
+        """
         self._device = device
+        self._padding = slice(sampled_tokens or vocabulary, vocabulary)
+        """The ids that are rows of the model only, and no tokens."""
         self._batch: _Batch | None = None
         self._penalties = Penalties(vocabulary, slots, device)
         self._draw = compiled_draw() if device.type == "cpu" else draw
@@ -91,6 +98,8 @@ class Sampler:
         if self._batch is None or self._batch.rows != rows:
             self._batch = _Batch(rows, self._device)
         batch = self._batch
+        if self._padding.start < self._padding.stop:
+            logits[:, self._padding] = -torch.inf
         raw = logits[batch.logprobs].log_softmax(-1) if batch.logprobs else None
         if batch.adjusts:
             self._adjust(logits, batch)
