@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import redis
 from kombu.exceptions import KombuError
+from redis._parsers import _HiredisParser
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
@@ -34,6 +35,20 @@ def queue_errors() -> Iterator[None]:
         raise QueueUnavailable from error
 
 
+class _ReadingParser(_HiredisParser):
+    """redis-py's parser, which reads what has arrived where redis-py polls first.
+
+    redis-py looks at its connection before each command and each message. A poll is a turn of gevent's event loop
+    and costs web a tenth of a request, while a read that finds nothing is one system call.
+    """
+
+    def can_read(self, timeout: float = 0) -> bool:
+        """Whether data has arrived within `timeout` seconds. Raises redis.ConnectionError if Redis has closed."""
+        if self._reader.has_data():
+            return True
+        return bool(self.read_from_socket(timeout=timeout, raise_on_timeout=False))  # type: ignore[no-untyped-call]
+
+
 def connect_redis(settings: Settings) -> RedisClient:
     """Make a pooled client that never repeats a command, since a write could then happen twice.
 
@@ -48,6 +63,9 @@ def connect_redis(settings: Settings) -> RedisClient:
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         socket_keepalive=True,
         health_check_interval=30,
+        parser_class=_ReadingParser,
+        # with RESP3 each message of a channel would pass through redis-py's handlers of push messages
+        protocol=2,
         retry=Retry(NoBackoff(), 0),
     )
     return redis.Redis.from_pool(pool)
