@@ -132,6 +132,8 @@ def _has_data(client: Any) -> bool:
 
 def _read_to_end(body: Any) -> bool:
     """Read the rest of a body. Returns False if it has no end, so that the next request can't be found."""
+    if getattr(body.reader, "length", None) == 0:
+        return True  # the usual case: the application has read all of it
     with gevent.Timeout(LINGER_S, False):  # type: ignore[arg-type]  # False: ends the block silently
         try:
             while body.read(65536):

@@ -109,6 +109,8 @@ def _receive(request: Request, limit: int, take: Callable[[int], None]) -> bytes
             raise PayloadTooLarge(f"the body has more than {limit} bytes; at most {limit} are accepted")
         take(len(part))
         parts.append(part)
+        if total == length:
+            return b"".join(parts)
 
 
 def _decompress(body: bytes, encoding: str, limit: int, take: Callable[[int], None]) -> bytes:
