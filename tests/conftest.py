@@ -14,7 +14,7 @@ TOGETHER = {
     f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
 }
 """Files whose tests share one service: file to the name of its unit."""
-APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "web", "workers")}
+APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "same_cid", "web", "workers")}
 """Files in which each test starts a service of its own."""
 
 _numbers = itertools.count()

@@ -45,9 +45,9 @@ def command_of(process: psutil.Process) -> list[str]:
 class Run:
     """A `scripts/run` in the background."""
 
-    def __init__(self, folder: Path, *before: str, **settings: str) -> None:
+    def __init__(self, folder: Path, *before: str, models: str = CATALOGUE, **settings: str) -> None:
         catalogue = folder / "models.toml"
-        catalogue.write_text(CATALOGUE)
+        catalogue.write_text(models)
         self.bind = settings.get("BIND") or f"127.0.0.1:{free_port()}"
         self._log = folder / "output"
         env = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "API_KEYS", "FLOWER_BASIC_AUTH")}
@@ -182,6 +182,43 @@ def test_the_ready_line_and_readyz_say_what_the_node_refuses(tmp_path: Path, nod
         with urllib.request.urlopen(f"http://{run.bind}/readyz", timeout=20) as answer:
             warnings = json.load(answer)["warnings"]
         assert [warning for warning in warnings if "is not registered" in warning and "1001" in warning]
+    finally:
+        stop(run)
+
+
+ON_ONE_GPU = """
+project = "Run"
+[[models]]
+name = "twice"
+tasks = ["chat"]
+weights = "echo:"
+workers = [[0], [0]]
+[[models]]
+name = "beside"
+tasks = ["chat"]
+weights = "echo:"
+"""
+
+
+def test_workers_that_share_a_gpu_have_cids_of_their_own(tmp_path: Path, node: StandInNode) -> None:
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho GPU-1\n")
+    driver.chmod(0o755)
+    run = Run(
+        tmp_path,
+        models=ON_ONE_GPU,
+        NODE_URL=node.url,
+        CUDA_VISIBLE_DEVICES="GPU-1",
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        WORKER_CID="copied",
+    )
+    try:
+        run.until_printed(r"READY http://")
+        node.wait_for(lambda node: len(node.cids("Run")) == 3, 30)
+        with urllib.request.urlopen(f"http://{run.bind}/v1/workers", timeout=20) as answer:
+            rows = json.load(answer)["data"]
+        assert [row["gpus"] for row in rows] == [["GPU-1"]] * 3
+        assert len({row["cid"] for row in rows}) == 3
     finally:
         stop(run)
 
