@@ -1,123 +1,41 @@
-"""The GPU path on a CPU: plain functions replace FlashAttention and CUDA graphs.
+"""The GPU path on a CPU: stand-ins replace FlashAttention and CUDA graphs.
 
 Everything around them is the real code.
 """
 
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.engines.tiny_chat import CONFIGS
+from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
+from tests.gpu_stand_ins.graphs import RecordedOperations, recorded
+from workers.engines.chat import backend
 from workers.engines.chat.attention import flash
 from workers.engines.chat.attention.flash import FlashPagedAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
+from workers.engines.chat.model import fused_decoder
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.fused_decoder import FusedDecoder, join_weights
+from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.model.runner import ModelForward, ModelRunner
 from workers.engines.chat.sequence import Chunk
 
 LENGTHS = (45, 30, 9)
 
 
-@torch.library.custom_op("tests::plain_varlen", mutates_args=())
-def plain_varlen(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_starts: torch.Tensor,
-    key_lengths: torch.Tensor,
-    block_table: torch.Tensor,
-    scale: float,
-    window: int,
-) -> torch.Tensor:
-    """Attention as varlen_attn documents it, one sequence after another.
-
-    One operation, so that a graph can repeat it.
-    """
-    out = torch.empty_like(query)
-    for number, count in enumerate(key_lengths.tolist()):
-        start, end = int(query_starts[number]), int(query_starts[number + 1])
-        pages = block_table[number].long()
-        own_keys, own_values = (pool[pages].flatten(0, 1)[:count].transpose(0, 1) for pool in (keys, values))
-        at = torch.arange(count - (end - start), count)[:, None]
-        seen = torch.arange(count)[None] <= at
-        if window >= 0:
-            seen &= torch.arange(count)[None] >= at - window
-        result = torch.nn.functional.scaled_dot_product_attention(
-            query[start:end].transpose(0, 1)[None],
-            own_keys[None],
-            own_values[None],
-            attn_mask=seen,
-            scale=scale,
-            enable_gqa=query.shape[1] != keys.shape[2],
-        )
-        out[start:end] = result[0].transpose(0, 1)
-    return out
-
-
-def varlen_attn(
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    query_starts: torch.Tensor,
-    key_starts: torch.Tensor,
-    longest_query: int,
-    longest_key: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: torch.Tensor,
-    block_table: torch.Tensor,
-) -> torch.Tensor:
-    """Stands in for torch.nn.attention.varlen.varlen_attn."""
-    assert query_starts.dtype == key_starts.dtype == seqused_k.dtype == block_table.dtype == torch.int32
-    assert enable_gqa == (query.shape[1] != keys.shape[2]) and window_size[1] == 0
-    assert longest_query >= int(query_starts.diff().max()) and longest_key >= int(seqused_k.max())
-    return plain_varlen(query, keys, values, query_starts, seqused_k, block_table, scale, window_size[0])
-
-
-class RecordedOperations(TorchDispatchMode):
-    """Stands in for torch.cuda.CUDAGraph: keeps operations and their tensors, and repeats them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
-        self.replays = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self._operations.append((func, args, kwargs or {}, result))
-        return result
-
-    def pool(self) -> int:
-        return 1
-
-    def replay(self) -> None:
-        self.replays += 1
-        for func, args, kwargs, result in self._operations:
-            again = func(*args, **kwargs)
-            if isinstance(result, torch.Tensor):
-                result.copy_(again)
-
-
-@contextmanager
-def recorded(graph: RecordedOperations, pool: int | None, capture_error_mode: str):
-    """Stands in for torch.cuda.graph."""
-    with graph:
-        yield
-
-
 @pytest.fixture
-def stand_ins(monkeypatch):
-    monkeypatch.setattr(flash, "varlen_attn", varlen_attn)
+def kernel(monkeypatch) -> FlashAttentionStandIn:
+    made = FlashAttentionStandIn()
+    monkeypatch.setattr(flash, "varlen_attn", made)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedOperations)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    # compiled loops are not operations that a graph could repeat
+    monkeypatch.setattr(fused_decoder, "layer_operations", LayerOperations)
+    return made
 
 
 class Setup:
@@ -156,7 +74,7 @@ class Setup:
 
 
 @pytest.fixture(params=["llama", "mistral", "qwen3"])
-def setup(request, stand_ins):
+def setup(request, kernel):
     made = Setup(request.param)
     yield made
     made.attention.unregister()
@@ -189,8 +107,8 @@ def test_rows_that_only_pad_a_batch_change_no_other_row(setup):
 
 def replays(graphs: CudaGraphs) -> dict[int, int]:
     """By number of rows, how often a recording was replayed."""
-    recordings: dict[int, Any] = dict(graphs._recordings)
-    return {size: recording.graph.replays for size, recording in recordings.items()}
+    recordings: dict[tuple[int, int], Any] = dict(graphs._recordings)
+    return {size: recording.graph.replays for (size, _), recording in recordings.items()}
 
 
 def test_a_replayed_graph_gives_the_models_own_logits(setup):
@@ -214,3 +132,49 @@ def test_only_decode_steps_of_a_recorded_size_are_replayed(setup):
     graphs.forward([setup.chunk(2, 0, 8), setup.chunk(0, 31, 44), setup.chunk(1, 20, 29)])
     torch.testing.assert_close(graphs.forward(setup.last_tokens()), setup.expected, atol=1e-4, rtol=1e-4)
     assert replays(graphs) == {1: 0, 2: 0}
+
+
+MANY_HEADS = LlamaConfig(
+    vocab_size=512,
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=8,
+    max_position_embeddings=8192,
+    initializer_range=0.2,
+)
+"""The heads of a model of 8 billion parameters: the kernel would split contexts for 2 to 6 sequences."""
+
+
+@pytest.mark.parametrize("key_heads", [8, 32])
+def test_several_streams_get_the_texts_that_each_gets_alone(tmp_path, kernel, monkeypatch, key_heads):
+    MANY_HEADS.num_key_value_heads = key_heads
+    monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
+    weights = save_model(tmp_path, MANY_HEADS)
+    engine, collector = make_engine(weights, kv_cache_tokens=65536, prefix_cache=False, max_batch_size=8)
+    try:
+        assert isinstance(engine.parts.runner, CudaGraphs)
+        jobs = [chat_job(f"a{i}", f"tell {i} fox " * 8, max_tokens=12, ignore_eos=True) for i in range(8)]
+        alone = [run(engine, collector, [job])[0].text() for job in jobs]
+        for count in (2, 4, 6, 8):
+            jobs = [
+                chat_job(f"n{count}-{i}", f"tell {i} fox " * 8, max_tokens=12, ignore_eos=True)
+                for i in range(count)
+            ]
+            assert [result.text() for result in run(engine, collector, jobs)] == alone[:count]
+        wrong = [call for call in kernel.calls if call.splits > 1 and not call.grouped]
+        assert not wrong
+        # one stream with shared key heads needs the parts: it would occupy 8 of 132 multiprocessors
+        assert any(call.splits > 1 for call in kernel.calls) == (key_heads == 8)
+    finally:
+        engine.close()
+
+
+def test_a_step_of_both_kinds_is_two_calls_of_the_kernel(setup, kernel):
+    setup.prefill()
+    kernel.calls.clear()
+    setup.runner.forward([setup.chunk(2, 8, 9), setup.chunk(0, 31, 44), setup.chunk(1, 20, 29)])
+    layers = setup.model.config.num_hidden_layers
+    assert [(call.sequences, call.longest_query) for call in kernel.calls] == [(1, 1), (2, 13)] * layers

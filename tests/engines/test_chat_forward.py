@@ -58,7 +58,7 @@ def test_the_compiled_attention_gives_what_torchs_operations_give(heads, kv_head
     call = LayerCall(0.3, window, softcap)
     for attention in (PagedAttention(cache), CpuPagedAttention(cache)):
         cache.pool.copy_(before)
-        attention.prepare(chunks)
+        attention.bind([torch.from_numpy(array) for array in attention.prepare(chunks)])
         found.append((attention.attend(1, query, key, value, call), cache.pool.clone()))
     (expected, pool), (compiled, compiled_pool) = found
     torch.testing.assert_close(compiled, expected, atol=2e-6, rtol=1e-5)

@@ -1,8 +1,9 @@
 """The protocol between a model's layers and an attention implementation over the paged KV cache.
 
 All tokens of a step go through the model as one row, [1, tokens]. Only attention needs to know which token
-belongs to which sequence: `prepare` builds this metadata from the step's chunks before the forward pass, and
-each layer then calls `attend`.
+belongs to which sequence: before the forward pass `prepare` builds this metadata from the step's chunks, the
+runner copies it to the device together with the model's own input, and `bind` takes it there. Each layer then
+calls `attend`.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ class LayerCall(NamedTuple):
 
 
 class ModelAttention:
-    """The attention function of a transformers model. Subclasses implement `prepare` and `attend`."""
+    """The attention function of a transformers model. Subclasses implement `prepare`, `bind` and `attend`."""
 
     name: str
     """What the log calls this implementation."""
@@ -82,11 +83,16 @@ class ModelAttention:
         """Undo `register`, so that the cache's memory can be freed."""
         ALL_ATTENTION_FUNCTIONS.pop(self._registered_name, None)
 
-    def prepare(self, chunks: list[Chunk]) -> None:
+    def prepare(self, chunks: list[Chunk]) -> list[np.ndarray]:
         """Build the metadata of the next forward pass, which computes exactly these chunks.
 
-        Chunks of one token are decode rows and come before longer ones.
+        Chunks of one token are decode rows and come before longer ones. Returns what `attend` reads on the
+        device.
         """
+        raise NotImplementedError
+
+    def bind(self, inputs: list[torch.Tensor]) -> None:
+        """Take the arrays that `prepare` returned, on the device."""
         raise NotImplementedError
 
     def attend(
@@ -110,8 +116,6 @@ def check_arguments(others: dict[str, Any]) -> None:
         raise UnsupportedAttention(f"it needs attention with {', '.join(unknown)}")
 
 
-def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Copy an array to `device`. On a CPU the tensor shares the array's memory."""
-    tensor = torch.as_tensor(values)
-    # the copy from pinned memory doesn't block the host
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def count_rows(chunks: list[Chunk]) -> int:
+    """The number of decode rows: chunks of one token, which come first."""
+    return next((at for at, chunk in enumerate(chunks) if len(chunk.tokens) > 1), len(chunks))

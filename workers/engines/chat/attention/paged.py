@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from workers.engines.chat.attention.base import LayerCall, ModelAttention, to_device
+from workers.engines.chat.attention.base import LayerCall, ModelAttention, count_rows
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.sequence import Chunk
 
@@ -44,19 +44,6 @@ class Segment:
         return self.masks[window]
 
 
-@dataclass(slots=True)
-class PagedMetadata:
-    """Which tokens of a step belong to which sequence: decode rows first, then segments."""
-
-    pages: torch.Tensor
-    """int64 [tokens]: page of each token's key and value."""
-    offsets: torch.Tensor
-    """int64 [tokens]: offset inside that page."""
-    rows: int
-    """Number of decode rows."""
-    segments: list[Segment]
-
-
 class PagedAttention(ModelAttention):
     """Attention with torch's own operations."""
 
@@ -64,37 +51,44 @@ class PagedAttention(ModelAttention):
 
     def __init__(self, cache: KVCache) -> None:
         super().__init__(cache)
-        self._metadata = self._metadata_of([])
-        self._row_pages: RowPages | None = None
+        self._chunks: list[Chunk] = []
+        self._rows = 0
+        """Number of decode rows. The other chunks are segments."""
+        self._pages = self._offsets = torch.zeros(0, dtype=torch.int64)
+        """int64 [tokens]: page of each token's key and value, and the offset inside it."""
+        self._row_pages = RowPages(torch.zeros(3, 0, dtype=torch.int64), cache.page_size)
+        self._segments: list[Segment] = []
 
-    def prepare(self, chunks: list[Chunk]) -> None:
-        self._metadata = self._metadata_of(chunks)
-        self._prepare_decode(chunks[: self._metadata.rows])
+    def prepare(self, chunks: list[Chunk]) -> list[np.ndarray]:
+        cache = self._cache
+        self._chunks, self._rows = chunks, count_rows(chunks)
+        tables = [
+            cache.tables[chunk.slot, : cache.pages_for(chunk.end)].astype(np.int64)
+            for chunk in chunks[self._rows :]
+        ]
+        return [cache.places(chunks), self._prepare_rows(chunks[: self._rows]), *tables]
 
-    def _metadata_of(self, chunks: list[Chunk]) -> PagedMetadata:
-        cache, device = self._cache, self._cache.pool.device
-        places = to_device(cache.places(chunks), device)
-        segments: list[Segment] = []
-        start = 0
-        for chunk in chunks:
+    def bind(self, inputs: list[torch.Tensor]) -> None:
+        (self._pages, self._offsets), rows, *tables = inputs
+        self._row_pages = RowPages(rows, self._cache.page_size)
+        self._segments = []
+        start = self._rows
+        for chunk, pages in zip(self._chunks[self._rows :], tables, strict=True):
             end = start + len(chunk.tokens)
-            if end - start > 1:
-                pages = cache.tables[chunk.slot, : cache.pages_for(chunk.end)].astype(np.int64)
-                segments.append(Segment(start, end, chunk.start, to_device(pages, device)))
+            self._segments.append(Segment(start, end, chunk.start, pages))
             start = end
-        return PagedMetadata(places[0], places[1], len(chunks) - len(segments), segments)
 
-    def _prepare_decode(self, rows: list[Chunk]) -> None:
-        """Build the metadata of the decode rows."""
-        self._row_pages = RowPages(self._cache, rows) if rows else None
+    def _prepare_rows(self, rows: list[Chunk]) -> np.ndarray:
+        """Build the decode rows' metadata, the argument of RowPages."""
+        return pages_of_rows(self._cache, rows)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         self._store(layer, key, value)
-        rows = self._metadata.rows
+        rows = self._rows
         parts = [self._decode(layer, query[:rows], call)] if rows else []
-        for segment in self._metadata.segments:
+        for segment in self._segments:
             own = slice(segment.start, segment.end)
             query_of, key_of, value_of = (tensor[own].transpose(0, 1) for tensor in (query, key, value))
             if segment.past:
@@ -105,31 +99,35 @@ class PagedAttention(ModelAttention):
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write new keys and values [tokens, kv_heads, head_dim] to their pages."""
-        metadata = self._metadata
-        self._cache.pool[layer, 0][metadata.pages, :, metadata.offsets] = key
-        self._cache.pool[layer, 1][metadata.pages, :, metadata.offsets] = value
+        self._cache.pool[layer, 0][self._pages, :, self._offsets] = key
+        self._cache.pool[layer, 1][self._pages, :, self._offsets] = value
 
     def _decode(self, layer: int, query: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Attend with the decode rows. query [rows, heads, head_dim] -> like query."""
-        assert self._row_pages is not None
         pages = self._row_pages.pages
         keys, values = (self._cache.pool[layer, kind].index_select(0, pages) for kind in (0, 1))
         return _decode(self._row_pages, query, keys, values, call)
 
 
-class RowPages:
-    """The pages of all decode rows, one row's after another's, so that they can be treated as one batch."""
+def pages_of_rows(cache: KVCache, rows: list[Chunk]) -> np.ndarray:
+    """List the pages of all decode rows, one row's after another's.
 
-    def __init__(self, cache: KVCache, rows: list[Chunk]) -> None:
-        ends = np.array([chunk.end for chunk in rows], np.int64)
-        counts = -(-ends // cache.page_size)
-        row = np.arange(len(rows)).repeat(counts)
-        number = np.arange(len(row)) - (counts.cumsum() - counts).repeat(counts)
-        pages = cache.tables[np.array([chunk.slot for chunk in rows])[row], number]
-        newest = ends[row] - 1 - number * cache.page_size
-        self.pages, self.row, self._newest = to_device(np.stack([pages, row, newest]), cache.pool.device)
-        """int64 [pages of all rows] each. `_newest`: the row's position minus the page's first."""
-        self._page_size = cache.page_size
+    int64 [3, pages]: page, number of the row, and the row's position minus the page's first.
+    """
+    ends = np.array([chunk.end for chunk in rows], np.int64)
+    slots = np.array([chunk.slot for chunk in rows], np.int64)
+    counts = -(-ends // cache.page_size)
+    row = np.arange(len(rows)).repeat(counts)
+    number = np.arange(len(row)) - (counts.cumsum() - counts).repeat(counts)
+    return np.stack([cache.tables[slots[row], number], row, ends[row] - 1 - number * cache.page_size])
+
+
+class RowPages:
+    """The pages of all decode rows, which are treated as one batch."""
+
+    def __init__(self, pages_of_rows: torch.Tensor, page_size: int) -> None:
+        self.pages, self.row, self._newest = pages_of_rows
+        self._page_size = page_size
         self._masks: dict[int | None, torch.Tensor] = {}
 
     def mask(self, window: int | None) -> torch.Tensor:

@@ -1,87 +1,94 @@
 """Decode steps replayed as CUDA graphs, around a ModelRunner.
 
-A graph is a recorded forward pass with fixed shapes and addresses. A replay overwrites the tensors that the
-recorded pass reads with those of the step, and skips the launch of each kernel from Python. Not run on a GPU
-in this repository's tests: these replace the graph with one that repeats the recorded operations.
+A graph is a recorded forward pass with fixed shapes and addresses. A replay overwrites the block of memory
+that the recorded pass reads with the step's input, and skips the launch of each kernel from Python. Not run
+on a GPU in this repository's tests: these replace the graph with one that repeats the recorded operations.
 """
 
+import itertools
 import logging
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from workers.engines.chat.model.runner import ModelInput, ModelRunner
+from workers.engines.chat.attention.flash import FlashPagedAttention
+from workers.engines.chat.model.runner import ModelRunner, model_input
 from workers.engines.chat.sequence import Chunk
 
 log = logging.getLogger(__name__)
 
 
-class StaticAttention(Protocol):
-    """An attention whose metadata for a decode step is a fixed set of tensors with fixed shapes."""
-
-    def buffers(self) -> list[torch.Tensor]:
-        """The tensors of the metadata that was prepared last."""
-
-
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    buffers: list[torch.Tensor]
-    """All that the graph reads."""
-    logits: torch.Tensor
-    """float32 [rows, vocabulary]: where each replay writes its result."""
+    inputs: torch.Tensor
+    """uint8: the packed arrays that the graph reads."""
 
 
 class CudaGraphs:
     """Implements Runner: replays decode steps of a recorded size, and passes all others to `runner`."""
 
-    def __init__(self, runner: ModelRunner, attention: StaticAttention, padding_slot: int) -> None:
+    def __init__(self, runner: ModelRunner, attention: FlashPagedAttention, padding_slot: int) -> None:
         self._runner = runner
         self._attention = attention
         self._padding = Chunk(padding_slot, 0, [0], True)
         """A row that fills up a graph's shape."""
-        self._recordings: dict[int, _Recording] = {}
-        """By number of rows, in ascending order once `capture` has returned."""
+        self._sizes: list[int] = []
+        """Recorded numbers of rows, in ascending order. Empty until `capture` has returned."""
+        self._recordings: dict[tuple[int, int], _Recording] = {}
+        """By number of rows and bound on the context."""
+        self._logits = torch.empty(0)
+        """float32 [largest size, vocabulary]: all graphs write here. Valid until the next replay."""
 
     @torch.inference_mode()
     def capture(self, max_batch: int) -> None:
-        """Record decode steps of 1, 2, 4, 8, 16, 24, ... `max_batch` rows.
+        """Record decode steps of 1, 2, 4, 8, 16, 24, ... `max_batch` rows, for each bound on the context.
 
         Raises RuntimeError if the model can't be recorded.
         """
-        sizes = {max_batch} | {size for size in (1, 2, 4, 8, *range(16, max_batch, 8)) if size < max_batch}
+        sizes = recorded_sizes(max_batch)
         memory = None
-        recordings = {}
         # the largest first: the smaller ones then fit into its memory
-        for size in sorted(sizes, reverse=True):
-            inputs = self._runner.prepare([self._padding] * size)
+        for size, bound in itertools.product(reversed(sizes), reversed(self._attention.bounds)):
+            block = self._runner.uploads.packed(arrays := self._arrays([self._padding] * size, bound))
+            static = block.to(self._attention.device)
+            inputs = self._runner.uploads.views(static, arrays)
             # outside a graph first: this selects kernels and allocates workspaces
-            self._runner.run(inputs)
+            logits = self._runner.run(inputs)
+            if not len(self._logits):
+                self._logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-                logits = self._runner.run(inputs)
+                self._logits[:size].copy_(self._runner.run(inputs))
             memory = memory or graph.pool()
-            recordings[size] = _Recording(graph, self._buffers(inputs), logits)
-        self._recordings = dict(sorted(recordings.items()))
-        log.info("CUDA graphs recorded for decode steps of %s rows", ", ".join(map(str, self._recordings)))
+            self._recordings[size, bound] = _Recording(graph, static)
+        self._sizes = sizes
+        log.info("CUDA graphs recorded for decode steps of %s rows", ", ".join(map(str, sizes)))
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Implements Runner.forward."""
         # a recording has one row for each sequence, and gives the logits of all
         if all(len(chunk.tokens) == 1 and chunk.wants_logits for chunk in chunks):
-            size = next((size for size in self._recordings if size >= len(chunks)), None)
+            size = next((size for size in self._sizes if size >= len(chunks)), None)
             if size is not None:
-                return self._replay(self._recordings[size], chunks, size)
+                return self._replay(chunks, size)
         return self._runner.forward(chunks)
 
-    def _replay(self, recording: _Recording, chunks: list[Chunk], size: int) -> torch.Tensor:
-        inputs = self._runner.prepare(chunks + [self._padding] * (size - len(chunks)))
-        for static, current in zip(recording.buffers, self._buffers(inputs), strict=True):
-            static.copy_(current, non_blocking=True)
+    def _replay(self, chunks: list[Chunk], size: int) -> torch.Tensor:
+        bound = self._attention.bound_of(chunks)
+        recording = self._recordings[size, bound]
+        arrays = self._arrays(chunks + [self._padding] * (size - len(chunks)), bound)
+        recording.inputs.copy_(self._runner.uploads.packed(arrays), non_blocking=True)
         recording.graph.replay()
-        return recording.logits[: len(chunks)]
+        return self._logits[: len(chunks)]
 
-    def _buffers(self, inputs: ModelInput) -> list[torch.Tensor]:
-        assert inputs.outputs is None, "a decode step wants the logits of all its tokens"
-        return [inputs.ids, inputs.positions, *self._attention.buffers()]
+    def _arrays(self, rows: list[Chunk], bound: int) -> list[np.ndarray]:
+        return [*model_input(rows), *self._attention.prepare(rows, bound)]
+
+
+def recorded_sizes(max_batch: int) -> list[int]:
+    """Numbers of rows: steps of 8 up to 64, then of 16."""
+    sizes = (1, 2, 4, 8, *range(16, 64, 8), *range(64, max_batch, 16))
+    return [*(size for size in sizes if size < max_batch), max_batch]

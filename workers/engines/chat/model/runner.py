@@ -1,12 +1,13 @@
 """Runs one forward pass over the chunks that the scheduler picked."""
 
 import inspect
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from workers.engines.chat.attention.base import ModelAttention, to_device
+from workers.engines.chat.attention.base import ModelAttention
+from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sequence import Chunk
 
 
@@ -49,43 +50,41 @@ class ModelForward:
         return logits if outputs is None or self._keeps_logits else logits[outputs]
 
 
-class ModelInput(NamedTuple):
-    """The arguments of `Forward`, on the model's device."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    outputs: torch.Tensor | None
-
-
 class ModelRunner:
     """Turns chunks into the model's input, lets attention prepare for them, and calls `model_forward`."""
 
     def __init__(self, model_forward: Forward, attention: ModelAttention, device: torch.device) -> None:
         self.model_forward = model_forward
-        self._attention = attention
-        self._device = device
+        self.attention = attention
+        self.uploads = Uploads(device)
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk]) -> torch.Tensor:
         """Implements Runner.forward."""
-        return self.run(self.prepare(chunks))
+        arrays = [*model_input(chunks), *self.attention.prepare(chunks)]
+        return self.run(self.uploads.tensors(arrays)).float()
 
-    def prepare(self, chunks: list[Chunk]) -> ModelInput:
-        """Build everything that the forward pass over these chunks reads."""
-        self._attention.prepare(chunks)
-        ids: list[int] = []
-        positions: list[int] = []
-        outputs: list[int] = []
-        for chunk in chunks:
-            ids += chunk.tokens
-            positions += range(chunk.start, chunk.end)
-            if chunk.wants_logits:
-                outputs.append(len(ids) - 1)
-        packed = to_device(np.array([ids, positions], np.int64), self._device)
-        if len(outputs) == len(ids):
-            return ModelInput(packed[0], packed[1], None)
-        return ModelInput(packed[0], packed[1], to_device(np.array(outputs, np.int64), self._device))
+    def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """Run the forward pass that attention was prepared for last. Returns logits in the model's dtype.
 
-    def run(self, inputs: ModelInput) -> torch.Tensor:
-        """Run the forward pass that was prepared last. Returns float32 logits."""
-        return self.model_forward(*inputs).float()
+        `inputs`: `model_input` and attention's own, on the device.
+        """
+        (ids, positions), outputs, *others = inputs
+        self.attention.bind(others)
+        return self.model_forward(ids, positions, None if len(outputs) == len(ids) else outputs)
+
+
+def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    """The model's own input.
+
+    int64 [2, tokens]: id and position of each token; int64 [outputs]: the tokens whose logits are wanted.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    outputs: list[int] = []
+    for chunk in chunks:
+        ids += chunk.tokens
+        positions += range(chunk.start, chunk.end)
+        if chunk.wants_logits:
+            outputs.append(len(ids) - 1)
+    return np.array([ids, positions], np.int64), np.array(outputs, np.int64)
