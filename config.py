@@ -25,6 +25,9 @@ VERSION = "0.2.0"
 EXIT_CONFIGURATION = 78
 """Exit status for a wrong configuration (EX_CONFIG of sysexits.h). A supervisor must not retry it."""
 
+EXIT_TEMPORARY = 75
+"""Exit status of a worker that could not start for a reason that may pass (EX_TEMPFAIL). A supervisor retries it."""
+
 
 class ConfigurationError(Exception):
     """The operator's configuration can't work. The message says what and where in one line."""

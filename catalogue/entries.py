@@ -1,8 +1,10 @@
 """The kinds of models, and the table of tasks that a model can serve."""
 
 import json
+import re
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -16,6 +18,8 @@ from catalogue.options import (
     Table,
 )
 from config import Settings
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.1-8B-Instruct"
 
 
 class ModelEntry(Table):
@@ -43,6 +47,11 @@ class ModelEntry(Table):
     engine: EngineOptions
     defaults: Table
 
+    @property
+    def weights_folder(self) -> Path | None:
+        """The folder that `weights` names, which need not exist at the moment; None if it can be a hub id."""
+        return None if _HUB_ID.fullmatch(self.weights) else Path(self.weights).expanduser()
+
     @field_validator("tasks")
     @classmethod
     def _can_be_served_together(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
@@ -55,7 +64,14 @@ class ModelEntry(Table):
     @classmethod
     def _beside_the_file(cls, weights: str, info: ValidationInfo) -> str:
         beside = info.context / weights if info.context else None
-        return str(beside.resolve()) if beside and beside.exists() else weights
+        return str(beside.resolve()) if beside and _exists(beside) else weights
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # its disk does not answer at the moment: the load says so, and is tried again
+        return True
 
 
 class ChatModelEntry(ModelEntry):

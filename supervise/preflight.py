@@ -1,16 +1,14 @@
 """Checks before anything is started. Each raises an error of one line that says what is wrong and where."""
 
-import re
 from pathlib import Path
 
 from catalogue import Catalogue, ModelEntry
 from config import ConfigurationError, Settings
-from supervise.listeners import check_free
+from supervise.listeners import Unavailable, check_free
 from supervise.plan import visible_gpus
 from supervise.redis_check import check_redis
 
 _ECHO = "echo:"  # the engine of tests and benchmarks, which has no weights
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.1-8B-Instruct"
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -38,7 +36,9 @@ def _check_weights(model: ModelEntry, models_file: Path) -> None:
             raise ConfigurationError(f"{where}: the folder {model.weights} has no {wanted}")
     elif folder.exists():
         raise ConfigurationError(f"{where}: {model.weights} is a file; weights must be a folder or a hub id")
-    elif not _HUB_ID.fullmatch(model.weights) or model.weights.startswith("."):
+    elif folder.is_absolute():
+        raise Unavailable(f"{where}: there is no folder {model.weights}")  # its disk may not be mounted yet
+    elif model.weights_folder is not None:
         raise ConfigurationError(
             f"{where}: there is no folder {model.weights}; a hub id would look like owner/name"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import EXIT_CONFIGURATION
+from config import EXIT_CONFIGURATION, EXIT_TEMPORARY
 from supervise.console import PrintLine
 
 LONGEST_BACKOFF_S = 30.0
@@ -151,6 +151,8 @@ def describe_status(status: int) -> str:
     """Describe an exit status as asyncio gives it: negative for a signal."""
     if status == EXIT_CONFIGURATION:
         return f"exited with status {status}, a configuration error"
+    if status == EXIT_TEMPORARY:
+        return f"exited with status {status}, for a reason that may pass"
     return f"exited with status {status}" if status >= 0 else f"killed by {signal.Signals(-status).name}"
 
 

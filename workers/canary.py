@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from catalogue import CHAT, EDIT, GENERATION, ModelEntry
+from protocol.errors import OutOfMemory
 from protocol.events import Event, Failed, is_terminal
 from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
-from workers.engines.base import Emit, Engine, EngineLoadError
+from workers.engines.base import Emit, Engine, EngineLoadError, TemporaryLoadError
 
 CANARY_ID = "canary"
 CANARY_S = 600
@@ -42,9 +43,10 @@ def run_canary(engine: Engine, entry: ModelEntry, emit: SwitchableEmit) -> None:
     emit.target = listen
     engine.submit(_job(entry))
     if not ended.wait(CANARY_S):
-        raise EngineLoadError(f"the first generation of {entry.name!r} did not end within {CANARY_S} s")
+        raise TemporaryLoadError(f"the first generation of {entry.name!r} did not end within {CANARY_S} s")
     if isinstance(last[0], Failed):
-        raise EngineLoadError(f"the first generation of {entry.name!r} failed: {last[0].message}")
+        kind = TemporaryLoadError if last[0].code == OutOfMemory.code else EngineLoadError
+        raise kind(f"the first generation of {entry.name!r} failed: {last[0].message}")
 
 
 def _job(entry: ModelEntry) -> Job:

@@ -19,13 +19,13 @@ from celery import Celery
 from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
-from config import EXIT_CONFIGURATION, ConfigurationError
+from config import EXIT_CONFIGURATION, EXIT_TEMPORARY, ConfigurationError
 from protocol.errors import EngineStopped, ServiceError, WorkerLost
 from protocol.events import Failed
 from protocol.names import GENERATE_TASK
 from workers.canary import SwitchableEmit, run_canary
 from workers.control import check_options, install_controls, stop_at_hangup
-from workers.engines.base import EngineLoadError
+from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.heartbeat import NotConsuming, WorkerReplaced
 from workers.services import Worker
 from workers.stop_signal import StopSignal
@@ -90,6 +90,9 @@ def _fatal(what: str) -> Iterator[None]:
     except ConfigurationError as error:
         log.critical("%s", error)
         raise SystemExit(EXIT_CONFIGURATION) from error
+    except TemporaryLoadError as error:
+        log.critical("%s; a later start may succeed", error)
+        raise SystemExit(EXIT_TEMPORARY) from error
     except Exception as error:
         log.exception("%s", what)
         log.critical("%s: %s: %s", what, type(error).__name__, error)
@@ -118,6 +121,8 @@ class Lifecycle:
         worker.registrar.start()
         try:
             self._load()
+        except TemporaryLoadError as error:
+            self._give_up(f"{error}; a later start may succeed", EXIT_TEMPORARY)
         except EngineLoadError as error:
             self._give_up(str(error), EXIT_CONFIGURATION)
         except Exception as error:

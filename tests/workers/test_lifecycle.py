@@ -13,16 +13,16 @@ from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from catalogue import Catalogue
-from config import EXIT_CONFIGURATION
+from config import EXIT_CONFIGURATION, EXIT_TEMPORARY
 from protocol.celery_app import consume
-from protocol.errors import EngineError
+from protocol.errors import EngineError, OutOfMemory, ServiceError
 from protocol.events import Delta, Failed, Finished
 from protocol.jobs import Job
 from protocol.leases import WorkerRecord
 from protocol.names import Keys
 from tests.deployment import wait_until
 from tests.records import worker_record
-from workers.engines.base import Emit, EngineLoadError, EngineStatus
+from workers.engines.base import Emit, EngineLoadError, EngineStatus, TemporaryLoadError
 from workers.heartbeat import WorkerReplaced
 from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
 from workers.services import Worker
@@ -212,6 +212,11 @@ def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: B
     ("error", "status", "reason"),
     [
         (EngineLoadError("no such weights"), EXIT_CONFIGURATION, "no such weights"),
+        (
+            TemporaryLoadError("the disk is away"),
+            EXIT_TEMPORARY,
+            "the disk is away; a later start may succeed",
+        ),
         (RuntimeError("a bug"), 1, "RuntimeError: a bug"),
     ],
 )
@@ -227,11 +232,16 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(
     assert caplog.records[-1].getMessage() == reason
 
 
-def test_a_failed_canary_is_a_model_that_cannot_be_loaded(bench: Bench) -> None:
-    bench.canary_result = Failed.of(EngineError("no kernel"))
+@pytest.mark.parametrize(
+    ("failure", "status"), [(EngineError("no kernel"), EXIT_CONFIGURATION), (OutOfMemory(), EXIT_TEMPORARY)]
+)
+def test_a_failed_canary_is_a_model_that_cannot_be_loaded(
+    bench: Bench, failure: ServiceError, status: int
+) -> None:
+    bench.canary_result = Failed.of(failure)
     with pytest.raises(SystemExit) as ended:
         bench.lifecycle.start()
-    assert ended.value.code == EXIT_CONFIGURATION
+    assert ended.value.code == status
     assert "registrar.set_serving" not in bench.calls()
 
 
@@ -349,6 +359,19 @@ def test_a_worker_that_cannot_be_built_ends_the_process(caplog: pytest.LogCaptur
     assert ended.value.code == 1
     # the supervisor shows this line
     assert caplog.messages[-1] == "the worker could not be started: TimeoutError: no driver for w@h"
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_driver_that_does_not_answer_ends_the_process_for_now(caplog: pytest.LogCaptureFixture) -> None:
+    def build(node_name: str) -> Worker:
+        raise TemporaryLoadError("nvidia-smi did not answer")
+
+    celery = consuming()
+    connect_signals(celery, build)
+    with pytest.raises(SystemExit) as ended:
+        worker_init.send(sender=Controller(celery))
+    assert ended.value.code == EXIT_TEMPORARY
+    assert caplog.messages[-1] == "nvidia-smi did not answer; a later start may succeed"
 
 
 @pytest.mark.usefixtures("own_signals")

@@ -12,12 +12,18 @@ class LazyEngine:
     Importing torch takes seconds. By then the worker holds its lease and hears a stop.
     """
 
-    def __init__(self, entry: ModelEntry) -> None:
+    def __init__(self, entry: ModelEntry, *, on_gpu: bool = False) -> None:
+        """`on_gpu`: the driver gives this process a GPU, so the model must not be loaded on the CPU."""
         self._entry = entry
+        self._on_gpu = on_gpu
         self._engine: Engine | None = None
 
     def load(self, emit: Emit) -> None:
         self._engine = _create_engine(self._entry)
+        if self._on_gpu and not isinstance(self._engine, EchoEngine):
+            from workers.engines.load_errors import check_gpu
+
+            check_gpu()
         self._engine.load(emit)
 
     def submit(self, job: Job) -> None:

@@ -26,9 +26,16 @@ class EngineStatus(NamedTuple):
 
 
 class EngineLoadError(Exception):
-    """The model can't be served: wrong weights, an unsupported architecture, too little memory.
+    """The model can't be served until a person changes something: wrong weights, an unsupported architecture.
 
     The message is one line for the operator.
+    """
+
+
+class TemporaryLoadError(EngineLoadError):
+    """The load failed for a reason that may pass by itself: a disk or a hub that is away, a GPU that others fill.
+
+    A later attempt may succeed.
     """
 
 
@@ -36,7 +43,7 @@ class Engine(Protocol):
     """A loaded model that works on several jobs at once, in its own threads."""
 
     def load(self, emit: Emit) -> None:
-        """Load the weights, warm up and start. Raises EngineLoadError."""
+        """Load the weights, warm up and start. Raises EngineLoadError, for what may pass its TemporaryLoadError."""
 
     def submit(self, job: Job) -> None:
         """Take a job and return at once. Its events go to `emit`; exactly one Finished or Failed is the last.

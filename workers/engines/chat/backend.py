@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from catalogue import ChatEngineOptions
-from workers.engines.base import EngineLoadError
+from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.attention.flash import FlashPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
@@ -29,6 +29,7 @@ from workers.engines.chat.model.loader import (
 from workers.engines.chat.model.output_check import OutputCheck
 from workers.engines.chat.model.runner import ModelForward, ModelRunner, Runner
 from workers.engines.failures import free_memory
+from workers.engines.load_errors import memory_of_own, no_room
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def build_backend(loaded: LoadedModel, options: ChatEngineOptions) -> Backend:
     if wants_flash(loaded):
         try:
             return _build_flash(loaded, joined, options)
+        except TemporaryLoadError:
+            raise
         except EngineLoadError as error:
             log.warning("%s; the portable attention is used instead", error)
             free_memory()
@@ -160,4 +163,6 @@ def _make_cache(loaded: LoadedModel, options: ChatEngineOptions, page: int, toke
         return KVCache(shape, num_pages, page, options.max_batch_size, loaded.device)
     except (RuntimeError, MemoryError) as error:
         tokens = num_pages * page
-        raise EngineLoadError(f"{loaded.name}: no room for a KV cache of {tokens} tokens") from error
+        message = f"{loaded.name}: no room for a KV cache of {tokens} tokens"
+        needed = tokens * shape.bytes_per_token
+        raise no_room(message, needed=needed, room=memory_of_own(loaded.device)) from error

@@ -16,12 +16,13 @@ from catalogue import ImageModelEntry
 from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown
 from protocol.events import Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
-from workers.engines.base import CancelReason, Emit, EngineLoadError, EngineStatus
+from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.engines.failures import failure_of, free_memory
 from workers.engines.images.batches import BatchItem, BatchQueue
 from workers.engines.images.loader import Pipelines, load_pipelines
 from workers.engines.images.pixels import encode_png, paste_back
 from workers.engines.images.request import prepare, warm_up_requests
+from workers.engines.load_errors import load_error
 
 _GATHER_S = 0.01
 """How long a call that is not full waits for more requests. It delays a request that comes alone."""
@@ -72,8 +73,8 @@ class ImageEngine:
                     request.shared, [request.image_params(0)], self._count_step, self._count_operation
                 )
         except Exception as error:
-            raise EngineLoadError(
-                f"{self._entry.name}: warm-up failed: {type(error).__name__}: {error}"
+            raise load_error(
+                self._entry, error, f"warm-up failed: {type(error).__name__}: {error}"
             ) from error
         self._thread.start()
 

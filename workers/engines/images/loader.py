@@ -27,6 +27,7 @@ from workers.engines.images.components import complete_components
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 from workers.engines.images.prompt_limit import PromptLimit
 from workers.engines.images.size import size_problem
+from workers.engines.load_errors import load_error, refuse_too_large
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +92,13 @@ def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
         refuse_broken_files([*folder.glob("*"), *folder.glob("*/*")] if folder.is_dir() else [])
         with complete_components():
             pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
+        modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        refuse_too_large(modules, torch.device(device()))
         pipe.to(device())
     except EngineLoadError as error:
-        raise EngineLoadError(f"{entry.name}: {error}") from error
+        raise load_error(entry, error, str(error)) from error
     except Exception as error:  # network, disk, file formats and devices raise many types
-        raise EngineLoadError(f"{entry.name}: can't load {entry.weights!r}: {_one_line(error)}") from error
+        raise load_error(entry, error, f"can't load {entry.weights!r}: {_one_line(error)}") from error
     if "generation" in entry.tasks and _requires(pipe, "image"):
         raise EngineLoadError(
             f'{entry.name}: a {type(pipe).__name__} can\'t generate images from text alone; use tasks = ["edit"]'

@@ -19,6 +19,7 @@ from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
+from workers.engines.load_errors import load_error, memory_of_own, no_room, refuse_too_large
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
@@ -27,6 +28,8 @@ CPU_PAGE, GPU_PAGE = 24, 256
 
 CPU_CACHE_FRACTION = 0.1
 """Share of the machine's memory without `kv_cache_tokens`: several workers may run on one machine."""
+LEAST_TOKENS = 64
+"""The smallest KV cache without `kv_cache_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _in_one_line(entry):
         config, tokenizer, model = _read(entry, _dtype(options, device))
+        refuse_too_large([model], device)
         model = model.to(device).eval()
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
         raise EngineLoadError(f"{entry.name}: {type(model).__name__} has no standard attention cache")
@@ -93,18 +97,18 @@ def _in_one_line(entry: ChatModelEntry) -> Iterator[None]:
     try:
         yield
     except EngineLoadError as error:
-        raise EngineLoadError(f"{entry.name}: {error}") from error
+        raise load_error(entry, error, str(error)) from error
     except SafetensorError as error:
-        raise EngineLoadError(
-            f"{entry.name}: a weights file of {entry.weights} is cut off or not a safetensors file (a Git LFS"
-            f" pointer?): {first_line(error)}"
-        ) from error
+        message = (
+            f"a weights file of {entry.weights} is cut off or not a safetensors file (a Git LFS pointer?)"
+        )
+        raise load_error(entry, error, f"{message}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
-        raise EngineLoadError(f"{entry.name}: the weights don't fit into the GPU's memory") from error
+        raise load_error(entry, error, "the GPU has no room for the weights at the moment") from error
     except (
         Exception
     ) as error:  # network, disk and file formats raise many types; tokenizers a plain Exception
-        raise EngineLoadError(f"{entry.name}: can't load {entry.weights}: {first_line(error)}") from error
+        raise load_error(entry, error, f"can't load {entry.weights}: {first_line(error)}") from error
 
 
 def _refuse_broken_template(entry: ChatModelEntry, tokenizer: Any) -> None:
@@ -158,16 +162,15 @@ def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOpt
     most = options.max_batch_size * loaded.max_context
     if options.kv_cache_tokens is not None:
         return min(most, options.kv_cache_tokens)
+    room = memory_of_own(loaded.device)
     if loaded.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(loaded.device)
-        room = int(free * options.memory_fraction)
+        free, share = torch.cuda.mem_get_info(loaded.device)[0], options.memory_fraction
     else:
-        room = int(_machine_memory() * CPU_CACHE_FRACTION)
-    tokens = room // shape.bytes_per_token
-    if tokens < 64:
-        raise EngineLoadError(
-            f"{loaded.name}: no memory is left for a KV cache; it needs room for at least 64 tokens"
-        )
+        free, share = room, CPU_CACHE_FRACTION
+    tokens = int(free * share) // shape.bytes_per_token
+    if tokens < LEAST_TOKENS:
+        message = f"{loaded.name}: no memory is left for a KV cache; it needs room for at least {LEAST_TOKENS} tokens"
+        raise no_room(message, needed=LEAST_TOKENS * shape.bytes_per_token, room=int(room * share))
     return min(most, tokens)
 
 
@@ -194,13 +197,6 @@ def _dtype(options: ChatEngineOptions, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, options.dtype)
     return dtype
-
-
-def _machine_memory() -> int:
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemTotal:"):
-            return int(line.split()[1]) * 1024
-    return 8 << 30
 
 
 def first_line(error: BaseException) -> str:
