@@ -1,10 +1,13 @@
 """Folders of weights whose files don't fit together: each is refused in one line that names the fault."""
 
+import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.engines import tiny_chat, tiny_images
@@ -138,3 +141,51 @@ def test_a_broken_file_of_an_image_model_is_named(image_weights, tmp_path, name)
     file = copy(image_weights, tmp_path) / name
     file.write_bytes(POINTER)
     assert f"{file} is a Git LFS pointer" in image_refusal(tmp_path)
+
+
+DEMO = Path(__file__).parents[2] / "demo" / "models" / "chat"
+
+
+def damage_demo(folder: Path, key: str, damage: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """Copy the demo chat model and change one weight."""
+    file = copy(DEMO, folder) / "model.safetensors"
+    tensors = load_file(file)
+    tensors[key] = damage(tensors[key]).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def shuffle(tensor: torch.Tensor) -> torch.Tensor:
+    order = torch.randperm(tensor.numel(), generator=torch.Generator().manual_seed(0))
+    return tensor.flatten()[order].view_as(tensor)
+
+
+@pytest.mark.parametrize(
+    ("key", "damage"),
+    [
+        pytest.param("model.embed_tokens.weight", shuffle, id="shuffled"),
+        pytest.param("model.embed_tokens.weight", lambda tensor: tensor.roll(1, 0), id="moved by a row"),
+        pytest.param("model.layers.0.mlp.gate_proj.weight", shuffle, id="shuffled product"),
+        pytest.param("model.layers.0.mlp.down_proj.weight", lambda tensor: tensor * -1, id="negated product"),
+    ],
+)
+def test_weights_that_no_longer_know_english_are_refused(tmp_path, key, damage):
+    line = chat_refusal(damage_demo(tmp_path, key, damage))
+    assert re.search(r"plain English has a log probability of -\d+\.\d for each token", line)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("trained", [True, False])
+def test_weights_that_are_not_finite_are_refused(chat_weights, tmp_path, trained, value):
+    copy(DEMO if trained else chat_weights, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert "the model's logits are not finite" in chat_refusal(tmp_path)
+
+
+def test_an_undamaged_trained_model_is_served(tmp_path):
+    key = "model.norm.weight"
+    engine, _ = tiny_chat.make_engine(damage_demo(tmp_path, key, lambda tensor: tensor))
+    engine.close()

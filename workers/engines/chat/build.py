@@ -14,6 +14,7 @@ from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.cache.prefix_cache import PrefixCache
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
+from workers.engines.chat.model.likelihood import refuse_nonsense
 from workers.engines.chat.model.loader import LoadedModel, load_model
 from workers.engines.chat.model.runner import Runner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
@@ -76,6 +77,7 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
     vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
     end = end_tokens(loaded.model.generation_config, loaded.text_config, loaded.tokenizer)
     refuse_foreign_tokenizer(loaded, rows, end)
+    refuse_nonsense(loaded)
     backend = build_backend(loaded, options)
     cache = backend.cache
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
