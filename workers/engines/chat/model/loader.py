@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
+from workers.engines.chat.model.tokenizer import load_tokenizer
 from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
 from workers.engines.load_errors import load_error, memory_of_own, no_room, refuse_too_large
 
@@ -76,7 +77,7 @@ def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, 
     refuse_broken_files(folder.iterdir() if folder.is_dir() else [])
     config = AutoConfig.from_pretrained(entry.weights, **source)
     refuse_unsupported(config)
-    tokenizer = AutoTokenizer.from_pretrained(entry.weights, **source)
+    tokenizer = load_tokenizer(entry.weights, source)
     model, info = AutoModelForCausalLM.from_pretrained(
         entry.weights,
         config=config,

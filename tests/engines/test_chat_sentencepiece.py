@@ -1,0 +1,99 @@
+"""A model whose only tokenizer is a SentencePiece file, trained here by the sentencepiece package."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from tests.engines.tiny_chat import CONFIGS, SPECIAL, TEMPLATE, chat_job, make_engine, run, save_model
+from workers.engines.base import EngineLoadError
+from workers.engines.chat.model import tokenizer as tokenizer_module
+
+TEXT = Path(__file__).parents[2] / "demo" / "dialogues.txt"
+
+
+def train(kind: str) -> bytes:
+    """Train as Llama's was: byte fallback, no normalization, spaces are kept."""
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.read_text(encoding="utf-8").splitlines()),
+        model_writer=model,
+        vocab_size=500,
+        hard_vocab_limit=False,
+        model_type=kind,
+        byte_fallback=True,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=SPECIAL,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def bpe() -> bytes:
+    return train("bpe")
+
+
+@pytest.fixture
+def weights(tmp_path, bpe) -> Path:
+    save_model(tmp_path, CONFIGS["llama"]())
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(bpe)
+    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>", "chat_template": TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def refusal(weights: Path) -> str:
+    with pytest.raises(EngineLoadError) as caught:
+        make_engine(weights)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_prompts_and_answers_are_those_of_sentencepiece(weights, bpe):
+    original = SentencePieceProcessor(model_proto=bpe)
+    engine, collector = make_engine(weights)
+    try:
+        # random bytes are no text
+        bias = {token: -100.0 for token in range(len(original)) if original.is_byte(token)}
+        job = chat_job("one", "hello  你好, the fox", max_tokens=40, logit_bias=bias, logprobs=0)
+        # a special token ends a word, so that the text after it has no space of its own
+        start, end = (original.piece_to_id(piece) for piece in ("<|user|>", "<|end|>"))
+        space = original.piece_to_id("▁")
+        text = original.encode("<|user|>hello  你好, the fox")
+        assert text[:2] == [space, start]
+        prompt = engine.parts.prompts.build(job).prompt
+        assert prompt == [*text[1:], end, original.piece_to_id("<|assistant|>")]
+        (result,) = run(engine, collector, [job])
+        answer = [entry.token for delta in result.deltas() for entry in delta.logprobs or []]
+        text = "".join(token for token in answer if token not in {*SPECIAL, "<s>", "</s>", "<unk>"})
+        assert len(answer) > 5 and result.text().strip() == text.strip()
+    finally:
+        engine.close()
+
+
+def test_a_class_that_does_not_fit_the_file_is_refused(weights):
+    (weights / "tokenizer.model").write_bytes(train("unigram"))
+    assert "gives other tokens as a LlamaTokenizer than by sentencepiece" in refusal(weights)
+
+
+@pytest.mark.parametrize("data", [b"", b"IQ== 0\nIg== 1\n"], ids=["empty", "tiktoken"])
+def test_another_file_by_that_name_is_refused(weights, data):
+    (weights / "tokenizer.model").write_bytes(data)
+    assert "tokenizer.model is cut off or not a SentencePiece file" in refusal(weights)
+
+
+def test_a_file_that_is_cut_off_is_refused(weights, bpe):
+    (weights / "tokenizer.model").write_bytes(bpe[: len(bpe) // 2])
+    assert "tokenizer.model is cut off or not a SentencePiece file" in refusal(weights)
+
+
+@pytest.mark.parametrize("package", ["sentencepiece", "protobuf"])
+def test_a_missing_package_is_named(weights, monkeypatch, package):
+    monkeypatch.setattr(tokenizer_module, f"is_{package}_available", lambda: False)
+    assert refusal(weights).endswith(f"can't be read without the Python package {package}")
