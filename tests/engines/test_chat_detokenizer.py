@@ -42,7 +42,7 @@ def drain(detokenizer: Detokenizer, tokens: list[int]) -> tuple[list[str], str |
 
 
 def streams() -> list[object]:
-    return [lambda: ByteStream(TABLE), lambda: WindowStream(decode)]
+    return [lambda: ByteStream(TABLE, {}), lambda: WindowStream(decode)]
 
 
 @pytest.mark.parametrize("make", streams(), ids=["bytes", "window"])
@@ -57,7 +57,7 @@ def test_text_arrives_whole_and_never_cut_inside_a_character(make, text):
 @settings(max_examples=100, deadline=None)
 @given(tokens=TOKENS)
 def test_any_tokens_give_what_the_tokenizer_gives(tokens):
-    pieces, _ = drain(Detokenizer(ByteStream(TABLE)), tokens)
+    pieces, _ = drain(Detokenizer(ByteStream(TABLE, {})), tokens)
     assert "".join(pieces) == decode(tokens)
 
 

@@ -210,7 +210,7 @@ def test_penalties_are_those_of_transformers_and_openai():
     found = sampler._penalties.apply(logits[None].clone(), [sequence])[0]
     torch.testing.assert_close(found, expected)
     # and after another token, counted one at a time
-    sequence.output.append(9)
+    sequence.append(9)
     expected[9] -= 0.3
     torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [sequence])[0], expected)
     # another sequence in the slot starts without counts

@@ -30,7 +30,7 @@ def scheduler(running: int, pages: int = 2000, slots: int = 64) -> BatchSchedule
         for one in made.running:
             one.computed = one.length
     for one in made.running:
-        one.output.append(1)
+        one.append(1)
     return made
 
 

@@ -38,16 +38,30 @@ class TextStream(Protocol):
 
 
 class ByteStream:
-    """For byte-level tokenizers. `table[token]` holds the token's bytes (empty for special tokens)."""
+    """For byte-level tokenizers. `table[token]` holds the token's bytes (empty for special tokens).
 
-    __slots__ = ("_decoder", "_table")
+    `texts` is shared by all streams: what the tokens that consist of whole characters mean.
+    """
 
-    def __init__(self, table: list[bytes]) -> None:
+    __slots__ = ("_decoder", "_inside", "_table", "_texts")
+
+    def __init__(self, table: list[bytes], texts: dict[int, str]) -> None:
         self._table = table
+        self._texts = texts
         self._decoder = UTF8(errors="replace")
+        self._inside = False
+        """Whether the tokens so far may end inside a character."""
 
     def add(self, token: int) -> str:
-        return self._decoder.decode(self._table[token] if token < len(self._table) else b"")
+        if not self._inside and (known := self._texts.get(token)) is not None:
+            return known
+        own = self._table[token] if token < len(self._table) else b""
+        text = self._decoder.decode(own)
+        if not self._inside and text.encode() == own:
+            self._texts[token] = text
+        else:
+            self._inside = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -160,9 +174,11 @@ class Vocabulary:
     """Each token as the vocabulary spells it, `▁the` or `<0x0A>` for example."""
     special: frozenset[int] = frozenset()
     described: dict[int, tuple[str, list[int]]] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+    """Filled by the streams: tokens that consist of whole characters."""
 
     def detokenizer(self, stops: tuple[str, ...]) -> Detokenizer:
-        stream = ByteStream(self.table) if self.table is not None else WindowStream(self.decode)
+        stream = ByteStream(self.table, self.texts) if self.table is not None else WindowStream(self.decode)
         return Detokenizer(stream, stops)
 
     def token_bytes(self, token: int) -> bytes:

@@ -51,8 +51,7 @@ class RequestOutputs:
         if sequence.status is SequenceStatus.FINISHED:
             return  # another choice of its request failed in this step
         sampling, token = sequence.sampling, sampled.token
-        sequence.output.append(token)
-        sequence.unsent_tokens += 1
+        sequence.append(token)
         self._metrics.output_tokens += 1
         may_stop = len(sequence.output) > sampling.min_tokens
         if may_stop and token in sampling.stop_token_ids:

@@ -34,7 +34,7 @@ class ScheduledBatch:
 
     def chunks(self) -> list[Chunk]:
         """The tokens to compute: decode rows first."""
-        decode = [sequence.chunk(1) for sequence in self.decode]
+        decode = [sequence.last_token() for sequence in self.decode]
         return decode + [sequence.chunk(count) for sequence, count in self.prefill]
 
     def split(self) -> list["ScheduledBatch"]:
@@ -79,13 +79,12 @@ class BatchScheduler:
 
     def schedule(self) -> ScheduledBatch:
         """Pick the next step's work."""
-        batch = ScheduledBatch()
-        for sequence in list(self.running):
-            if sequence.uncomputed == 1 and self._make_room(sequence):
-                batch.decode.append(sequence)
-        # making room may have preempted a sequence that was picked before
-        batch.decode = [sequence for sequence in batch.decode if sequence.status is SequenceStatus.RUNNING]
-        prefilling = [sequence for sequence in self.running if sequence.uncomputed > 1]
+        batch = ScheduledBatch(self._decoding())
+        prefilling = (
+            [sequence for sequence in self.running if sequence.uncomputed > 1]
+            if len(self.running) > len(batch.decode)
+            else []
+        )
         budget: float = self._max_prefill
         if batch.decode:
             waiting = len(prefilling) + self._startable()
@@ -100,6 +99,19 @@ class BatchScheduler:
             sequence = self.waiting.popleft()
             budget -= self._add_tokens(batch, sequence, budget, key_cost)
         return batch
+
+    def _decoding(self) -> list[Sequence]:
+        """The running sequences with one uncomputed token, which each gets a page if it needs one."""
+        cache, rows, preemptions = self._cache, [], self.preemptions
+        for sequence in list(self.running):
+            if sequence.length - sequence.computed != 1:
+                continue
+            if sequence.length <= cache.capacity(sequence.slot) or self._make_room(sequence):
+                rows.append(sequence)
+        if self.preemptions == preemptions:
+            return rows
+        # making room may have preempted a sequence that was picked before
+        return [sequence for sequence in rows if sequence.status is SequenceStatus.RUNNING]
 
     def _budget_beside(self, decoding: int, waiting: int) -> float:
         """Prompt tokens that a step may compute beside `decoding` rows.

@@ -124,20 +124,26 @@ class Sequence:
     mask: TokenMask | None = None
     unsent_tokens: int = 0
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
+    length: int = field(init=False)
+    """Number of tokens of prompt and output."""
+
+    def __post_init__(self) -> None:
+        self.length = len(self.request.prompt) + len(self.output)
 
     @property
     def sampling(self) -> Sampling:
         return self.request.sampling
 
     @property
-    def length(self) -> int:
-        """Number of tokens of prompt and output."""
-        return len(self.request.prompt) + len(self.output)
-
-    @property
     def uncomputed(self) -> int:
         """Number of tokens the model has yet to compute. 1: a decode step; more: prefill."""
         return self.length - self.computed
+
+    def append(self, token: int) -> None:
+        """Add a token to the output."""
+        self.output.append(token)
+        self.length += 1
+        self.unsent_tokens += 1
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens start..end of prompt and output together."""
@@ -150,6 +156,11 @@ class Sequence:
         """The next `count` tokens to compute. Logits are wanted if they are the last ones."""
         start, end = self.computed, self.computed + count
         return Chunk(self.slot, start, self.tokens(start, end), end == self.length)
+
+    def last_token(self) -> Chunk:
+        """The chunk of a sequence with one uncomputed token: `chunk(1)`, at less cost."""
+        tokens = self.output or self.request.prompt
+        return Chunk(self.slot, self.computed, tokens[-1:], True)
 
     def take_delta(
         self, text: str, finish_reason: str | None = None, stop_reason: int | str | None = None

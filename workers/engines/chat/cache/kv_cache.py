@@ -88,6 +88,10 @@ class KVCache:
         """The number of pages that hold so many tokens."""
         return -(-tokens // self.page_size)
 
+    def capacity(self, slot: int) -> int:
+        """The number of tokens that the pages of a slot hold."""
+        return self.held[slot] * self.page_size
+
     def pages_of(self, slot: int) -> list[int]:
         """The pages of a slot, in order."""
         pages: list[int] = self.tables[slot, : self.held[slot]].tolist()

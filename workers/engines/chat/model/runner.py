@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from workers.engines.chat.attention.base import ModelAttention
+from workers.engines.chat.attention.base import ModelAttention, count_rows
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sequence import Chunk
 
@@ -79,10 +79,11 @@ def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
 
     int64 [2, tokens]: id and position of each token; int64 [outputs]: the tokens whose logits are wanted.
     """
-    ids: list[int] = []
-    positions: list[int] = []
-    outputs: list[int] = []
-    for chunk in chunks:
+    rows = count_rows(chunks)
+    ids = [chunk.tokens[0] for chunk in chunks[:rows]]
+    positions = [chunk.start for chunk in chunks[:rows]]
+    outputs = [at for at, chunk in enumerate(chunks[:rows]) if chunk.wants_logits]
+    for chunk in chunks[rows:]:
         ids += chunk.tokens
         positions += range(chunk.start, chunk.end)
         if chunk.wants_logits:
