@@ -3,8 +3,10 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from protocol.errors import Cancelled, EngineError, ServiceError
 from protocol.event_sender import EventSender
@@ -16,8 +18,9 @@ from workers.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
-CLAIM_RETRY_S = 10.0
-CLAIM_PAUSE_S = 0.5
+T = TypeVar("T")
+
+RETRY_PAUSE_S = 0.5
 UNREADABLE = "this worker can't read the request; send it again"
 REPLAY_GRACE_S = 60
 """How long a request's replay list outlives its deadline."""
@@ -126,20 +129,15 @@ class Runner:
             self.cancel(request_id)
 
     def _claim(self, request_id: str) -> Claimed | None:
-        """Claim the request, trying again while Redis can't be reached.
+        """Claim the request.
 
         The attempt whose answer was lost may have taken the claim, and then no other worker would serve the
         request.
         """
-        give_up_at = time.monotonic() + CLAIM_RETRY_S
-        while True:
-            try:
-                return self._queue.claim(request_id, self._model, self._incarnation_id)
-            except RedisError as error:
-                if time.monotonic() > give_up_at:
-                    log.error("request %s could not be claimed: %s", request_id, error)
-                    return None
-                time.sleep(CLAIM_PAUSE_S)
+        return _until_answered(
+            f"the claim of request {request_id}",
+            lambda: self._queue.claim(request_id, self._model, self._incarnation_id),
+        )
 
     def _generate(self, claimed: Claimed) -> None:
         request_id, run = claimed.job.id, _Run(claimed.web_id)
@@ -186,7 +184,26 @@ class Runner:
         self._end(request_id)
 
     def _end(self, request_id: str) -> None:
+        """Delete the job: while it exists, the client of a request whose last event was lost goes on waiting."""
         try:
-            self._queue.end(request_id)
+            _until_answered(f"the end of request {request_id}", lambda: self._queue.end(request_id))
         except RedisError as error:
             log.warning("the job of request %s was not deleted; it expires: %s", request_id, error)
+
+
+def _until_answered(what: str, command: Callable[[], T]) -> T:
+    """Repeat a command that may be repeated until Redis takes it, however long it is away.
+
+    Raises NoPermissionError: what the ACL forbids will not be allowed the next time.
+    """
+    waiting = False
+    while True:
+        try:
+            return command()
+        except NoPermissionError:
+            raise
+        except RedisError as error:
+            if not waiting:
+                log.warning("%s waits for Redis: %s", what, error)
+            waiting = True
+            time.sleep(RETRY_PAUSE_S)

@@ -79,6 +79,26 @@ def test_stalled_for_ten_seconds(start: Starter) -> None:
 
 
 @pytest.mark.slow
+def test_a_stall_in_which_events_are_given_up_ends_the_stream_soon_after(start: Starter) -> None:
+    """Its job and its claim are there after the stall, and its worker lives."""
+    service = start(step_ms=50, slots=1)
+    (reader,) = read(service, 5000)
+    worker = service.workers["echo-1"]
+    service.redis.kill(signal.SIGSTOP)
+    for words in ("could not be delivered", "waits for Redis"):
+        wait_until(lambda: words in worker.log.read_text(), timeout_s=60, what=words)  # noqa: B023
+    service.redis.kill(signal.SIGCONT)
+    returned_at = time.monotonic()
+    reader.wait_end(20)
+    assert not reader.done
+    assert reader.error is not None
+    assert reader.error["error"]["code"] == "queue_unavailable"
+    wait_served(service, timeout_s=20)
+    assert time.monotonic() - returned_at < 20
+    worker.check_alive()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_connections_killed_twenty_times_during_a_hundred_streams(start: Starter) -> None:
     service = start(workers=2, step_ms=100, slots=64)

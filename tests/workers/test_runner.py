@@ -1,6 +1,7 @@
 """workers.runner on a real Redis, with an engine that a test drives by hand."""
 
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from unittest.mock import Mock, call
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from config import Settings
 from protocol import events
@@ -260,21 +263,73 @@ def test_a_claim_whose_answer_was_lost_is_asked_for_again(redis_server: RedisSer
     bench.sender.stop(30)
 
 
-def test_a_redis_that_stays_away_ends_the_task(
-    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.fixture
+def stalling(
+    tmp_path: Path, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[RedisServer, Bench]]:
+    """A Redis of its own that a test stalls, and a runner whose commands to it time out soon."""
+    monkeypatch.setattr("workers.runner.RETRY_PAUSE_S", 0.1)
+    monkeypatch.setattr("protocol.event_sender.RESEND_S", 0.1)
+    server = RedisServer(tmp_path)
+    server.start()
+    server.client.close()
+    server.client = redis.Redis(port=server.port, socket_timeout=0.2, retry=Retry(NoBackoff(), 0))
+    bench = Bench(server, keys)
+    bench.sender.start()
+    yield server, bench
+    server.kill(signal.SIGCONT)
+    bench.runner.fail_all(Failed("cancelled", "the test is over"))
+    bench.sender.stop(30)
+    server.stop()
+
+
+def test_a_claim_waits_for_a_redis_that_stalls(
+    stalling: tuple[RedisServer, Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("workers.runner.CLAIM_RETRY_S", 0.2)
-    monkeypatch.setattr("workers.runner.CLAIM_PAUSE_S", 0.1)
+    server, bench = stalling
+    bench.admit("a")
+    server.kill(signal.SIGSTOP)
+    task = bench.start("a")
+    wait_until(lambda: "request a waits for Redis" in caplog.text, timeout_s=60, what="a failed attempt")
+    assert bench.untouched()
+
+    server.kill(signal.SIGCONT)
+    assert bench.engine.jobs.get(timeout=60).id == "a"
+    bench.emit("a", Finished())
+    join(task)
+    assert bench.replay("a") == [Started(ME), Finished()]
+
+
+def test_a_job_is_deleted_after_a_stall_in_which_its_events_were_lost(
+    stalling: tuple[RedisServer, Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without this its client would wait until the deadline: the claim's worker lives and the job is there."""
+    server, bench = stalling
+    bench.admit("a")
+    task = bench.start_and_submit("a")
+    wait_until(lambda: bench.replay("a"), timeout_s=60, what="the first event is written")
+    server.kill(signal.SIGSTOP)
+    bench.emit("a", Finished())
+    wait_until(lambda: "end of request a waits for Redis" in caplog.text, timeout_s=60, what="a failed end")
+    join(bench.start("a"))
+    assert task.is_alive(), "until the job is deleted, a second message must not run it again"
+
+    server.kill(signal.SIGCONT)
+    join(task)
+    assert not bench.redis.exists(bench.keys.job("a"))
+    assert bench.engine.cancels.get(timeout=60) == ("a", "cancelled")
+
+
+def test_a_claim_that_is_forbidden_is_not_repeated(
+    tmp_path: Path, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
     server = RedisServer(tmp_path)
     server.start()
     bench = Bench(server, keys)
     bench.admit("a")
-    server.kill()
-
+    server.client.execute_command("ACL", "SETUSER", "default", "-eval", "-evalsha")
     join(bench.start("a"))
-
-    assert bench.untouched()
-    assert "request a could not be claimed" in caplog.text
+    assert "request a could not be read" in caplog.text
     server.stop()
 
 
