@@ -51,19 +51,24 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     namespace = namespace_of(settings, catalogue)
     keys = Keys.of(namespace)
     client = connect_redis(settings)
+    # A burst of requests may use all connections of `client`. What the process does by itself has its own: it tells
+    # whether Redis answers, and keeps the lease.
+    background = connect_redis(settings)
     web_id = uuid.uuid4().hex
-    leases = Leases(client, keys)
+    leases = Leases(background, keys)
     worker_view = WorkerView(leases)
     celery = create_celery(settings, keys)
-    queue = JobQueue(client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
+    queue = JobQueue(
+        client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60, background=background
+    )
     queue.prepare(entry.name for entry in catalogue.models)
-    router = EventRouter(client, keys, web_id)
+    router = EventRouter(background, keys, web_id)
     deployment = Deployment(settings, namespace, catalogue.project)
-    node_lock = NodeLock(client, keys, settings.node_url, settings.service_id)
+    node_lock = NodeLock(background, keys, settings.node_url, settings.service_id)
     reconciler = None
     if settings.node_url:
         reconciler = Reconciler(
-            Election(client, keys.reconciler(settings.node_url, settings.service_id), ELECTION_TTL_S),
+            Election(background, keys.reconciler(settings.node_url, settings.service_id), ELECTION_TTL_S),
             leases,
             NodeClient(settings.node_url),
             node_lock,
@@ -73,7 +78,13 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         router=router,
         worker_view=worker_view,
         monitor=RequestMonitor(
-            client, keys, web_id=web_id, leases=leases, worker_view=worker_view, router=router, queue=queue
+            background,
+            keys,
+            web_id=web_id,
+            leases=leases,
+            worker_view=worker_view,
+            router=router,
+            queue=queue,
         ),
         reconciler=reconciler,
     )
@@ -96,7 +107,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         ),
         bodies=BodyReader(BodyBudget()),
         worker_view=worker_view,
-        warnings=Warnings(settings, catalogue.models, worker_view, client),
+        warnings=Warnings(settings, catalogue.models, worker_view, background),
         image_store=image_store,
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts,

@@ -124,15 +124,27 @@ class UnreadableJob(Exception):
 
 
 class JobQueue:
-    """Both ends of the queue. `admit` and `send_again` raise QueueUnavailable, the others redis.RedisError."""
+    """Both ends of the queue. `admit` and `send_again` raise QueueUnavailable, the others redis.RedisError.
 
-    def __init__(self, client: RedisClient, keys: Keys, celery: Celery, *, claim_ttl_s: int) -> None:
+    `background`: the client for what no request waits for (`send_again`, replay lists); by default the same.
+    """
+
+    def __init__(
+        self,
+        client: RedisClient,
+        keys: Keys,
+        celery: Celery,
+        *,
+        claim_ttl_s: int,
+        background: RedisClient | None = None,
+    ) -> None:
         self._redis = client
+        self._background = background or client
         self._keys = keys
         self._messages = TaskMessages(celery)
         self._claim_ttl_s = claim_ttl_s
         self._admit = client.register_script(_ADMIT)
-        self._resend = client.register_script(_RESEND)
+        self._resend = self._background.register_script(_RESEND)
         self._claim = client.register_script(_CLAIM)
         self._forgotten: deque[str] = deque()
         self._uncertain: deque[tuple[str, str]] = deque()
@@ -204,7 +216,7 @@ class JobQueue:
             self.cancel(*self._uncertain[0])
             self._uncertain.popleft()
         if forgotten := [self._forgotten.popleft() for _ in range(len(self._forgotten))]:
-            self._redis.unlink(*map(self._keys.replay, forgotten))
+            self._background.unlink(*map(self._keys.replay, forgotten))
 
     def claim(self, request_id: str, model: str, incarnation_id: str) -> Claimed | None:
         """Claim a job; None if another incarnation has it, or if it has ended, was cancelled or is too late.

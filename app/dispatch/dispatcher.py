@@ -1,5 +1,6 @@
 """Dispatch of a request: admit its job, queue it, read its events. Knows no HTTP bodies and no Flask."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,11 +11,13 @@ from redis.exceptions import RedisError
 from app.dispatch.worker_view import WorkerView
 from catalogue import ModelEntry, TaskSpec
 from config import Settings
+from protocol.connections import MAX_CONNECTIONS
 from protocol.errors import (
     Cancelled,
     DeadlineExceeded,
     Interrupted,
     NoWorker,
+    Overloaded,
     QueueUnavailable,
     ServiceError,
     ShuttingDown,
@@ -31,6 +34,11 @@ DEADLINE_GRACE_S = 2.0
 """Time for the worker to end a request at its deadline with a proper last event, before this side ends it."""
 DRAIN_STREAMS_S = 18.0
 """Time after SIGTERM for running requests; gunicorn kills the process after `graceful_timeout`, 27 s."""
+
+ADMISSIONS = MAX_CONNECTIONS // 2
+"""Requests that are admitted at the same time. The other connections are for rate limits, images and cancellations."""
+ADMISSION_WAIT_S = 20.0
+"""How long a request of a burst waits for its admission to begin, at most half of its deadline."""
 
 
 class Client(Protocol):
@@ -155,6 +163,7 @@ class Dispatcher:
         self._worker_view = worker_view
         self._connected = connected
         self._draining_for_s = draining_for_s
+        self._admissions = threading.BoundedSemaphore(ADMISSIONS)
 
     def begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
@@ -164,6 +173,16 @@ class Dispatcher:
         deadline_s = task.deadline_s(self._settings)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
+        if not self._admissions.acquire(timeout=min(ADMISSION_WAIT_S, deadline_s / 2)):
+            raise Overloaded("too many requests arrived at once; try again soon")
+        try:
+            # a request that had to wait for its turn must not find out by a timeout that Redis is gone
+            self._refuse_early(job.model)
+            return self._admit(job, client, ends_at)
+        finally:
+            self._admissions.release()
+
+    def _admit(self, job: Job, client: Client, ends_at: float) -> EventReader:
         inbox = self._router.open(job.id, job.model)
         reader = EventReader(
             inbox, client, ends_at=ends_at, draining_for_s=self._draining_for_s, on_close=self._close
@@ -172,7 +191,7 @@ class Dispatcher:
             inbox.admitted = self._queue.admit(
                 job,
                 web_id=self._web_id,
-                deadline_s=deadline_s,
+                deadline_s=ends_at - time.monotonic(),
                 max_waiting=self._settings.max_waiting,
                 rate=self._worker_view.rate(job.model),
             )

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.deployment import ECHO_CATALOGUE, Deployment, RedisServer, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read, wait_served
 from tests.faults.tcp_proxy import TcpProxy
+from tests.faults.test_clients import in_hand, waiting
 from tests.stand_in_node import StandInNode
 
 
@@ -134,7 +136,8 @@ def proxied(tmp_path: Path) -> Iterator[tuple[Deployment, TcpProxy]]:
     with TcpProxy(server.port) as proxy:
         catalogue = ECHO_CATALOGUE.format(step_ms=50, slots=16)
         url = f"redis://127.0.0.1:{proxy.port}/0"
-        with Deployment(tmp_path, catalogue=catalogue, redis_server=server, REDIS_URL=url) as service:
+        more = {"REDIS_URL": url, "MAX_WAITING": "1000"}
+        with Deployment(tmp_path, catalogue=catalogue, redis_server=server, **more) as service:
             service.start("echo")
             yield service, proxy
     server.stop()
@@ -149,6 +152,30 @@ def test_a_slow_connection_to_redis_changes_nothing(proxied: tuple[Deployment, T
         reader.wait_end(60)
         assert reader.done, reader.error
         assert reader.text == counted(60)
+
+
+@pytest.mark.faults
+def test_a_burst_waits_for_connections(proxied: tuple[Deployment, TcpProxy]) -> None:
+    """With a round trip of a second, one command in each connection serves 64 requests in a second."""
+    service, proxy = proxied
+    proxy.delay_s = 0.5
+    count = 400
+    with ThreadPoolExecutor(count) as pool:
+        burst = [pool.submit(service.stream, "count", "echo", max_tokens=2) for _ in range(count)]
+        wait_until(
+            lambda: sum(one.done() for one in burst) + in_hand(service) + waiting(service) >= count,
+            timeout_s=60,
+            what="each request is admitted or answered",
+        )
+        status, body = service.get("/readyz")
+        proxy.delay_s = 0.0
+        streams = [one.result() for one in burst]
+    refused = [stream.response.read() for stream in streams if stream.status != 200]
+    assert refused == []
+    assert {stream.text() for stream in streams} == {counted(2)}
+    assert body["redis"] == "ok", (status, body)
+    assert service.web is not None
+    assert "can't be reached" not in service.web.log.read_text()
 
 
 @pytest.mark.faults
