@@ -63,10 +63,22 @@ def make_plan(
         orphan_signal=signal.SIGKILL,
     )
     return Plan(
-        redis=(Spec("redis", redis.argv, env, _REDIS_STOP_S),) if redis else (),
+        redis=(_redis(redis, env),) if redis else (),
         web=(web,),
         flower=(flower,) if settings.flower_basic_auth else (),
         workers=tuple(_workers(settings, catalogue, env)),
+    )
+
+
+def _redis(redis: EmbeddedRedis, env: dict[str, str]) -> Spec:
+    # Without Redis every running request fails, so it must stay when all processes get SIGTERM at once.
+    return Spec(
+        "redis",
+        redis.argv,
+        env,
+        _REDIS_STOP_S,
+        orphan_signal=signal.SIGINT,
+        stop_signal=signal.SIGINT,
     )
 
 

@@ -28,7 +28,8 @@ class Spec:
     """A process to run.
 
     `fatal_at_start`: exit statuses that fail the start of the service; afterwards only EXIT_CONFIGURATION is
-    final. `orphan_signal`: what the kernel sends the process when the supervisor dies.
+    final. `orphan_signal`: what the kernel sends the process when the supervisor dies. `stop_signal`: what the
+    supervisor stops it with; if that is not SIGTERM, the process gets no SIGTERM from anybody (it stays blocked).
     """
 
     name: str
@@ -37,6 +38,7 @@ class Spec:
     stop_timeout_s: float
     fatal_at_start: frozenset[int] = frozenset({EXIT_CONFIGURATION})
     orphan_signal: signal.Signals = signal.SIGTERM
+    stop_signal: signal.Signals = signal.SIGTERM
 
 
 def backoff_s(failures: int) -> float:
@@ -85,12 +87,12 @@ class Process:
             self._ended.set()
 
     async def stop(self, hurry: asyncio.Event) -> None:
-        """Send SIGTERM, then SIGKILL after the spec's time, or HURRIED_STOP_S after `hurry` is set.
+        """Send the spec's signal, then SIGKILL after its time, or HURRIED_STOP_S after `hurry` is set.
 
         Returns when the process is gone.
         """
         self._stopping.set()
-        self._signal(signal.SIGTERM)
+        self._signal(self.spec.stop_signal)
         hurried = asyncio.create_task(hurry.wait())
         ended = asyncio.create_task(self._ended.wait())
         await asyncio.wait(
@@ -110,6 +112,7 @@ class Process:
             self._child = await asyncio.create_subprocess_exec(
                 *_TETHER,
                 str(int(self.spec.orphan_signal)),
+                str(int(self.spec.stop_signal)),
                 *self.spec.argv,
                 env=self.spec.env,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -124,7 +127,7 @@ class Process:
             lambda: _Lines(self._take_line), os.fdopen(read_end, "rb")
         )
         if self._stopping.is_set():
-            self._signal(signal.SIGTERM)  # stop() was called while the process was being created
+            self._signal(self.spec.stop_signal)  # stop() was called while the process was being created
         status = await self._child.wait()
         self._kill_group(self._child.pid)  # its own children
         await _within(LAST_OUTPUT_S, lines.closed.wait())

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import http.client
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import redis
 
 from config import Settings
 from supervise.readiness import Probe
-from tests.deployment import ROOT, free_port, wait_until
+from tests.deployment import ROOT, Stream, free_port, wait_until
 from tests.ops.stand_ins import alive
 from tests.stand_in_node import StandInNode
 
@@ -77,6 +78,15 @@ class Run:
 
     def workers(self) -> list[psutil.Process]:
         return [process for process in self.processes() if "worker" in command_of(process)]
+
+    def stream(self, tokens: int) -> Stream:
+        """Begin a streamed chat of `tokens` tokens; return when its head has arrived."""
+        connection = http.client.HTTPConnection(self.bind, timeout=60)
+        messages = [{"role": "user", "content": "count"}]
+        body = {"model": "echo", "messages": messages, "stream": True, "max_tokens": tokens}
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+        return Stream(connection.getresponse(), connection)
 
     def ready(self) -> bool:
         return Probe(Settings(bind=self.bind)).ready()
@@ -237,6 +247,31 @@ def test_from_ready_to_one_ctrl_c(started: Run) -> None:
     assert not [pid for pid in processes if alive(pid)]
     assert not url_file.exists()
     assert "did not stop in time" not in started.output
+
+
+@pytest.mark.parametrize("all_at_once", [False, True], ids=["to the supervisor", "to all processes"])
+def test_running_streams_complete_after_sigterm(tmp_path: Path, node: StandInNode, all_at_once: bool) -> None:
+    """systemd sends SIGTERM to the main process or, with KillMode=control-group, to all at once."""
+    slow = CATALOGUE.replace("echo:", "echo:step_ms=20&tokens=1000")
+    run = Run(tmp_path, models=slow, NODE_URL=node.url, DRAIN_S="30")
+    try:
+        run.until_printed(r"READY http://")
+        node.wait_for(lambda node: len(node.entries()) == 2, 30)
+        processes = [process.pid for process in run.processes()]
+        stream = run.stream(300)
+        with contextlib.closing(stream):
+            events = stream.events()
+            next(events)
+            for pid in [run.process.pid, *(processes if all_at_once else [])]:
+                os.kill(pid, signal.SIGTERM)
+            assert not [event for event in events if "error" in event]
+            assert stream.done
+        assert run.process.wait(60) == 0
+        assert node.entries() == [] and not [pid for pid in processes if alive(pid)]
+        assert not (ROOT / ".run" / run.bind.rpartition(":")[2] / "redis-url").exists()
+    finally:
+        run.process.kill()
+        run.process.wait()
 
 
 def test_a_killed_worker_comes_back(started: Run) -> None:
