@@ -1,5 +1,7 @@
-"""Files that the other tests don't run: pins, the compose file, Dockerfiles, gunicorn's settings."""
+"""Files that the other tests don't run: pins, systemd's unit, the compose file, Dockerfiles, gunicorn's settings."""
 
+import configparser
+import os
 import re
 import resource
 import runpy
@@ -12,7 +14,9 @@ import pytest
 import yaml
 
 from catalogue import Catalogue
-from config import Settings
+from config import EXIT_CONFIGURATION, Settings
+from supervise.plan import make_plan
+from supervise.redis_server import EmbeddedRedis
 from tests.deployment import ROOT
 
 
@@ -38,6 +42,39 @@ def test_every_requirement_is_pinned_exactly(path: Path) -> None:
     for line in lines:
         assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
         assert not line.startswith(("nvidia-", "triton")), "torch requires its own platform packages"
+
+
+@pytest.fixture
+def unit() -> configparser.SectionProxy:
+    """The [Service] section of the unit in docs/operations.md."""
+    block = re.search(
+        r"^```ini\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert block
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.read_string(block[1])
+    return parser["Service"]
+
+
+def test_the_unit_runs_what_exists(unit: configparser.SectionProxy) -> None:
+    command, catalogue = unit["ExecStart"].split()
+    script = ROOT / Path(command).relative_to(unit["WorkingDirectory"])
+    assert os.access(script, os.X_OK) and Path(catalogue).is_absolute()
+
+
+def test_the_unit_lets_the_supervisor_stop_everything(unit: configparser.SectionProxy) -> None:
+    file = ROOT / "models.example.toml"
+    redis = EmbeddedRedis(
+        "redis-server", 1, configuration=Path("c"), url="redis://127.0.0.1:1", url_file=Path("u")
+    )
+    settings = Settings(flower_basic_auth="user:password")
+    plan = make_plan(settings, Catalogue.from_file(file), file, redis)
+    assert unit["KillMode"] == "mixed"
+    assert float(unit["TimeoutStopSec"]) > sum(max(s.stop_timeout_s for s in group) for group in plan.groups)
+
+
+def test_the_unit_does_not_restart_what_a_person_must_correct(unit: configparser.SectionProxy) -> None:
+    assert unit["Restart"] == "on-failure" and unit["RestartPreventExitStatus"] == str(EXIT_CONFIGURATION)
 
 
 def test_the_compose_file_is_valid() -> None:
