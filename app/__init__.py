@@ -68,7 +68,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             namespace=services.deployment.namespace,
             worker_view=services.worker_view,
             metrics=services.metrics,
-            connected=services.process.connected,
+            redis_state=services.process.redis_state,
             has_key=services.gate.has_key,
             warnings=services.warnings,
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),

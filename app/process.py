@@ -54,7 +54,15 @@ class WebProcess:
 
     def connected(self) -> bool:
         """Whether Redis reads and writes and events are received, so that requests can be dispatched."""
-        return self._worker_view.reachable and self._monitor.writing and self._router.subscribed.is_set()
+        return self.redis_state() == "ok"
+
+    def redis_state(self) -> str:
+        """Return "ok", "unreachable", or "refuses writes: " and the reason."""
+        if not self._worker_view.reachable:
+            return "unreachable"
+        if self._monitor.refusal:
+            return f"refuses writes: {self._monitor.refusal}"
+        return "ok" if self._router.subscribed.is_set() else "unreachable"
 
     def draining_for_s(self) -> float:
         """Return the seconds since gunicorn told this process to stop was first seen; 0 before that.

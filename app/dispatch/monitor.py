@@ -56,7 +56,7 @@ class RequestMonitor(threading.Thread):
         self._router = router
         self._queue = queue
         self._renew_at = 0.0
-        self._writing = True
+        self._refusal = ""
         self._stopping = threading.Event()
 
     def stop(self) -> None:
@@ -80,9 +80,9 @@ class RequestMonitor(threading.Thread):
             log.info("Redis can't be reached: the lease of this process was not released and will expire")
 
     @property
-    def writing(self) -> bool:
-        """Whether Redis took the last write: it may be full or a replica, and then answers reads all the same."""
-        return self._writing
+    def refusal(self) -> str:
+        """Why Redis refused the last write, "" if it took it. One that is full or a replica answers reads all the same."""
+        return self._refusal
 
     def tick(self) -> None:
         """Check every silent request once. Raises redis.RedisError."""
@@ -109,11 +109,11 @@ class RequestMonitor(threading.Thread):
         try:
             self._leases.renew_web(self._web_id)
         except RedisError as error:
-            if self._writing:
+            if not self._refusal:
                 log.warning("Redis refuses to write: %s", error)
-            self._writing = False
+            self._refusal = str(error) or type(error).__name__
         else:
-            self._writing = True
+            self._refusal = ""
             self._renew_at = now + REFRESH_S
 
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool]]:

@@ -136,7 +136,7 @@ def _operators_schemas() -> dict[str, Any]:
         "registered": _BOOLEAN,
     }
     details = {
-        "redis": {"enum": ["ok", "unreachable"]},
+        "redis": {**STRING, "description": "ok, unreachable, or refuses writes: and the reason"},
         "models_without_worker": _array(STRING),
         "master_pid": INTEGER,
         "warnings": _array(STRING),

@@ -33,14 +33,14 @@ def blueprint(
     namespace: str,
     worker_view: WorkerView,
     metrics: Metrics,
-    connected: Callable[[], bool],
+    redis_state: Callable[[], str],
     has_key: Callable[[], bool],
     warnings: Callable[[], list[str]],
     description: dict[str, Any],
 ) -> Blueprint:
     """Make the blueprint.
 
-    `connected`: whether requests can be dispatched. `has_key`: whether the current request may see the
+    `redis_state`: "ok" if requests can be dispatched, or what keeps them from it. `has_key`: whether the current request may see the
     details of /readyz, among them the `warnings`. `description`: the OpenAPI document.
     """
     routes = Blueprint("operations", __name__)
@@ -57,14 +57,14 @@ def blueprint(
     @routes.get("/readyz")
     def readyz() -> Response:
         missing = worker_view.missing(models)
-        redis_ok = connected()
-        ready = redis_ok and not missing
+        redis = redis_state()
+        ready = redis == "ok" and not missing
         body: dict[str, Any] = (
             {"code": 0, "message": "ready"} if ready else {"code": 503, "message": "not ready"}
         )
         if has_key():
             body |= {
-                "redis": "ok" if redis_ok else "unreachable",
+                "redis": redis,
                 "models_without_worker": missing,
                 # scripts/run asks whether it is its own web process that answers
                 "master_pid": os.getppid(),

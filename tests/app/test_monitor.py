@@ -253,14 +253,14 @@ def test_a_redis_that_refuses_writes_is_noticed_and_requests_are_checked(
     def refuse(web_id: str) -> None:
         raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
 
-    assert web.monitor.writing
+    assert not web.monitor.refusal
     monkeypatch.setattr(web.leases, "renew_web", refuse)
     web.monitor.tick()
-    assert not web.monitor.writing
+    assert "maxmemory" in web.monitor.refusal
     assert failure(inbox).code == "worker_lost"
     monkeypatch.undo()
     web.monitor.tick()
-    assert web.monitor.writing
+    assert not web.monitor.refusal
 
 
 def test_a_terminal_event_in_the_replay_list_wins_over_a_lost_worker(web: Web) -> None:

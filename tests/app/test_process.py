@@ -15,7 +15,7 @@ class Part:
         self._name = name
         self._calls = calls
         self.reachable = True
-        self.writing = True
+        self.refusal = ""
         self.subscribed = SimpleNamespace(is_set=lambda: True)
 
     def start(self) -> None:
@@ -60,9 +60,10 @@ def test_it_is_connected_while_redis_answers_and_the_channel_is_subscribed(parts
     parts["worker_view"].reachable = False
     assert not process.connected()
     parts["worker_view"].reachable = True
-    parts["monitor"].writing = False
+    parts["monitor"].refusal = "it is full"
     assert not process.connected(), "Redis answers reads, and refuses what queues a request"
-    parts["monitor"].writing = True
+    assert process.redis_state() == "refuses writes: it is full"
+    parts["monitor"].refusal = ""
     parts["router"].subscribed.is_set = lambda: False
     assert not process.connected()
 

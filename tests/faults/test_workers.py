@@ -181,8 +181,8 @@ def test_killed_and_staying_down_is_unregistered(start: Starter) -> None:
         service.stop()
 
 
-@pytest.mark.parametrize("refusal", ["replica", "full"])
-def test_a_redis_that_refuses_writes_ends_no_worker(start: Starter, refusal: str) -> None:
+@pytest.mark.parametrize(("refusal", "reason"), [("replica", "read only replica"), ("full", "maxmemory")])
+def test_a_redis_that_refuses_writes_ends_no_worker(start: Starter, refusal: str, reason: str) -> None:
     """It was demoted, or is full, for longer than a lease lasts."""
     service = start(workers=2)
     redis = service.redis.client
@@ -196,6 +196,8 @@ def test_a_redis_that_refuses_writes_ends_no_worker(start: Starter, refusal: str
         what="no lease is renewed",
     )
     assert service.chat("hi", "echo", max_tokens=3)[0] == 503
+    status, body = service.get("/readyz")
+    assert status == 503 and body["redis"].startswith("refuses writes: ") and reason in body["redis"]
     redis.replicaof("NO", "ONE")
     redis.config_set("maxmemory", 0)
     wait_served(service, timeout_s=40)
