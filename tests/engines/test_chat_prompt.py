@@ -196,6 +196,18 @@ class CountingTokenizer:
         self.encoded += 1
         return self._tokenizer.backend_tokenizer.encode(text, **kwargs)
 
+    @property
+    def normalizer(self) -> Any:
+        return self._tokenizer.backend_tokenizer.normalizer
+
+    @property
+    def pre_tokenizer(self) -> Any:
+        return self._tokenizer.backend_tokenizer.pre_tokenizer
+
+    @property
+    def model(self) -> Any:
+        return self._tokenizer.backend_tokenizer.model
+
     def no_truncation(self) -> None: ...
 
     def no_padding(self) -> None: ...
@@ -213,6 +225,27 @@ def test_text_that_cannot_fit_is_refused_before_it_is_encoded(template):
     content = "hi" if template else "x" * 8_000_000
     with pytest.raises(ContextLengthExceeded, match="resulted in at least "):
         made.build(job({"role": "user", "content": content}))
+    assert tokenizer.encoded == 0
+
+
+def test_what_the_template_leaves_out_does_not_count():
+    short = builder("{{ messages[-1]['content'] }}")
+    messages = [{"role": "assistant", "content": "x" * 8_000_000}, {"role": "user", "content": "hello"}]
+    assert text_of(short.build(job(*messages))) == "hello"
+
+
+@pytest.mark.parametrize("place", ["name", "template argument", "many messages"])
+def test_everything_that_the_template_writes_counts(place):
+    tokenizer = CountingTokenizer()
+    tokenizer._tokenizer.chat_template = "{%- for message in messages -%}{{ message.name or '' }}{{ message.content }}{%- endfor -%}{{ prefix }}"
+    made, long = PromptBuilder(tokenizer, GenerationConfig(), VOCABULARY, CONTEXT), "x" * 8_000_000
+    jobs = {
+        "name": job({"role": "user", "content": "hi", "name": long}),
+        "template argument": job(chat_template_kwargs={"prefix": ["hi", {"text": long}]}),
+        "many messages": job(*({"role": "user", "content": "x" * 1000} for _ in range(4096))),
+    }
+    with pytest.raises(ContextLengthExceeded, match="resulted in at least "):
+        made.build(jobs[place])
     assert tokenizer.encoded == 0
 
 

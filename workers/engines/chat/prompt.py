@@ -13,6 +13,7 @@ from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.sequence import Request, Sampling, Sequence
+from workers.engines.chat.text_bound import TextBound
 
 RESERVED_TEMPLATE_NAMES = frozenset(
     {
@@ -51,7 +52,7 @@ class PromptBuilder:
             # nothing changes the tokenizer afterwards, so that any number of threads may encode at once
             self._backend.no_truncation()
             self._backend.no_padding()
-        self._longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self._bound = TextBound(tokenizer)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -62,9 +63,10 @@ class PromptBuilder:
 
         Raises InvalidRequest, ContextLengthExceeded or Cancelled.
         """
-        self._refuse_long(_characters(job.messages))
+        # the text counts, and not the messages: a template may leave out parts of them, as earlier reasoning
         text = self._render(job)
-        self._refuse_long(len(text))
+        if (tokens := self._bound.tokens(text)) > self._max_context:
+            raise self._too_long(f"at least {tokens}")
         if cancelled():
             raise Cancelled
         prompt = self._encode(text)
@@ -86,15 +88,6 @@ class PromptBuilder:
         for index in range(sampling.n):
             request.sequences.append(Sequence(request, index, self._vocabulary.detokenizer(sampling.stop)))
         return request
-
-    def _refuse_long(self, characters: int) -> None:
-        """Refuse a text that can't fit before it is rendered or encoded.
-
-        No token is longer than the longest of the vocabulary. Only a tokenizer that drops characters, runs of
-        spaces for example, could have made a text of this length fit.
-        """
-        if characters > self._max_context * self._longest_token:
-            raise self._too_long(f"at least {-(-characters // self._longest_token)}")
 
     def _too_long(self, tokens: str) -> ContextLengthExceeded:
         """The error in OpenAI's words, which routers recognize."""
@@ -173,12 +166,6 @@ class PromptBuilder:
             return 0.0
         value = getattr(self._generation, name, None)
         return float(neutral if value is None else value)
-
-
-def _characters(messages: Any) -> int:
-    """Count the characters of the messages' texts, without a copy."""
-    contents = (message.get("content") for message in messages)
-    return sum(len(content) for content in contents if isinstance(content, str))
 
 
 def end_tokens(generation: Any, config: Any, tokenizer: Any) -> frozenset[int]:

@@ -106,9 +106,8 @@ def _in_one_line(entry: ChatModelEntry) -> Iterator[None]:
         raise load_error(entry, error, f"{message}: {first_line(error)}") from error
     except torch.OutOfMemoryError as error:
         raise load_error(entry, error, "the GPU has no room for the weights at the moment") from error
-    except (
-        Exception
-    ) as error:  # network, disk and file formats raise many types; tokenizers a plain Exception
+    except Exception as error:
+        # network, disk and file formats raise many types; tokenizers a plain Exception
         raise load_error(entry, error, f"can't load {entry.weights}: {first_line(error)}") from error
 
 
