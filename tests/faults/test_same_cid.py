@@ -26,7 +26,7 @@ def test_the_worker_that_started_first_leaves_and_changes_nothing(start: Starter
         wait_served(service, timeout_s=30)
         if paused:
             first.signal(signal.SIGCONT)
-        assert first.popen.wait(20) == EXIT_CONFIGURATION, first.tail()
+        assert first.popen.wait(10) == EXIT_CONFIGURATION, first.tail()
         assert "a newer worker with the same cid has started" in first.tail()
 
         served_by = [(row["cid"], row["pid"], row["state"]) for row in service.worker_rows()]
