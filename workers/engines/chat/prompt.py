@@ -3,6 +3,7 @@
 Runs in the thread that submits, never in the engine thread.
 """
 
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +53,9 @@ class PromptBuilder:
             # nothing changes the tokenizer afterwards, so that any number of threads may encode at once
             self._backend.no_truncation()
             self._backend.no_padding()
+            # in the pool of tokenizers, which has a thread for each core, short prompts would wait for long
+            # ones; tokenizers reads this at each call
+            os.putenv("TOKENIZERS_PARALLELISM", "false")
         self._bound = TextBound(tokenizer)
 
     @property
@@ -101,7 +105,9 @@ class PromptBuilder:
         if self._backend is None:
             slow: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
             return slow
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        # `encode` would hold the interpreter's lock, for 20 s with 8 MB: streams stop, and the lease expires
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def _render(self, job: ChatJob) -> str:
