@@ -71,6 +71,12 @@ class Settings(BaseSettings):
     worker_model: str = Field(
         default="", description="the model that a worker process serves; scripts/run sets it"
     )
+    worker_gpu_share: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="the part of its GPU's memory that a worker process may use; scripts/run divides a GPU among the workers that share it",
+    )
     worker_cid: str = Field(
         default="",
         description="what the node knows a worker by, the same after each restart. "

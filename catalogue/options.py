@@ -17,7 +17,10 @@ class EngineOptions(Table):
     """`[models.engine]`: what every kind of engine has."""
 
     max_batch_size: int
-    dtype: Dtype = Field(default="auto", description="auto: bfloat16 on a GPU, float32 on a CPU")
+    dtype: Dtype = Field(
+        default="auto",
+        description="auto: bfloat16 on a GPU, float16 on one before compute capability 8.0, float32 on a CPU",
+    )
     torch_threads: int | None
 
 
@@ -41,10 +44,11 @@ class ChatEngineOptions(EngineOptions):
         le=1,
         description="share of the GPU memory free after loading that the KV cache may take",
     )
-    prefill_chunk: int = Field(
-        default=512,
+    prefill_chunk: int | None = Field(
+        default=None,
         ge=16,
-        description="prompt tokens computed between two decode steps; smaller values give steadier streams",
+        description="prompt tokens computed between two decode steps; smaller values give steadier streams. "
+        "Default: 512 on a CPU, 2048 on a GPU",
     )
     prefix_cache: bool = Field(
         default=True, description="reuse the KV of finished requests for prompts with the same beginning"

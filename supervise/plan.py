@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,27 +93,37 @@ def _workers(settings: Settings, catalogue: Catalogue, env: dict[str, str]) -> I
     if not settings.flower_basic_auth:
         celery += _WITHOUT_EVENTS
     only_one = sum(len(model.workers or ((),)) for model in catalogue.models) == 1
+    users = Counter(
+        gpu
+        for model in catalogue.models
+        for gpus in model.workers or (None,)
+        for gpu in _gpus_of(settings, gpus)
+    )
     for model in catalogue.models:
         for number, gpus in enumerate(model.workers or (None,), start=1):
             name = _unique(f"{slug(model.name)}-{number}", names)
             command = (*celery, "-n", f"{name}@%h")
-            own = {"WORKER_MODEL": model.name} | _cuda(settings, gpus)
+            visible = _gpus_of(settings, gpus)
+            own = {
+                "WORKER_MODEL": model.name,
+                "CUDA_VISIBLE_DEVICES": ",".join(visible),
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # that of nvidia-smi; CUDA's own order puts the fastest first
+                "WORKER_GPU_SHARE": str(1 / max((users[gpu] for gpu in visible), default=1)),
+            }
             if not only_one:
                 own["WORKER_CID"] = ""  # one cid can't name several workers, so each makes its own
             yield Spec(name, command, {**env, **own}, settings.drain_s + _WORKER_STOP_MARGIN_S)
 
 
-def _cuda(settings: Settings, gpus: tuple[int, ...] | None) -> dict[str, str]:
-    """Return the variable that binds a worker to its GPUs.
+def _gpus_of(settings: Settings, gpus: tuple[int, ...] | None) -> list[str]:
+    """Return what CUDA_VISIBLE_DEVICES lists for a worker.
 
     Indices count in the operator's own list where there is one.
     """
     visible = visible_gpus(settings)
     if gpus is None:
-        first = visible[0] if visible else ("0" if visible is None else "")
-        return {"CUDA_VISIBLE_DEVICES": first}
-    chosen = [str(gpu) if visible is None else visible[gpu] for gpu in gpus]
-    return {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+        return ["0"] if visible is None else visible[:1]
+    return [str(gpu) if visible is None else visible[gpu] for gpu in gpus]
 
 
 def visible_gpus(settings: Settings) -> list[str] | None:

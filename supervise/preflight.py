@@ -45,6 +45,13 @@ def _check_weights(model: ModelEntry, models_file: Path) -> None:
 
 
 def _check_gpus(model: ModelEntry, settings: Settings, models_file: Path) -> None:
+    for gpus in model.workers or ():
+        if len(gpus) > 1:
+            alone = ", ".join(f"[{gpu}]" for gpu in gpus)
+            raise ConfigurationError(
+                f"{models_file}: workers of {model.name!r}: {list(gpus)} gives one worker {len(gpus)} GPUs, and the"
+                f" engines of chat and images use one; write {alone} for a worker on each"
+            )
     visible = visible_gpus(settings)
     if visible is not None:
         count, which = len(visible), f"CUDA_VISIBLE_DEVICES={','.join(visible)} lists"

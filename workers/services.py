@@ -63,7 +63,7 @@ def build_worker(
         redis, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
     sender = EventSender(redis, keys, prepare=partial(keep_image, image_store))
-    engine = LazyEngine(entry, on_gpu=bool(identity.gpus))
+    engine = LazyEngine(entry, gpus=identity.gpus, gpu_share=settings.worker_gpu_share)
     throughput = Throughput(entry.engine.max_batch_size)
     runner = Runner(
         model=entry.name,

@@ -3,11 +3,13 @@
 Everything around them is the real code.
 """
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
 from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
@@ -178,3 +180,30 @@ def test_a_step_of_both_kinds_is_two_calls_of_the_kernel(setup, kernel):
     setup.runner.forward([setup.chunk(2, 8, 9), setup.chunk(0, 31, 44), setup.chunk(1, 20, 29)])
     layers = setup.model.config.num_hidden_layers
     assert [(call.sequences, call.longest_query) for call in kernel.calls] == [(1, 1), (2, 13)] * layers
+
+
+def test_a_refused_attention_keeps_no_memory(tmp_path, kernel, monkeypatch, caplog):
+    pools = []
+    make = KVCache.__init__
+
+    def remembered(cache, *arguments):
+        make(cache, *arguments)
+        pools.append(weakref.ref(cache.pool))
+
+    def wrong(*arguments, scale, **others):
+        assert len([pool for pool in pools if pool() is not None]) == 1
+        return kernel(*arguments, scale=1.5 * scale, **others)
+
+    monkeypatch.setattr(KVCache, "__init__", remembered)
+    monkeypatch.setattr(flash, "varlen_attn", wrong)
+    monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
+    known = set(ALL_ATTENTION_FUNCTIONS)
+    engine, _ = make_engine(save_model(tmp_path, CONFIGS["llama"]()), kv_cache_tokens=4096)
+    try:
+        assert "the portable attention is used instead" in caplog.text
+        first, second = pools
+        assert first() is None
+        assert second() is engine.parts.cache.pool
+        assert len(set(ALL_ATTENTION_FUNCTIONS) - known) == 1
+    finally:
+        engine.close()

@@ -81,7 +81,7 @@ def test_the_compiled_exponential_is_exact_to_rounding():
 def built(weights, **options) -> EngineParts:
     engine = {"torch_threads": 1, "max_batch_size": 4, **options}
     entry = {"name": "tiny", "tasks": ["chat"], "weights": str(weights), "engine": engine}
-    return build_engine(ChatModelEntry.model_validate(entry), Metrics(), lambda request_id: None)
+    return build_engine(ChatModelEntry.model_validate(entry), 1.0, Metrics(), lambda request_id: None)
 
 
 def forward_of(parts: EngineParts) -> Forward:

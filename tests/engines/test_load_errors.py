@@ -108,13 +108,6 @@ def test_weights_that_are_larger_than_the_gpu_never_fit(monkeypatch: pytest.Monk
         refuse_too_large([layer, torch.nn.Linear(8, 8)], torch.device("cuda"))
 
 
-def test_a_gpu_that_cuda_cannot_use_is_not_replaced_by_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(TemporaryLoadError, match="CUDA can't use it"):
-        LazyEngine(CHATS, on_gpu=True).load(lambda gained: None)
-
-
 class Hub(http.server.BaseHTTPRequestHandler):
     """Answers requests for `owner/<status>-<code of the hub's error>` with this error."""
 

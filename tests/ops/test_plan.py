@@ -47,6 +47,17 @@ def test_gpu_indices_count_in_the_operators_own_list() -> None:
     assert gpus(plan) == ["GPU-77", "", "4"]
 
 
+def test_workers_that_share_a_gpu_share_its_memory() -> None:
+    plan = plan_for([{"name": "m", "workers": [[0], [0], [1], []]}, {"name": "n"}])
+    assert [float(spec.env["WORKER_GPU_SHARE"]) for spec in plan.workers] == pytest.approx(
+        [1 / 3, 1 / 3, 1, 1, 1 / 3]
+    )
+
+
+def test_gpu_indices_are_those_of_nvidia_smi() -> None:
+    assert plan_for([{"name": "m"}]).workers[0].env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+
+
 def test_a_single_worker_keeps_the_given_cid_and_several_make_their_own() -> None:
     settings = Settings(worker_cid="mine")
     assert plan_for([{"name": "m"}], settings).workers[0].env.get("WORKER_CID") != ""

@@ -127,6 +127,16 @@ def test_gpu_that_is_not_there(tmp_path: Path) -> None:
     assert line == f"run: {path}: workers of 'echo': GPU 2 does not exist, CUDA_VISIBLE_DEVICES=0,1 lists 2"
 
 
+def test_several_gpus_for_an_engine_that_uses_one(tmp_path: Path) -> None:
+    path = catalogue(tmp_path, workers="[[0, 1]]")
+    status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")
+    assert status == 78
+    assert line == (
+        f"run: {path}: workers of 'echo': [0, 1] gives one worker 2 GPUs, and the engines of chat and images use one;"
+        " write [0], [1] for a worker on each"
+    )
+
+
 def test_full_disk(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk; the error comes from the same write."""
     script = f'ulimit -f 0; exec "{ROOT}/scripts/run" "{catalogue(tmp_path)}"'

@@ -1,5 +1,7 @@
 """Engines: loaded models that work on jobs. torch and other large libraries are imported when one is loaded."""
 
+from collections.abc import Sequence
+
 from catalogue import ChatModelEntry, ImageModelEntry, ModelEntry
 from protocol.jobs import Job
 from workers.engines.base import CancelReason, Emit, Engine, EngineStatus
@@ -12,18 +14,22 @@ class LazyEngine:
     Importing torch takes seconds. By then the worker holds its lease and hears a stop.
     """
 
-    def __init__(self, entry: ModelEntry, *, on_gpu: bool = False) -> None:
-        """`on_gpu`: the driver gives this process a GPU, so the model must not be loaded on the CPU."""
+    def __init__(self, entry: ModelEntry, *, gpus: Sequence[str] = (), gpu_share: float = 1.0) -> None:
+        """`gpus`: the UUIDs of those that the driver gives this process.
+
+        `gpu_share`: the part of a GPU's memory that it may use.
+        """
         self._entry = entry
-        self._on_gpu = on_gpu
+        self._gpus = list(gpus)
+        self._gpu_share = gpu_share
         self._engine: Engine | None = None
 
     def load(self, emit: Emit) -> None:
-        self._engine = _create_engine(self._entry)
-        if self._on_gpu and not isinstance(self._engine, EchoEngine):
-            from workers.engines.load_errors import check_gpu
+        self._engine = _create_engine(self._entry, self._gpu_share)
+        if not isinstance(self._engine, EchoEngine):
+            from workers.engines.device import require_gpus
 
-            check_gpu()
+            require_gpus(self._gpus)
         self._engine.load(emit)
 
     def submit(self, job: Job) -> None:
@@ -46,14 +52,14 @@ class LazyEngine:
             self._engine.close()
 
 
-def _create_engine(entry: ModelEntry) -> Engine:
+def _create_engine(entry: ModelEntry, gpu_share: float) -> Engine:
     if entry.weights.startswith(PREFIX):
         return EchoEngine(entry)
     match entry:
         case ChatModelEntry():
             from workers.engines.chat import ChatEngine
 
-            return ChatEngine(entry)
+            return ChatEngine(entry, gpu_share)
         case ImageModelEntry():
             from workers.engines.images import ImageEngine
 

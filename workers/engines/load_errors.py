@@ -45,12 +45,6 @@ def no_room(message: str, *, needed: int, room: int) -> EngineLoadError:
     return EngineLoadError(message) if needed > room else TemporaryLoadError(message)
 
 
-def check_gpu() -> None:
-    """Raise TemporaryLoadError if torch can't use the GPU that the driver lists, unless it was built for the CPU."""
-    if torch.version.cuda is not None and not torch.cuda.is_available():
-        raise TemporaryLoadError("the driver lists a GPU and CUDA can't use it")
-
-
 def refuse_too_large(modules: Iterable[torch.nn.Module], device: torch.device) -> None:
     """Raise EngineLoadError if the weights are larger than the whole GPU. Does nothing for the CPU, where they are."""
     if device.type != "cuda":

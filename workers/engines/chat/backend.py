@@ -15,6 +15,7 @@ from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.attention.flash import FlashPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.memory import CacheFactory
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
 from workers.engines.chat.model.linear import can_pack, pack_linears
@@ -22,14 +23,11 @@ from workers.engines.chat.model.loader import (
     CPU_PAGE,
     GPU_PAGE,
     LoadedModel,
-    budget_tokens,
-    cache_shape,
     wants_flash,
 )
 from workers.engines.chat.model.output_check import OutputCheck
 from workers.engines.chat.model.runner import ModelForward, ModelRunner, Runner
 from workers.engines.failures import free_memory
-from workers.engines.load_errors import memory_of_own, no_room
 
 log = logging.getLogger(__name__)
 
@@ -49,29 +47,30 @@ class Backend(NamedTuple):
     runner: Runner
 
 
-def build_backend(loaded: LoadedModel, options: ChatEngineOptions) -> Backend:
-    """Build the fastest backend whose output is right. Raises EngineLoadError if there is none."""
+def build_backend(
+    loaded: LoadedModel, options: ChatEngineOptions, *, prefill_chunk: int, gpu_share: float
+) -> Backend:
+    """Build the fastest backend whose output is right. Raises EngineLoadError if there is none.
+
+    `prefill_chunk`: the largest number of prompt tokens in a step. `gpu_share`: the part of the GPU's memory
+    that this process may use.
+    """
     joined = None
     if can_fuse(loaded.model):
         # before the cache takes the free memory: joining allocates new weights
         joined = join_weights(loaded.model)
         free_memory()
-    if wants_flash(loaded):
-        try:
-            return _build_flash(loaded, joined, options)
-        except TemporaryLoadError:
-            raise
-        except EngineLoadError as error:
-            log.warning("%s; the portable attention is used instead", error)
-            free_memory()
-    return _build_portable(loaded, joined, options)
+    caches = CacheFactory(loaded, options, prefill_chunk, gpu_share)
+    backend = _try_flash(loaded, joined, options, caches) if wants_flash(loaded) else None
+    if backend is None:
+        free_memory()
+        backend = _build_portable(loaded, joined, caches)
+    return backend
 
 
-def _build_portable(
-    loaded: LoadedModel, joined: list[JoinedWeights] | None, options: ChatEngineOptions
-) -> Backend:
+def _build_portable(loaded: LoadedModel, joined: list[JoinedWeights] | None, caches: CacheFactory) -> Backend:
     """The backend for any device."""
-    cache = _make_cache(loaded, options, CPU_PAGE, token_major=False)
+    cache = caches.make(CPU_PAGE, _paged_attention, token_major=False)
     attention = _paged_attention(cache)
     check = OutputCheck(loaded, cache)
     runner = _checked_runner(loaded, attention, check)
@@ -80,14 +79,31 @@ def _build_portable(
     return Backend(cache, attention, runner)
 
 
-def _build_flash(
-    loaded: LoadedModel, joined: list[JoinedWeights] | None, options: ChatEngineOptions
-) -> Backend:
-    """The backend for a GPU. Not run in this repository's tests, which have none."""
-    cache = _make_cache(loaded, options, GPU_PAGE, token_major=True)
-    attention = FlashPagedAttention(cache, min(loaded.max_context, cache.num_pages * GPU_PAGE))
-    check = OutputCheck(loaded, cache)
-    runner = _checked_runner(loaded, attention, check)
+def _try_flash(
+    loaded: LoadedModel,
+    joined: list[JoinedWeights] | None,
+    options: ChatEngineOptions,
+    caches: CacheFactory,
+) -> Backend | None:
+    """The backend for a GPU. Returns None, without holding its cache any longer, if its output is not right."""
+
+    def attention_over(cache: KVCache) -> FlashPagedAttention:
+        return FlashPagedAttention(cache, min(loaded.max_context, cache.num_pages * GPU_PAGE))
+
+    attention = None
+    try:
+        cache = caches.make(GPU_PAGE, attention_over, token_major=True)
+        attention = attention_over(cache)
+        check = OutputCheck(loaded, cache)
+        runner = _checked_runner(loaded, attention, check)
+    except TemporaryLoadError:
+        raise
+    except EngineLoadError as error:
+        log.warning("%s; the portable attention is used instead", str(error))
+        # transformers' table of attentions would keep the cache, nine tenths of the free memory
+        if attention is not None:
+            attention.unregister()
+        return None
     if joined is not None:
         _fuse(loaded, joined, attention, runner, check)
     if options.compile:
@@ -154,15 +170,3 @@ def _pack(loaded: LoadedModel, runner: ModelRunner, check: OutputCheck) -> None:
         log.warning("weights stay in torch's layout: in oneDNN's, %s", error)
         for module, name, linear in replaced:
             setattr(module, name, linear)
-
-
-def _make_cache(loaded: LoadedModel, options: ChatEngineOptions, page: int, token_major: bool) -> KVCache:
-    shape = cache_shape(loaded, token_major)
-    num_pages = max(2, budget_tokens(loaded, shape, options) // page)
-    try:
-        return KVCache(shape, num_pages, page, options.max_batch_size, loaded.device)
-    except (RuntimeError, MemoryError) as error:
-        tokens = num_pages * page
-        message = f"{loaded.name}: no room for a KV cache of {tokens} tokens"
-        needed = tokens * shape.bytes_per_token
-        raise no_room(message, needed=needed, room=memory_of_own(loaded.device)) from error

@@ -15,7 +15,7 @@ from workers.engines.chat.cache.prefix_cache import PrefixCache
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.likelihood import refuse_nonsense
-from workers.engines.chat.model.loader import LoadedModel, load_model
+from workers.engines.chat.model.loader import LoadedModel, in_one_line, load_model
 from workers.engines.chat.model.runner import Runner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
@@ -24,6 +24,9 @@ from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
 from workers.engines.failures import free_memory
+
+PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
+"""Prompt tokens of a step without `prefill_chunk`. A GPU computes fewer hardly faster."""
 
 
 @dataclass(slots=True)
@@ -62,11 +65,21 @@ class EngineParts:
         free_memory()
 
 
-def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str], None]) -> EngineParts:
+def build_engine(
+    entry: ChatModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
+) -> EngineParts:
     """Load the model and warm it up. Raises EngineLoadError.
 
-    `on_end` is called with the id of each request that has ended.
+    `gpu_share`: the part of the GPU's memory that this process may use. `on_end` is called with the id of
+    each request that has ended.
     """
+    with in_one_line(entry):
+        return _build(entry, gpu_share, metrics, on_end)
+
+
+def _build(
+    entry: ChatModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
+) -> EngineParts:
     options = entry.engine
     torch_threads = options.torch_threads or _default_threads()
     torch.set_num_threads(torch_threads)
@@ -78,12 +91,13 @@ def build_engine(entry: ChatModelEntry, metrics: Metrics, on_end: Callable[[str]
     end = end_tokens(loaded.model.generation_config, loaded.text_config, loaded.tokenizer)
     refuse_foreign_tokenizer(loaded, rows, end)
     refuse_nonsense(loaded)
-    backend = build_backend(loaded, options)
+    prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[loaded.device.type]
+    backend = build_backend(loaded, options, prefill_chunk=prefill_chunk, gpu_share=gpu_share)
     cache = backend.cache
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
-    scheduler = BatchScheduler(cache, prefixes, options.prefill_chunk, attention_cost)
-    scheduler.step_overhead = _measure_overhead(backend, min(options.prefill_chunk, max_context - 1))
+    scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost)
+    scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
     prompts = PromptBuilder(
         loaded.tokenizer, loaded.model.generation_config, rows, max_context, loaded.text_config
     )

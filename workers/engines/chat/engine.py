@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 class ChatEngine:
     """Serves a decoder-only language model. Implements workers.engines.base.Engine."""
 
-    def __init__(self, entry: ChatModelEntry) -> None:
+    def __init__(self, entry: ChatModelEntry, gpu_share: float = 1.0) -> None:
+        """`gpu_share`: the part of the GPU's memory that this process may use."""
         self.entry = entry
+        self._gpu_share = gpu_share
         self.metrics = Metrics()
         self._parts: EngineParts | None = None
         self._callback: Emit = lambda events: None
@@ -49,7 +51,7 @@ class ChatEngine:
     def load(self, emit: Emit) -> None:
         started = time.monotonic()
         self._callback = emit
-        self._parts = build_engine(self.entry, self.metrics, self._forget)
+        self._parts = build_engine(self.entry, self._gpu_share, self.metrics, self._forget)
         self._thread.start()
         log.info(
             "%s loaded in %.1f s: %s", self.entry.name, time.monotonic() - started, self._parts.describe()

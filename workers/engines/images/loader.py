@@ -23,6 +23,7 @@ from catalogue import ImageEngineOptions, ImageModelEntry
 from protocol.errors import ContextLengthExceeded
 from workers.engines.base import EngineLoadError
 from workers.engines.checkpoint import refuse_broken_files
+from workers.engines.device import choose_device, half_precision
 from workers.engines.images.components import complete_components
 from workers.engines.images.pipeline import ImagePipeline, denoiser_of
 from workers.engines.images.prompt_limit import PromptLimit
@@ -66,7 +67,7 @@ def load_pipelines(entry: ImageModelEntry) -> Pipelines:
         "%s loaded in %.1f s: %s, %s, images of %d pixels a side by default",
         entry.name,
         time.monotonic() - started,
-        torch.cuda.get_device_name() if device() == "cuda" else "CPU",
+        torch.cuda.get_device_name() if choose_device().type == "cuda" else "CPU",
         str(pipe.dtype).removeprefix("torch."),
         default_side,
     )
@@ -80,11 +81,6 @@ def load_pipelines(entry: ImageModelEntry) -> Pipelines:
     )
 
 
-def device() -> str:
-    """Return where pipelines run: the GPU that this process sees, or the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
     folder = Path(entry.weights)
     try:
@@ -93,8 +89,8 @@ def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
         with complete_components():
             pipe = _read(entry, {"revision": entry.revision, "dtype": dtype, "use_safetensors": True})
         modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        refuse_too_large(modules, torch.device(device()))
-        pipe.to(device())
+        refuse_too_large(modules, choose_device())
+        pipe.to(choose_device())
     except EngineLoadError as error:
         raise load_error(entry, error, str(error)) from error
     except Exception as error:  # network, disk, file formats and devices raise many types
@@ -148,7 +144,7 @@ def _requires(pipe: Any, name: str) -> bool:
 
 def _dtype(name: str) -> torch.dtype:
     if name == "auto":
-        return torch.bfloat16 if device() == "cuda" else torch.float32
+        return half_precision() if choose_device().type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
 
 
@@ -156,7 +152,7 @@ def _tune(pipe: Any, options: ImageEngineOptions) -> None:
     if hasattr(getattr(pipe, "vae", None), "enable_slicing"):
         pipe.vae.enable_slicing()  # decode a batch one by one: the same pixels, a lower peak of memory
     denoiser = denoiser_of(pipe)
-    if options.compile and device() == "cuda" and denoiser is not None:
+    if options.compile and choose_device().type == "cuda" and denoiser is not None:
         if getattr(denoiser, "_repeated_blocks", None):
             denoiser.compile_repeated_blocks(fullgraph=True)
         else:

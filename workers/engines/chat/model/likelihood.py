@@ -33,16 +33,16 @@ def refuse_nonsense(loaded: LoadedModel) -> None:
         logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0].float()
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
         name = type(loaded.model).__name__
-        raise EngineLoadError(f"{loaded.name}: {name} can't be served: {first_line(error)}") from error
+        raise EngineLoadError(f"{name} can't be served: {first_line(error)}") from error
     if not bool(logits.isfinite().all()):
-        raise EngineLoadError(f"{loaded.name}: the weights are damaged: the model's logits are not finite")
+        raise EngineLoadError("the weights are damaged: the model's logits are not finite")
     if len(ids) < 2 or not _is_trained(loaded.model):
         return
     uniform = -math.log(logits.shape[-1])
     mean = float(logits[:-1].log_softmax(-1).gather(1, ids[1:, None]).mean())
     if mean < uniform * (1 - SHARE):
         raise EngineLoadError(
-            f"{loaded.name}: the weights are damaged or another model's tokenizer is beside them: plain English"
+            f"the weights are damaged or another model's tokenizer is beside them: plain English"
             f" has a log probability of {mean:.1f} for each token, and random tokens have {uniform:.1f}"
         )
 

@@ -20,17 +20,13 @@ from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 from workers.engines.chat.model.tokenizer import load_tokenizer
 from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
-from workers.engines.load_errors import load_error, memory_of_own, no_room, refuse_too_large
+from workers.engines.device import choose_device, half_precision
+from workers.engines.load_errors import load_error, refuse_too_large
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 CPU_PAGE, GPU_PAGE = 24, 256
 """Tokens of a page. Small pages waste less memory; FlashAttention's block tables need multiples of 256."""
-
-CPU_CACHE_FRACTION = 0.1
-"""Share of the machine's memory without `kv_cache_tokens`: several workers may run on one machine."""
-LEAST_TOKENS = 64
-"""The smallest KV cache without `kv_cache_tokens`."""
 
 
 @dataclass(frozen=True)
@@ -46,31 +42,31 @@ class LoadedModel:
 
 
 def load_model(entry: ChatModelEntry) -> LoadedModel:
-    """Load what a catalogue entry names. Raises EngineLoadError with one line for the operator."""
+    """Load what a catalogue entry names. Raises EngineLoadError, or what the libraries do."""
     options = entry.engine
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _in_one_line(entry):
-        config, tokenizer, model = _read(entry, _dtype(options, device))
-        refuse_too_large([model], device)
-        model = model.to(device).eval()
+    device = choose_device()
+    config, tokenizer, model = _read(entry, _dtype(options, device), device)
+    model = model.to(device).eval()
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
-        raise EngineLoadError(f"{entry.name}: {type(model).__name__} has no standard attention cache")
+        raise EngineLoadError(f"{type(model).__name__} has no standard attention cache")
     if not tokenizer.chat_template:
-        raise EngineLoadError(f"{entry.name}: {entry.weights} has no chat template")
+        raise EngineLoadError(f"{entry.weights} has no chat template")
     _refuse_broken_template(entry, tokenizer)
     text_config = config.get_text_config()
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
         text_config=text_config,
-        max_context=_max_context(entry.name, text_config, options),
+        max_context=_max_context(text_config, options),
         device=device,
         name=entry.name,
     )
 
 
-def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, Any, Any]:
-    """Return configuration, tokenizer and model, on the CPU. Raises EngineLoadError, or what transformers does."""
+def _read(
+    entry: ChatModelEntry, dtype: torch.dtype, device: torch.device
+) -> tuple[PreTrainedConfig, Any, Any]:
+    """Return configuration, tokenizer and model. Raises EngineLoadError, or what transformers does."""
     source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
     folder = Path(entry.weights)
     # of the hub's files the client library checks the sizes
@@ -78,6 +74,11 @@ def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, 
     config = AutoConfig.from_pretrained(entry.weights, **source)
     refuse_unsupported(config)
     tokenizer = load_tokenizer(entry.weights, source)
+    if not hasattr(config, "quantization_config"):
+        with torch.device("meta"):
+            refuse_too_large([AutoModelForCausalLM.from_config(config, dtype=dtype)], device)
+    # each weight goes from its file to the GPU; otherwise the host's memory would have to hold all of them
+    place = {"device_map": {"": device}} if device.type == "cuda" else {}
     model, info = AutoModelForCausalLM.from_pretrained(
         entry.weights,
         config=config,
@@ -86,6 +87,7 @@ def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, 
         # refused below, with the names of the weights
         ignore_mismatched_sizes=True,
         output_loading_info=True,
+        **place,
         **source,
     )
     refuse_incomplete(info, type(model).__name__)
@@ -93,7 +95,7 @@ def _read(entry: ChatModelEntry, dtype: torch.dtype) -> tuple[PreTrainedConfig, 
 
 
 @contextmanager
-def _in_one_line(entry: ChatModelEntry) -> Iterator[None]:
+def in_one_line(entry: ChatModelEntry) -> Iterator[None]:
     """Turn every error of a load into an EngineLoadError that names model and weights."""
     try:
         yield
@@ -116,7 +118,7 @@ def _refuse_broken_template(entry: ChatModelEntry, tokenizer: Any) -> None:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise EngineLoadError(
-            f"{entry.name}: the chat template of {entry.weights} is cut off or broken at line {error.lineno}:"
+            f"the chat template of {entry.weights} is cut off or broken at line {error.lineno}:"
             f" {first_line(error)}"
         ) from error
     except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError):
@@ -150,34 +152,14 @@ def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
-        raise EngineLoadError(f"{loaded.name}: layers with different numbers of heads are not served")
+        raise EngineLoadError("layers with different numbers of heads are not served")
     return CacheShape(text.num_hidden_layers, kv_heads, head_dim, loaded.model.dtype, token_major)
 
 
-def budget_tokens(loaded: LoadedModel, shape: CacheShape, options: ChatEngineOptions) -> int:
-    """The number of tokens that the KV cache may hold: at most what a full batch can use.
-
-    Raises EngineLoadError.
-    """
-    most = options.max_batch_size * loaded.max_context
-    if options.kv_cache_tokens is not None:
-        return min(most, options.kv_cache_tokens)
-    room = memory_of_own(loaded.device)
-    if loaded.device.type == "cuda":
-        free, share = torch.cuda.mem_get_info(loaded.device)[0], options.memory_fraction
-    else:
-        free, share = room, CPU_CACHE_FRACTION
-    tokens = int(free * share) // shape.bytes_per_token
-    if tokens < LEAST_TOKENS:
-        message = f"{loaded.name}: no memory is left for a KV cache; it needs room for at least {LEAST_TOKENS} tokens"
-        raise no_room(message, needed=LEAST_TOKENS * shape.bytes_per_token, room=int(room * share))
-    return min(most, tokens)
-
-
-def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) -> int:
+def _max_context(text: PreTrainedConfig, options: ChatEngineOptions) -> int:
     own = getattr(text, "max_position_embeddings", None) or options.max_context
     if own is None:
-        raise EngineLoadError(f"{name}: the model doesn't say how long its context is; set max_context")
+        raise EngineLoadError("the model doesn't say how long its context is; set max_context")
     context = min(int(own), options.max_context or int(own))
     rope = getattr(text, "rope_parameters", None) or {}
     kind = rope.get("rope_type") if isinstance(rope, dict) else None
@@ -187,14 +169,14 @@ def _max_context(name: str, text: PreTrainedConfig, options: ChatEngineOptions) 
     if kind in LENGTH_DEPENDENT_ROPE and context > int(trained or own):
         # the angles depend on a batch's longest sequence: one request would change the text of another
         raise EngineLoadError(
-            f"{name}: {kind} positions can't be batched; set max_context to {trained or own} or less"
+            f"{kind} positions can't be batched; set max_context to {trained or own} or less"
         )
     return context
 
 
 def _dtype(options: ChatEngineOptions, device: torch.device) -> torch.dtype:
     if options.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return half_precision() if device.type == "cuda" else torch.float32
     dtype: torch.dtype = getattr(torch, options.dtype)
     return dtype
 

@@ -21,22 +21,20 @@ def refuse_foreign_tokenizer(loaded: LoadedModel, rows: int, end_tokens: frozens
     An added token that only a client would write, often one for padding, is accepted: a prompt with it is
     refused (prompt.py).
     """
-    tokenizer, name = loaded.tokenizer, loaded.name
+    tokenizer = loaded.tokenizer
     added = tokenizer.added_tokens_decoder
     limits = f"the model's tokens are 0 to {rows - 1}"
     for text, token in tokenizer.get_vocab().items():
         if token >= rows and token not in added:
             raise EngineLoadError(
-                f"{name}: the tokenizer is not the model's: it has token {token} ({text!r}); {limits}"
+                f"the tokenizer is not the model's: it has token {token} ({text!r}); {limits}"
             )
     for text in _written_by_template(tokenizer):
         token = tokenizer.convert_tokens_to_ids(text)
         if token >= rows:
-            raise EngineLoadError(f"{name}: the chat template writes {text!r}, token {token}; {limits}")
+            raise EngineLoadError(f"the chat template writes {text!r}, token {token}; {limits}")
     if end_tokens and min(end_tokens) >= rows:
-        raise EngineLoadError(
-            f"{name}: answers would never end: the end token is {min(end_tokens)}; {limits}"
-        )
+        raise EngineLoadError(f"answers would never end: the end token is {min(end_tokens)}; {limits}")
 
 
 def _written_by_template(tokenizer: Any) -> Iterator[str]:

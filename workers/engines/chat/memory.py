@@ -1,0 +1,138 @@
+"""Divides the memory that a loaded model leaves between the KV cache and everything that a step needs besides."""
+
+from collections.abc import Callable
+
+import torch
+
+from catalogue import ChatEngineOptions
+from workers.engines.chat.attention.base import ModelAttention
+from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
+from workers.engines.chat.detokenizer import Detokenizer, WindowStream
+from workers.engines.chat.model.loader import LoadedModel, cache_shape
+from workers.engines.chat.model.runner import ModelForward, ModelRunner
+from workers.engines.chat.sampling.sampler import Sampler
+from workers.engines.chat.sequence import Chunk, Request, Sampling, Sequence
+from workers.engines.load_errors import memory_of_own, no_room
+
+CPU_CACHE_FRACTION = 0.1
+"""Share of the machine's memory without `kv_cache_tokens`: several workers may run on one machine."""
+
+LEAST_TOKENS = 64
+"""The smallest KV cache without `kv_cache_tokens`."""
+
+
+class CacheFactory:
+    """Makes the KV cache of a model, as large as the memory permits."""
+
+    def __init__(
+        self, loaded: LoadedModel, options: ChatEngineOptions, prefill_chunk: int, gpu_share: float
+    ) -> None:
+        """`prefill_chunk`: the largest number of prompt tokens in a step.
+
+        `gpu_share`: the part of the GPU's memory that this process may use.
+        """
+        self._loaded = loaded
+        self._options = options
+        self._prefill_chunk = prefill_chunk
+        self._gpu_share = gpu_share
+
+    def make(
+        self, page: int, attention_over: Callable[[KVCache], ModelAttention], *, token_major: bool
+    ) -> KVCache:
+        """Make the cache, with `page` tokens a page. Raises EngineLoadError.
+
+        On a GPU the largest steps are first run with a small cache, to see what memory they need.
+        """
+        loaded, shape = self._loaded, cache_shape(self._loaded, token_major)
+        reserve = 0
+        if loaded.device.type == "cuda":
+            trial = self._pages(shape, self._prefill_chunk // page + 2, page)
+            reserve = step_bytes(loaded, attention_over(trial), trial, self._options, self._prefill_chunk)
+            del trial
+        tokens = budget_tokens(loaded, shape, self._options, gpu_share=self._gpu_share, reserve=reserve)
+        return self._pages(shape, max(2, tokens // page), page)
+
+    def _pages(self, shape: CacheShape, count: int, page: int) -> KVCache:
+        loaded = self._loaded
+        try:
+            return KVCache(shape, count, page, self._options.max_batch_size, loaded.device)
+        except (RuntimeError, MemoryError) as error:
+            message = f"no room for a KV cache of {count * page} tokens"
+            needed = count * page * shape.bytes_per_token
+            raise no_room(message, needed=needed, room=memory_of_own(loaded.device)) from error
+
+
+def step_bytes(
+    loaded: LoadedModel, attention: ModelAttention, cache: KVCache, options: ChatEngineOptions, chunk: int
+) -> int:
+    """Return the memory of a GPU that the largest steps need besides weights and cache, in bytes.
+
+    These are a prefill of `chunk` tokens and a decode step of a full batch, sampled in every way. CUDA graphs
+    have memory of their own for the latter.
+    """
+    runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
+    loaded.model.set_attn_implementation(attention.register())
+    slot = cache.take_slot()
+    tokens = min(chunk, loaded.max_context - 1)
+    padding = Chunk(cache.padding_slot, 0, [0], True)
+    rows = [_sampled_in_every_way(at) for at in range(options.max_batch_size)]
+
+    def decode() -> None:
+        logits = runner.forward([padding] * options.max_batch_size)
+        Sampler(logits.shape[1], options.max_batch_size, loaded.device).sample(logits, rows)
+
+    try:
+        cache.grow(slot, tokens)
+        prefill = peak_bytes(lambda: runner.forward([Chunk(slot, 0, [0] * tokens, True)]), loaded.device)
+        sampled = peak_bytes(decode, loaded.device)
+    finally:
+        cache.release(slot)
+        attention.unregister()
+    return max(prefill, sampled) + (sampled if options.compile else 0)
+
+
+def _sampled_in_every_way(slot: int) -> Sequence:
+    sampling = Sampling(
+        max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20
+    )
+    return Sequence(Request("", [0], sampling), 0, Detokenizer(WindowStream(lambda tokens: "")), slot=slot)
+
+
+def budget_tokens(
+    loaded: LoadedModel, shape: CacheShape, options: ChatEngineOptions, *, gpu_share: float, reserve: int
+) -> int:
+    """Return the number of tokens that the KV cache may hold: at most what a full batch can use.
+
+    `gpu_share`: the part of the GPU that this process may use. `reserve`: bytes of it that steps need besides.
+    Raises EngineLoadError.
+    """
+    most = options.max_batch_size * loaded.max_context
+    if options.kv_cache_tokens is not None:
+        return min(most, options.kv_cache_tokens)
+    room = memory_of_own(loaded.device)
+    if loaded.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(loaded.device)
+        held = torch.cuda.memory_reserved(loaded.device)
+        free = min(free, int(total * gpu_share) - held)
+        room, share = int(total * gpu_share) - held - reserve, options.memory_fraction
+    else:
+        free, share = room, CPU_CACHE_FRACTION
+    tokens = int((free - reserve) * share) // shape.bytes_per_token
+    if tokens < LEAST_TOKENS:
+        besides = f" besides the {reserve / 2**20:.0f} MiB that a step needs" if reserve else ""
+        message = (
+            f"no memory is left for a KV cache of {LEAST_TOKENS} tokens{besides}:"
+            f" {max(0, free) / 2**20:.0f} MiB are free"
+        )
+        raise no_room(message, needed=LEAST_TOKENS * shape.bytes_per_token, room=int(room * share))
+    return min(most, tokens)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the memory of a GPU that `run` needs for a time, in bytes."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
