@@ -77,9 +77,7 @@ class OutputCheck:
         kinds = getattr(self._loaded.text_config, "layer_types", None) or ()
         expected = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
         if not expected <= {layer for layer, call in attention.layers.items() if call.window is not None}:
-            raise EngineLoadError(
-                f"{self._loaded.name}: {self._name} hides its sliding window from attention"
-            )
+            raise EngineLoadError(f"{self._name} hides its sliding window from attention")
 
     def _refusal(self, reason: str) -> EngineLoadError:
-        return EngineLoadError(f"{self._loaded.name}: {self._name} can't be served: {reason}")
+        return EngineLoadError(f"{self._name} can't be served: {reason}")
