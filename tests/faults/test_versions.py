@@ -1,4 +1,4 @@
-"""Two versions of this service on one Redis, as in a rolling upgrade: the checkout, and a changed copy of it."""
+"""Two versions of this service on one Redis, as in a rolling upgrade: the checkout and a changed copy."""
 
 import re
 import shutil
