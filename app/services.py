@@ -19,6 +19,7 @@ from node.deployment import Deployment
 from node.election import Election
 from node.lock import NodeLock
 from node.reconciler import ELECTION_TTL_S, Reconciler
+from protocol.alarms import Alarms
 from protocol.celery_app import create_celery, visibility_timeout_s
 from protocol.connections import RedisClient, connect_redis, namespace_of
 from protocol.event_router import EventRouter
@@ -107,7 +108,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         ),
         bodies=BodyReader(BodyBudget()),
         worker_view=worker_view,
-        warnings=Warnings(settings, catalogue.models, worker_view, background),
+        warnings=Warnings(settings, catalogue.models, worker_view, background, Alarms(background, keys)),
         image_store=image_store,
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts,

@@ -74,6 +74,11 @@ class Keys(NamedTuple):
         return f"{self.prefix}youngest:{model}"
 
     @property
+    def alarms(self) -> str:
+        """Sorted set: texts of the supervisors' alarms, scored by expiry (Redis time, seconds)."""
+        return f"{self.prefix}alarms"
+
+    @property
     def workers(self) -> str:
         """Set: cids of the workers that have a record."""
         return f"{self.prefix}workers"

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from catalogue import Catalogue
 from config import EXIT_CONFIGURATION, ConfigurationError, Settings
+from protocol.alarms import Alarms
+from protocol.connections import connect_redis, namespace_of
+from protocol.names import Keys
 from supervise.console import Console, LineWriter
 from supervise.listeners import FLOWER_ADDRESS, Unavailable
 from supervise.plan import Plan, make_plan
@@ -64,15 +67,23 @@ def _run(settings: Settings, models_file: Path) -> None:
             redis = EmbeddedRedis.prepare(folder)
             stack.callback(redis.remove_files)
         plan = make_plan(settings, catalogue, models_file, redis)
-        asyncio.run(_serve(plan, probe, redis, _ready_line(settings, probe, redis)))
+        alarms = _alarms(settings, catalogue, redis)
+        asyncio.run(_serve(plan, probe, redis, _ready_line(settings, probe, redis), alarms))
 
 
-async def _serve(plan: Plan, probe: Probe, redis: EmbeddedRedis | None, ready_line: str) -> None:
+async def _serve(
+    plan: Plan, probe: Probe, redis: EmbeddedRedis | None, ready_line: str, alarms: Alarms
+) -> None:
     console = Console()
     try:
-        await Service(plan, probe, redis, console, ready_line).run()
+        await Service(plan, probe, redis, console, ready_line, alarms.renew).run()
     finally:
         console.close()
+
+
+def _alarms(settings: Settings, catalogue: Catalogue, redis: EmbeddedRedis | None) -> Alarms:
+    own = settings if redis is None else settings.model_copy(update={"redis_url": redis.url})
+    return Alarms(connect_redis(own), Keys.of(namespace_of(settings, catalogue)))
 
 
 def _ready_line(settings: Settings, probe: Probe, redis: EmbeddedRedis | None) -> str:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 from collections import Counter
 from typing import Any
 
@@ -44,6 +45,12 @@ class Probe:
         missing = [row for row in rows if row.get("state") == "ready" and not row.get("registered")]
         reasons = [str(row["last_error"]) for row in missing if row.get("last_error")]
         return reasons[0] if reasons else None if missing else ""
+
+    def ready_workers(self) -> set[int]:
+        """Return the process ids of this machine's workers that are ready."""
+        host = os.uname().nodename
+        rows = self._get("/v1/workers")[1].get("data", [])
+        return {row["pid"] for row in rows if row.get("host") == host and row.get("state") == "ready"}
 
     def progress(self) -> str:
         """Return one line with the number of workers of each model in each state."""

@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
-import re
 import signal
 import time
 from collections.abc import Coroutine
 from typing import Any
 
 from config import EXIT_CONFIGURATION
+from supervise.alarms import ProcessAlarms, Publish, reason_of
 from supervise.console import SUPERVISOR, Console
 from supervise.plan import Plan
 from supervise.process import Process, Spec, describe_status
@@ -17,10 +17,10 @@ from supervise.redis_server import EmbeddedRedis
 
 POLL_S = 0.5
 PROGRESS_EVERY_S = 15.0
-ALARM_EVERY_S = 600.0
+WATCH_S = 5.0
+"""How often it is looked which workers are ready, and alarms are told; they last protocol.alarms.ALARM_TTL_S."""
 REGISTER_S = 3.0
 """How long READY waits for the node's first answer to the workers."""
-_LOG_PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # time and level in the logs of Celery and gunicorn
 
 
 class StartFailed(Exception):
@@ -38,8 +38,15 @@ class Service:
     """The processes of a plan, from `run()` until they have stopped."""
 
     def __init__(
-        self, plan: Plan, probe: Probe, redis: EmbeddedRedis | None, console: Console, ready_line: str
+        self,
+        plan: Plan,
+        probe: Probe,
+        redis: EmbeddedRedis | None,
+        console: Console,
+        ready_line: str,
+        publish: Publish,
     ) -> None:
+        """`publish` tells the web processes of alarms."""
         self._plan = plan
         self._probe = probe
         self._redis = redis
@@ -52,7 +59,7 @@ class Service:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._groups: list[list[Process]] = []
         self._running: list[asyncio.Task[None]] = []
-        self._given_up: list[Process] = []
+        self._alarms = ProcessAlarms(plan.workers, publish, self._print)
 
     async def run(self) -> None:
         """Start everything, print READY, and stop everything when a signal or `ask_to_stop` requests it.
@@ -64,21 +71,24 @@ class Service:
             numbers.append(signal.SIGHUP)
         for number in numbers:
             asyncio.get_running_loop().add_signal_handler(number, self.ask_to_stop)
+        watching = asyncio.create_task(self._watch())
         try:
             await self._until_stopped(self._start())
-            await self._alarm_until_stopped()
+            await self._stop_asked.wait()
         finally:
+            watching.cancel()
             await self._stop()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
 
-    async def _alarm_until_stopped(self) -> None:
-        """Repeat, until a stop is requested, which processes have ended for good."""
-        while not self._stop_asked.is_set():
-            for process in self._given_up:
-                self._print(
-                    f"ALARM: {process.spec.name} does not run: {_reason(process)}; correct it and restart"
-                )
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop_asked.wait(), ALARM_EVERY_S)
+    async def _watch(self) -> None:
+        """Tell again and again which processes do not come up."""
+        while True:
+            ready = await asyncio.to_thread(self._probe.ready_workers)
+            for process in (process for group in self._groups for process in group if process.pid in ready):
+                self._alarms.became_ready(process)
+            await asyncio.to_thread(self._alarms.tell, time.monotonic())
+            await asyncio.sleep(WATCH_S)
 
     def ask_to_stop(self) -> None:
         """Stop in order; when called again, without waiting for running requests."""
@@ -155,13 +165,12 @@ class Service:
         During the start, a fatal status fails the start; the first one counts.
         """
         if self._ready or status not in process.spec.fatal_at_start:
-            if status == EXIT_CONFIGURATION:
-                self._given_up.append(process)
+            self._alarms.exited(process, status)
             return status != EXIT_CONFIGURATION
         if self._failed.done():
             return False
         if status == EXIT_CONFIGURATION:
-            reason = f"{process.spec.name}: {_reason(process)}"
+            reason = f"{process.spec.name}: {reason_of(process) or describe_status(status)}"
             self._failed.set_exception(StartFailed(reason, EXIT_CONFIGURATION))
         else:
             reason = f"{describe_status(status)} while starting; its output above says why"
@@ -176,8 +185,3 @@ class Service:
             await asyncio.gather(*(process.stop(self._hurry) for process in group))
         await asyncio.gather(*self._running)
         self._print("stopped")
-
-
-def _reason(process: Process) -> str:
-    """Return the last line that a process printed before a configuration error ended it."""
-    return _LOG_PREFIX.sub("", process.last_line) or describe_status(EXIT_CONFIGURATION)

@@ -7,24 +7,32 @@ from redis.exceptions import RedisError, ResponseError
 from app.dispatch.worker_view import WorkerView
 from catalogue import ModelEntry
 from config import Settings
+from protocol.alarms import Alarms
 from protocol.connections import RedisClient
 
 
 class Warnings:
-    """Finds what to warn of. Only the first look makes a round trip to Redis."""
+    """Finds what to warn of. A look makes a few round trips to Redis."""
 
     def __init__(
-        self, settings: Settings, models: Sequence[ModelEntry], worker_view: WorkerView, client: RedisClient
+        self,
+        settings: Settings,
+        models: Sequence[ModelEntry],
+        worker_view: WorkerView,
+        client: RedisClient,
+        alarms: Alarms,
     ) -> None:
         self._of_settings = settings.warnings()
         self._models = models
         self._worker_view = worker_view
         self._redis = client
+        self._alarms = alarms
         self._eviction: str | None = None
 
     def __call__(self) -> list[str]:
         """Return the warnings, one sentence each."""
-        return [*self._of_settings, *self._of_redis(), *self._of_models(), *self._of_node()]
+        found = [*self._of_settings, *self._of_redis(), *self._of_processes()]
+        return [*found, *self._of_models(), *self._of_node()]
 
     def _of_redis(self) -> Iterator[str]:
         if self._eviction is None:
@@ -37,6 +45,15 @@ class Warnings:
                 f"maxmemory-policy of Redis is {self._eviction}: it may remove requests and leases; "
                 "set it to noeviction"
             )
+
+    def _of_processes(self) -> list[str]:
+        """What the supervisors of all machines tell of processes that do not come up."""
+        if not self._worker_view.reachable:
+            return []
+        try:
+            return self._alarms.current()
+        except RedisError:
+            return []  # the status of /readyz says so from the next second on
 
     def _of_models(self) -> Iterator[str]:
         for entry in self._models:

@@ -10,6 +10,7 @@ from app.dispatch.worker_view import WorkerView
 from app.operations.warnings import Warnings
 from catalogue import Catalogue
 from config import Settings
+from protocol.alarms import Alarms
 from protocol.leases import Leases
 from protocol.names import Keys
 from tests.deployment import RedisServer
@@ -29,7 +30,8 @@ class Bench:
     def __init__(self, client: Any, keys: Keys) -> None:
         self.leases = Leases(client, keys)
         self.view = WorkerView(self.leases)
-        self._warnings = Warnings(Settings(node_url=""), CATALOGUE.models, self.view, client)
+        self.alarms = Alarms(client, keys)
+        self._warnings = Warnings(Settings(node_url=""), CATALOGUE.models, self.view, client, self.alarms)
 
     def worker(self, cid: str, **fields: Any) -> None:
         self.leases.renew_worker(worker_record(cid, **({"node": "n", "state": "ready"} | fields)))
@@ -61,6 +63,13 @@ def test_a_worker_that_is_not_ready_beside_one_that_is(bench: Bench, state: str)
     bench.worker("one")
     bench.worker("two", state=state)
     assert bench.warnings() == ["echo has 1 ready of 2 workers; /v1/workers and the log say why"]
+
+
+def test_an_alarm_of_a_supervisor(bench: Bench) -> None:
+    bench.worker("one")
+    bench.worker("two")
+    bench.alarms.renew({"echo-3 on gpu7 does not run: no such folder"})
+    assert bench.warnings() == ["echo-3 on gpu7 does not run: no such folder"]
 
 
 def test_a_worker_that_has_ended(bench: Bench) -> None:

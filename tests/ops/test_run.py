@@ -2,10 +2,8 @@
 
 import contextlib
 import fcntl
-import http.client
 import json
 import os
-import re
 import shutil
 import signal
 import stat
@@ -14,82 +12,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import redis
 
 from config import Settings
 from supervise.readiness import Probe
-from tests.deployment import ROOT, Stream, free_port, wait_until
+from tests.deployment import ROOT, free_port, wait_until
+from tests.ops.running import CATALOGUE, READY_S, Run, command_of
 from tests.ops.stand_ins import alive
 from tests.stand_in_node import StandInNode
-
-READY_S = 90.0
-CATALOGUE = """
-project = "Run"
-[[models]]
-name = "echo"
-tasks = ["chat"]
-weights = "echo:"
-workers = [[], []]
-"""
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    """Return its command line, [] for one that has exited."""
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
-
-
-class Run:
-    """A `scripts/run` in the background."""
-
-    def __init__(self, folder: Path, *before: str, models: str = CATALOGUE, **settings: str) -> None:
-        catalogue = folder / "models.toml"
-        catalogue.write_text(models)
-        self.bind = settings.get("BIND") or f"127.0.0.1:{free_port()}"
-        self._log = folder / "output"
-        env = {k: v for k, v in os.environ.items() if k not in ("REDIS_URL", "API_KEYS", "FLOWER_BASIC_AUTH")}
-        with self._log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [*before, ROOT / "scripts" / "run", catalogue],
-                env={**env, "BIND": self.bind, "NODE_URL": "", "DRAIN_S": "2", **settings},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    @property
-    def output(self) -> str:
-        return self._log.read_text(errors="replace")
-
-    def until_printed(self, pattern: str) -> re.Match[str]:
-        try:
-            found = wait_until(lambda: re.search(pattern, self.output), timeout_s=READY_S, what=pattern)
-        except AssertionError as error:
-            raise AssertionError(f"{pattern!r} was never printed:\n{self.output}") from error
-        assert found
-        return found
-
-    def processes(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def workers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "worker" in command_of(process)]
-
-    def stream(self, tokens: int) -> Stream:
-        """Begin a streamed chat of `tokens` tokens; return when its head has arrived."""
-        connection = http.client.HTTPConnection(self.bind, timeout=60)
-        messages = [{"role": "user", "content": "count"}]
-        body = {"model": "echo", "messages": messages, "stream": True, "max_tokens": tokens}
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-        return Stream(connection.getresponse(), connection)
-
-    def ready(self) -> bool:
-        return Probe(Settings(bind=self.bind)).ready()
 
 
 @pytest.fixture
@@ -160,15 +91,6 @@ def node() -> Iterator[StandInNode]:
         yield node
 
 
-def stop(run: Run) -> None:
-    run.process.send_signal(signal.SIGTERM)
-    try:
-        assert run.process.wait(60) == 0
-    finally:
-        run.process.kill()
-        run.process.wait()
-
-
 @pytest.mark.parametrize(("host", "loopback"), [("0.0.0.0", "127.0.0.1"), ("[::]", "[::1]")])
 def test_a_service_that_listens_on_every_address_is_registered_at_the_loopback(
     tmp_path: Path, node: StandInNode, host: str, loopback: str
@@ -181,7 +103,7 @@ def test_a_service_that_listens_on_every_address_is_registered_at_the_loopback(
         node.wait_for(lambda node: len(node.entries()) == 2, 30)
         assert {entry["api"] for entry in node.entries()} == {f"{ready[1]}/v1/chat/completions"}
     finally:
-        stop(run)
+        run.stop()
 
 
 def test_the_ready_line_and_readyz_say_what_the_node_refuses(tmp_path: Path, node: StandInNode) -> None:
@@ -193,7 +115,7 @@ def test_the_ready_line_and_readyz_say_what_the_node_refuses(tmp_path: Path, nod
             warnings = json.load(answer)["warnings"]
         assert [warning for warning in warnings if "is not registered" in warning and "1001" in warning]
     finally:
-        stop(run)
+        run.stop()
 
 
 ON_ONE_GPU = """
@@ -230,7 +152,7 @@ def test_workers_that_share_a_gpu_have_cids_of_their_own(tmp_path: Path, node: S
         assert [row["gpus"] for row in rows] == [["GPU-1"]] * 3
         assert len({row["cid"] for row in rows}) == 3
     finally:
-        stop(run)
+        run.stop()
 
 
 def test_from_ready_to_one_ctrl_c(started: Run) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import Settings
+from supervise import alarms as alarms_module
 from supervise import service as service_module
 from supervise.console import Console
 from supervise.plan import Plan
@@ -28,6 +29,9 @@ class StubProbe(Probe):
 
     def progress(self) -> str:
         return "m: 1 loading"
+
+    def ready_workers(self) -> set[int]:
+        return set()
 
 
 @pytest.fixture
@@ -54,7 +58,10 @@ class Output:
 
 def build(plan: Plan, ready_when: Path) -> tuple[Service, Output]:
     out = Output(ready_when.with_name("output"))
-    return Service(plan, StubProbe(ready_when), None, out.console, "READY http://stand-in"), out
+    service = Service(
+        plan, StubProbe(ready_when), None, out.console, "READY http://stand-in", lambda texts, ended: None
+    )
+    return service, out
 
 
 STOPS_WITH_THE_OTHER = """
@@ -177,7 +184,8 @@ def test_a_worker_that_exits_after_ready_is_restarted(log: Path) -> None:
 def test_a_worker_that_is_not_restarted_is_an_alarm_again_and_again(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "ALARM_EVERY_S", 0.05)
+    monkeypatch.setattr(service_module, "WATCH_S", 0.05)
+    monkeypatch.setattr(alarms_module, "REPEAT_S", 0.05)
     body = f"""
 while "READY" not in open({str(log.with_name("output"))!r}).read():
     time.sleep(0.02)
@@ -189,7 +197,8 @@ os._exit(78)
     async def scenario() -> None:
         service, out = build(plan, log)
         running = asyncio.create_task(service.run())
-        while out.so_far().count("ALARM: m-1 does not run: weights are gone; correct it and restart") < 3:
+        line = f"ALARM: m-1 on {os.uname().nodename} does not run: weights are gone; correct it and restart"
+        while out.so_far().count(line) < 3:
             await asyncio.sleep(0.02)
         service.ask_to_stop()
         await asyncio.wait_for(running, 60)
