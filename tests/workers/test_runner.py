@@ -321,16 +321,14 @@ def test_a_job_is_deleted_after_a_stall_in_which_its_events_were_lost(
 
 
 def test_a_claim_that_is_forbidden_is_not_repeated(
-    tmp_path: Path, keys: Keys, caplog: pytest.LogCaptureFixture
+    stalling: tuple[RedisServer, Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = RedisServer(tmp_path)
-    server.start()
-    bench = Bench(server, keys)
+    server, bench = stalling
     bench.admit("a")
     server.client.execute_command("ACL", "SETUSER", "default", "-eval", "-evalsha")
     join(bench.start("a"))
     assert "request a could not be read" in caplog.text
-    server.stop()
+    server.client.execute_command("ACL", "SETUSER", "default", "+eval", "+evalsha")
 
 
 def test_at_its_deadline_a_request_is_cancelled_and_its_end_awaited(bench: Bench) -> None:
