@@ -1,5 +1,6 @@
 """gunicorn's settings. `gunicorn wsgi:app` reads this file from the working directory."""
 
+import ctypes
 import gc
 import resource
 import shutil
@@ -48,12 +49,27 @@ loglevel = "info"
 
 
 def post_fork(server: Any, worker: Any) -> None:
-    """Let SIGTERM end a process that is still importing.
+    """Let SIGTERM end a process that is still importing, and set what malloc returns to the system.
 
     Until the worker installs its own handlers it has the master's, which would lose the signal: the master
     would then wait for `graceful_timeout`.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _return_large_blocks()
+
+
+_M_MMAP_THRESHOLD = -3  # malloc.h of glibc; other C libraries have no mallopt
+
+
+def _return_large_blocks() -> None:
+    """Make malloc return each block of a MiB or more to the system when it is freed.
+
+    By itself glibc raises that limit, up to 32 MiB, with each large block that is freed. Later bodies are then parts
+    of the heap, which shrinks at its end only: after a dozen uploads a process kept a hundred MiB and more.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def post_worker_init(worker: Any) -> None:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -53,10 +54,34 @@ def test_the_store_is_bounded_and_the_oldest_images_are_removed_first(tmp_path: 
         assert status_of(service, links[-1]) == 200
 
 
-def test_an_edit_that_waits_keeps_its_image_in_redis_alone(tmp_path: Path) -> None:
+def noise() -> str:
+    """An image of 8 MiB, in a body of 11 MiB."""
     png = io.BytesIO()
     Image.frombytes("RGB", (1700, 1700), os.urandom(3 * 1700 * 1700)).save(png, "PNG")
-    image = base64.b64encode(png.getvalue()).decode()
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def test_the_memory_of_large_bodies_is_returned_to_the_system(tmp_path: Path) -> None:
+    catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
+    body = json.dumps({"model": "echo-images", "prompt": "x", "image": noise()}).encode()
+    with Deployment(tmp_path, catalogue=catalogue, redis_server=None) as service:
+        service.start("echo-images")
+        assert service.web is not None
+        (web,) = psutil.Process(service.web.pid).children()
+        before = web.memory_info().rss
+        with ThreadPoolExecutor(12) as clients:
+            for _ in range(3):
+                sent = [clients.submit(service.post, "/v1/images/edits", body) for _ in range(12)]
+                assert {one.result()[0] for one in sent} == {200}
+        wait_until(
+            lambda: web.memory_info().rss - before < 30 * 2**20,
+            timeout_s=20,
+            what="the memory of 36 bodies is free",
+        )
+
+
+def test_an_edit_that_waits_keeps_its_image_in_redis_alone(tmp_path: Path) -> None:
+    image = noise()
     catalogue = ECHO_CATALOGUE.format(step_ms=0, slots=4)
     with Deployment(tmp_path, catalogue=catalogue, redis_server=None) as service:
         service.start("echo-images")
