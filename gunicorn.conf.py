@@ -9,10 +9,13 @@ import sys
 import tempfile
 from typing import Any
 
+from catalogue import Catalogue
 from config import EXIT_CONFIGURATION, ConfigurationError, Settings
 
 try:
     _settings = Settings.from_env()
+    # here too, because gunicorn reports whatever the application raises as status 3, with a traceback
+    Catalogue.from_file(_settings.models_file)
 except ConfigurationError as error:
     print(f"web: {error}", file=sys.stderr)
     sys.exit(EXIT_CONFIGURATION)
