@@ -14,6 +14,7 @@ COPY protocol/ protocol/
 # Flower uses the workers' Celery app, whose import does not load torch
 COPY workers/ workers/
 
-RUN useradd --system --uid 10001 --home-dir /srv service
+# The files' modes come from the checkout, whose umask may have kept others from reading.
+RUN useradd --uid 10001 --create-home service && chmod -R a+rX .
 USER service
 CMD ["gunicorn", "wsgi:app"]

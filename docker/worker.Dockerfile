@@ -16,7 +16,8 @@ COPY protocol/ protocol/
 COPY workers/ workers/
 COPY demo/ demo/
 
-# A volume takes the owner of the folder that it is mounted on.
-RUN useradd --system --uid 10001 --home-dir /srv service && install -d -o service /var/lib/weights
+# The user's home holds the caches of compiled kernels. A volume takes the owner of the folder that it is mounted on.
+# The files' modes come from the checkout, whose umask may have kept others from reading.
+RUN useradd --uid 10001 --create-home service && install -d -o service /var/lib/weights && chmod -R a+rX .
 USER service
 CMD ["celery", "-A", "workers", "worker"]

@@ -17,7 +17,7 @@ from catalogue import Catalogue
 from config import EXIT_CONFIGURATION, Settings
 from supervise.plan import make_plan
 from supervise.redis_server import EmbeddedRedis
-from tests.deployment import ROOT
+from tests.deployment import ROOT, free_port
 
 
 def seconds(duration: str) -> float:
@@ -114,6 +114,9 @@ def test_compose_has_the_workers_of_the_example_catalogue(compose: dict[str, Any
         for worker in workers(compose)
     ]
     assert sorted(found) == sorted(wanted)
+    for (_, gpus), worker in zip(found, workers(compose), strict=True):
+        sharing = sum(gpus == other for _, other in found)
+        assert float(worker["environment"].get("WORKER_GPU_SHARE", 1)) * sharing == 1
     nodes = [worker["command"][-1] for worker in workers(compose)]
     assert len(set(nodes)) == len(nodes), "Flower merges workers of one name"
 
@@ -126,7 +129,13 @@ def test_compose_sets_nothing_that_settings_do_not_know(compose: dict[str, Any])
 
 
 def test_every_setting_reaches_the_containers(compose: dict[str, Any]) -> None:
-    of_one_container = {"WORKER_MODEL", "WORKER_CID", "FLOWER_BASIC_AUTH", "CUDA_VISIBLE_DEVICES"}
+    of_one_container = {
+        "WORKER_MODEL",
+        "WORKER_CID",
+        "WORKER_GPU_SHARE",
+        "FLOWER_BASIC_AUTH",
+        "CUDA_VISIBLE_DEVICES",
+    }
     of_one_container.add("PROMETHEUS_MULTIPROC_DIR")  # a folder inside the container, which gunicorn makes
     wanted = {field.upper() for field in Settings.model_fields} - of_one_container
     for service in [compose["services"]["web"], *workers(compose)]:
@@ -139,17 +148,37 @@ def test_every_container_has_an_init_process(compose: dict[str, Any]) -> None:
 
 def test_weights_beside_the_catalogue_are_mounted(compose: dict[str, Any]) -> None:
     for worker in workers(compose):
-        folders = {volume.split(":")[-2] for volume in worker["volumes"]}
+        folders = {mount["target"] for mount in worker["volumes"] if isinstance(mount, dict)}
         catalogue = Path(worker["environment"]["MODELS_FILE"])
-        assert str(catalogue) in folders and str(catalogue.parent / "weights") in folders
+        assert folders == {str(catalogue), str(catalogue.parent / "weights")}
+
+
+def test_the_operator_may_name_files_without_a_dot(compose: dict[str, Any]) -> None:
+    """In the short form of a mount, a source without "/" is the name of a volume."""
+    for service in compose["services"].values():
+        assert not [m for m in service.get("volumes", []) if isinstance(m, str) and "${" in m]
+
+
+def copied(name: str) -> list[str]:
+    """Return what a Dockerfile copies into the image, as it is written there."""
+    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
+    return [part for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for part in line.split()]
+
+
+@pytest.mark.parametrize("name", ["web", "worker"])
+def test_images_have_all_modules_that_they_import(name: str) -> None:
+    own = {path.name.removesuffix(".py") for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    present = {path.rstrip("/").removesuffix(".py") for path in copied(name)}
+    for path in copied(name):
+        for file in [ROOT / path] if path.endswith(".py") else (ROOT / path).rglob("*.py"):
+            for module in re.findall(r"^ *(?:from|import) (\w+)", file.read_text(), re.MULTILINE):
+                assert module not in own or module in present, f"{file} imports {module}"
 
 
 @pytest.mark.parametrize("name", ["web", "worker"])
 def test_dockerfiles_copy_what_exists(name: str) -> None:
-    text = (ROOT / "docker" / f"{name}.Dockerfile").read_text()
-    copied = [part for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for part in line.split()]
     allowed = (ROOT / ".dockerignore").read_text()
-    for path in copied:
+    for path in copied(name):
         assert (ROOT / path).exists(), path
         assert f"!{path}" in allowed or path.startswith("requirements"), f"{path} is missing in .dockerignore"
 
@@ -163,6 +192,21 @@ def test_gunicorn_listens_for_the_node_only_with_keys(monkeypatch: pytest.Monkey
     conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
     assert conf["bind"] == ["127.0.0.1:1", "127.0.0.1:2"]
     assert conf["keepalive"] > 90 and conf["max_requests"] == 0 and conf["control_socket_disable"]
+
+
+def test_a_wrong_catalogue_ends_gunicorn_as_a_wrong_setting_does(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gunicorn", "wsgi:app"],
+        cwd=ROOT,
+        env={**os.environ, "BIND": f"127.0.0.1:{free_port()}", "MODELS_FILE": str(tmp_path / "missing.toml")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == EXIT_CONFIGURATION
+    assert done.stderr.startswith("web: ") and "missing.toml" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_gunicorn_raises_the_soft_limit_of_open_files() -> None:
