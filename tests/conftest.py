@@ -1,14 +1,16 @@
 """Fixtures for all tests, and how `pytest -n N` distributes the tests over its processes."""
 
 import itertools
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from protocol.names import Keys
-from tests.deployment import RedisServer
+from tests.deployment import ROOT, RedisServer
 
 TOGETHER = {
     f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
@@ -41,7 +43,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduli
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the units with slow tests first under `pytest -n`: begun last, they would end long after all."""
+    """Put the units with slow tests first under `pytest -n`: begun last, they would end long after all.
+
+    A test with the trained model may be the one that downloads it, and gets the time for it.
+    """
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(900))
     if hasattr(config, "workerinput"):
         slow = {unit_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: unit_of(item.nodeid) not in slow)
@@ -66,3 +74,11 @@ def redis_client(redis_server: RedisServer) -> Any:
 def keys() -> Keys:
     """A namespace that no other test has."""
     return Keys.of(f"test{next(_numbers)}")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, a trained model. The first test ever to use it downloads it."""
+    done = subprocess.run([ROOT / "scripts/fetch-smollm2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ROOT / "weights/smollm2-135m-instruct"
