@@ -1,4 +1,4 @@
-"""The model of the chat benchmark: an untrained Llama of 4.2 M parameters without an end token."""
+"""The benchmarks' model: an untrained Llama without an end token, by default of 4.2 M parameters."""
 
 from pathlib import Path
 
@@ -10,13 +10,9 @@ VOCABULARY = 2048
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}{% if add_generation_prompt %}w1{% endif %}"
 
 
-def write_model(folder: Path, seed: int = 0) -> None:
-    """Save a float32 model of 4 layers, hidden size 256, 8 query and 4 key-value heads.
-
-    The tokenizer's tokens are the words w0 to w2047.
-    """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def small_config() -> LlamaConfig:
+    """4 layers, hidden size 256, 8 query and 4 key-value heads."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=768,
@@ -29,10 +25,26 @@ def write_model(folder: Path, seed: int = 0) -> None:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = LlamaForCausalLM(config)
+
+
+def write_model(
+    folder: Path,
+    seed: int = 0,
+    config: LlamaConfig | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Save a random model of `config`, by default the small one, whose weights are made on `device`.
+
+    The tokenizer's tokens are the words w0, w1, ...: as many as the configuration says.
+    """
+    config = config or small_config()
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    words = {f"w{number}": number for number in range(VOCABULARY)}
+    words = {f"w{number}": number for number in range(config.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
