@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,16 +57,31 @@ def mutated(copy: Path, mutant: Mutant) -> Iterator[None]:
         path.write_text(before, encoding="utf-8")
 
 
-def is_killed(copy: Path, mutant: Mutant) -> bool:
-    """Whether one of the mutant's tests fails, or none of them ends."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests]
+def run_tests(
+    copy: Path, tests: Iterable[str], timeout_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run tests in a copy of the checkout up to the first failure. Raises subprocess.TimeoutExpired."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(
+        command, cwd=copy, env=environment, capture_output=True, text=True, check=False, timeout=timeout_s
+    )
+
+
+def require_passing(copy: Path, mutants: Iterable[Mutant]) -> None:
+    """End the process unless all tests pass without a mutant: a test that always fails would kill each one."""
+    run = run_tests(copy, sorted({test for mutant in mutants for test in mutant.tests}))
+    if run.returncode != NO_FAILURE:
+        raise SystemExit(f"the tests fail without a mutant:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
+
+
+def is_killed(copy: Path, mutant: Mutant) -> bool:
+    """Whether one of the mutant's tests fails, or they do not end."""
     with mutated(copy, mutant):
         try:
-            run = subprocess.run(
-                command, cwd=copy, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S
-            )
+            run = run_tests(copy, mutant.tests, TIMEOUT_S)
         except subprocess.TimeoutExpired:
+            print(f"{mutant.name}: the tests did not end within {TIMEOUT_S} s", flush=True)
             return True
     if run.returncode not in (NO_FAILURE, FAILURES):
         raise SystemExit(f"{mutant.name}: the tests could not run:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
@@ -94,6 +109,9 @@ def main() -> None:
         free: SimpleQueue[Path] = SimpleQueue()
         for number in range(options.processes):
             free.put(copy_checkout(Path(folder, str(number))))
+        copy = free.get()
+        require_passing(copy, chosen)
+        free.put(copy)
 
         def judge(mutant: Mutant) -> bool:
             copy = free.get()
