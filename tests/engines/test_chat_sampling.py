@@ -17,34 +17,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tests.engines.sampling_cases import FILTERS, KINDS, expected_token, row, row_of
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
-from workers.engines.chat.detokenizer import Detokenizer, WindowStream
-from workers.engines.chat.sampling import draw as draw_module
-from workers.engines.chat.sampling.draw import Filters, compiled_draw, draw
-from workers.engines.chat.sampling.sampler import Sampler, Uniforms
-from workers.engines.chat.sequence import Request, Sampling, Sequence
+from workers.engines.chat.model.uploads import Uploads
+from workers.engines.chat.sampling.batch import Batch
+from workers.engines.chat.sampling.draw import Filters, _bound, compiled_draw, draw
+from workers.engines.chat.sampling.parameters import SlotParameters, seed_states, uniforms
+from workers.engines.chat.sampling.sampler import Sampler
+from workers.engines.chat.sequence import Sequence
 
 VOCABULARY = 300
 CPU = torch.device("cpu")
 
-FILTERS: list[dict[str, Any]] = [
-    {},
-    {"temperature": 0.7},
-    {"top_k": 7},
-    {"top_p": 0.8},
-    {"top_p": 0.999},
-    {"min_p": 0.1},
-    {"temperature": 1.3, "top_k": 200, "top_p": 0.95, "min_p": 0.01},
-]
 
-
-def row(
-    index: int = 0, prompt: tuple[int, ...] = (1, 2), output: tuple[int, ...] = (), **params: Any
-) -> Sequence:
-    request = Request("r", list(prompt), Sampling(max_tokens=100, **params))
-    sequence = Sequence(request, index, Detokenizer(WindowStream(lambda tokens: "")), list(output))
-    sequence.slot = index
-    return sequence
+def filters_of(params: list[dict[str, Any]]) -> Filters:
+    """The filters of rows that are all drawn."""
+    rows = [row(slot, **own) for slot, own in enumerate(params)]
+    filters = Batch(rows, list(range(len(rows))), SlotParameters(len(rows)), Uploads(CPU)).filters
+    assert filters is not None
+    return filters
 
 
 def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> torch.Tensor:
@@ -62,22 +53,19 @@ def reference(logits: torch.Tensor, temperature=1.0, top_k=0, top_p=1.0, min_p=0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["compiled", "torch"])
 @pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, monkeypatch):
+def test_sampled_tokens_follow_the_distribution_of_transformers(params):
     """A chi-square test, with fixed seeds. A correct sampler fails a case by chance once in 100,000 runs."""
     torch.manual_seed(5)
     logits = torch.randn(VOCABULARY) * 2
     expected = reference(logits, **params)
     draws, rows = 20_000, 500
     sampler = Sampler(VOCABULARY, rows, CPU)
-    if way == "torch":
-        monkeypatch.setattr(sampler, "_draw", draw_module.draw)
     counts = torch.zeros(VOCABULARY)
     for start in range(0, draws, rows):
         batch = [row(index, seed=start + index, **params) for index in range(rows)]
         sampled = sampler.sample(logits.repeat(rows, 1), batch)
-        counts += torch.bincount(torch.tensor([one.token for one in sampled]), minlength=VOCABULARY)
+        counts += torch.bincount(torch.tensor(sampled.tokens), minlength=VOCABULARY)
     assert counts[expected == 0].sum() == 0, "a token was drawn that transformers filters out"
     often = expected * draws >= 5
     observed = torch.cat([counts[often], counts[~often].sum()[None]])
@@ -90,53 +78,114 @@ def test_sampled_tokens_follow_the_distribution_of_transformers(params, way, mon
     assert statistic < limit
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_a_few_candidates_give_the_same_tokens_as_sorting_everything(params, monkeypatch):
-    """Peaked rows need few candidates, flat ones all."""
-    torch.manual_seed(1)
-    logits = torch.randn(6, VOCABULARY) * torch.tensor([[0.01], [0.5], [1.0], [2.0], [4.0], [8.0]])
-    for kept in (slice(0, 6), slice(4, 6)):
-        rows = [Sampling(max_tokens=1, **params)] * len(logits[kept])
-        uniforms = torch.rand(len(rows), dtype=torch.float64)
-        monkeypatch.setattr(draw_module, "CANDIDATES", VOCABULARY)
-        expected = draw(logits[kept].clone(), Filters(rows, CPU), uniforms)
-        monkeypatch.setattr(draw_module, "CANDIDATES", 16)
-        assert torch.equal(draw(logits[kept].clone(), Filters(rows, CPU), uniforms), expected)
-
-
 @pytest.mark.parametrize(
     "params", [*FILTERS, {"top_k": 1}, {"top_p": 0.0}, {"top_p": 1e-9, "top_k": 3}, {"min_p": 1.0}], ids=str
 )
 def test_the_compiled_draw_gives_what_torchs_operations_give(params):
-    """Three of 600 may differ by rounding: a uniform number at a token's border, two weights at a cutoff."""
+    """From flat to peaked rows, half of them with many equal logits."""
     torch.manual_seed(7)
     logits = torch.randn(600, 3000) * torch.logspace(-2, 1.5, 600)[:, None]
+    logits[::2] = logits[::2].mul(4).round().div(4)
     logits[:, :5] = -torch.inf
-    rows = [Sampling(max_tokens=1, **params)] * 600
-    uniforms = torch.rand(600, dtype=torch.float64)
-    uniforms[:2] = torch.tensor([0.0, 1 - 2**-24])
-    expected = draw(logits.clone(), Filters(rows, CPU), uniforms)
-    found = compiled_draw()(logits.clone(), Filters(rows, CPU), uniforms)
+    filters = filters_of([params] * 600)
+    uniform = torch.rand(600, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
+    found = compiled_draw()(logits.clone(), filters, uniform)
     assert (found >= 5).all()
-    assert int((found != expected).sum()) <= 3
+    assert draw(logits, filters, uniform).tolist() == found.tolist()
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_tokens_are_those_of_float64_and_a_sorted_vocabulary(way, monkeypatch):
+    """Ten rows of each kind in one batch, for four steps."""
+    torch.manual_seed(9)
+    rows = [row_of(kind, slot, 1000) for slot, kind in enumerate(list(KINDS) * 10)]
+    sampler = Sampler(1000, len(rows), CPU)
+    if way == "torch":
+        monkeypatch.setattr(sampler, "_draw", draw)
+    for _ in range(4):
+        logits = (
+            torch.randn(len(rows), 1000) * torch.logspace(-1, 1, len(rows))[torch.randperm(len(rows)), None]
+        )
+        expected = [expected_token(own, one) for own, one in zip(logits, rows, strict=True)]
+        tokens = sampler.sample(logits, rows).tokens
+        assert tokens == expected
+        for one, token in zip(rows, tokens, strict=True):
+            one.append(token)
+
+
+def test_a_seed_gives_the_tokens_of_earlier_versions():
+    steps, vocabulary = 6, 300
+    of_earlier_versions: list[tuple[dict[str, Any], list[int]]] = [
+        ({}, [160, 103, 167, 205, 8, 36]),
+        ({"temperature": 0.7}, [223, 138, 221, 19, 224, 34]),
+        ({"top_k": 7}, [1, 238, 121, 253, 51, 290]),
+        ({"top_p": 0.8}, [175, 124, 153, 19, 169, 155]),
+        ({"min_p": 0.1}, [134, 122, 87, 222, 222, 169]),
+        ({"temperature": 1.3, "top_k": 200, "top_p": 0.95, "min_p": 0.01}, [123, 31, 270, 185, 257, 48]),
+        ({"repetition_penalty": 1.5, "top_p": 0.9}, [1, 259, 211, 190, 148, 200]),
+        ({"presence_penalty": 1.0, "frequency_penalty": 0.5}, [160, 257, 48, 2, 179, 290]),
+        ({"logit_bias": ((9, 5.0), (20, -100.0)), "top_k": 50}, [167, 254, 189, 257, 288, 33]),
+        (
+            {"temperature": 0.0, "min_tokens": 4, "stop_token_ids": frozenset([1, 2])},
+            [86, 238, 289, 118, 51, 34],
+        ),
+    ]
+    rows = [row(at, (5, 6, 7), seed=at + 40, **own) for at, (own, _) in enumerate(of_earlier_versions)]
+    for one in rows:
+        one.index %= 3
+    sampler, places = Sampler(vocabulary, len(rows), CPU), np.arange(vocabulary)
+    for step in range(steps):
+        logits = 3 * np.sin(places * (1.7 + step)) + np.cos(places * 0.37)
+        tokens = sampler.sample(torch.from_numpy(logits).float().repeat(len(rows), 1), rows).tokens
+        for one, token in zip(rows, tokens, strict=True):
+            one.append(token)
+    assert [one.output for one in rows] == [tokens for _, tokens in of_earlier_versions]
 
 
 def test_each_row_is_drawn_by_its_own_filters():
     torch.manual_seed(8)
     logits = torch.randn(len(FILTERS), 500)
-    rows = [Sampling(max_tokens=1, **params) for params in FILTERS]
-    uniforms = torch.rand(len(rows), dtype=torch.float64)
-    together = compiled_draw()(logits.clone(), Filters(rows, CPU), uniforms)
+    uniform = torch.rand(len(FILTERS), dtype=torch.float64)
+    together = compiled_draw()(logits.clone(), filters_of(FILTERS), uniform)
     alone = [
-        compiled_draw()(logits[at : at + 1].clone(), Filters([own], CPU), uniforms[at : at + 1])
-        for at, own in enumerate(rows)
+        compiled_draw()(logits[at : at + 1].clone(), filters_of([own]), uniform[at : at + 1])
+        for at, own in enumerate(FILTERS)
     ]
     assert together.tolist() == torch.cat(alone).tolist()
 
 
+def test_rounding_never_draws_a_token_without_weight():
+    torch.manual_seed(11)
+    logits = torch.randn(4000, 128) * 4
+    logits[:, 100:] = -torch.inf
+    uniform = torch.full((len(logits),), 1 - 2**-24, dtype=torch.float64)
+    for way in (draw, compiled_draw()):
+        assert (way(logits.clone(), filters_of([{}] * len(logits)), uniform) < 100).all()
+
+
+def test_a_goal_that_rounding_puts_out_of_reach_keeps_everything():
+    weights = torch.rand(3, 500)
+    bound, reached = _bound(weights, weights.double().sum(-1, keepdim=True) * (1 + 1e-7), counted=False)
+    assert bound.tolist() == [[0.0]] * 3
+    torch.testing.assert_close(reached, weights.double().sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("params", FILTERS, ids=str)
+def test_logits_that_are_no_numbers_give_some_token(params):
+    """On a GPU an index outside of a tensor would end the process, and with it all requests."""
+    logits = torch.randn(4, 300)
+    logits[0] = torch.nan
+    logits[1, 5] = -torch.nan
+    logits[2, 7] = torch.inf
+    logits[3] = -torch.inf
+    tokens = draw(logits, filters_of([params] * 4), torch.full((4,), 1 - 2**-24, dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < 300)).all()
+
+
 def test_uniform_numbers_look_uniform_and_independent():
     seeds = list(range(400))
-    rows = [Uniforms(seeds, [choice] * len(seeds)).at([7] * len(seeds)) for choice in range(20)]
+    rows = [uniforms(seed_states(seeds, [choice] * 400), [7] * 400) for choice in range(20)]
     draws = torch.from_numpy(np.stack(rows))
     assert float(draws.min()) >= 0 and float(draws.max()) < 1
     assert float(draws.mean()) == pytest.approx(0.5, abs=0.02)
@@ -146,7 +195,7 @@ def test_uniform_numbers_look_uniform_and_independent():
 
 def test_a_seed_means_the_same_in_every_version():
     """24 bits of SplitMix64 over seed, choice and position. Seeds are taken modulo 2^64."""
-    draws = Uniforms([0, 5, -1, 2**64 - 1, 2**63], [0, 2, 1, 1, 0]).at([0, 7, 3, 3, 2000])
+    draws = uniforms(seed_states([0, 5, -1, 2**64 - 1, 2**63], [0, 2, 1, 1, 0]), [0, 7, 3, 3, 2000])
     assert (draws * 2**24).tolist() == [2327157, 8820271, 13484191, 13484191, 3444058]
 
 
@@ -156,7 +205,7 @@ def test_a_temperature_near_zero_is_greedy():
     best = int(logits.argmax())
     for temperature in (0.0, 1e-50, 1e-6, 1e-5):
         chosen = Sampler(VOCABULARY, 1, CPU).sample(logits.clone(), [row(0, temperature=temperature)])
-        assert chosen[0].token == best, temperature
+        assert chosen.tokens == [best], temperature
 
 
 def test_each_row_obeys_its_own_parameters():
@@ -171,10 +220,10 @@ def test_each_row_obeys_its_own_parameters():
     ]
     best = logits.topk(2).indices
     sampled = Sampler(VOCABULARY, 5, CPU).sample(logits.clone(), rows)
-    tokens = [one.token for one in sampled]
-    assert tokens == [best[0, 0], best[1, 0], 9, best[3, 1], best[4, 0]]
-    assert [token for token, _ in sampled[4].top] == best[4].tolist()
-    assert sampled[0].logprob is None
+    assert sampled.tokens == [best[0, 0], best[1, 0], 9, best[3, 1], best[4, 0]]
+    assert list(sampled.logprobs) == [4]
+    assert [token for token, _ in sampled.logprobs[4].top] == best[4].tolist()
+    assert sampled.logprobs[4].own == pytest.approx(float(logits[4].log_softmax(-1).max()))
 
 
 @pytest.mark.parametrize("params", [*FILTERS, {"temperature": 0.0}], ids=str)
@@ -185,9 +234,10 @@ def test_rows_that_are_no_tokens_are_never_chosen(params, way, monkeypatch):
     logits[:, 290:] += 30
     sampler = Sampler(VOCABULARY, 200, CPU, 290)
     if way == "torch":
-        monkeypatch.setattr(sampler, "_draw", draw_module.draw)
+        monkeypatch.setattr(sampler, "_draw", draw)
     sampled = sampler.sample(logits, [row(index, seed=index, logprobs=20, **params) for index in range(200)])
-    assert all(one.token < 290 and max(one.top)[0] < 290 for one in sampled)
+    assert max(sampled.tokens) < 290
+    assert all(max(logprobs.top)[0] < 290 for logprobs in sampled.logprobs.values())
 
 
 def test_penalties_are_those_of_transformers_and_openai():
@@ -207,15 +257,29 @@ def test_penalties_are_those_of_transformers_and_openai():
     expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([prompt + output]), logits.clone()[None])[0]
     expected[8] -= 0.2 + 2 * 0.3
     expected[9] -= 0.2 + 0.3
-    found = sampler._penalties.apply(logits[None].clone(), [sequence])[0]
-    torch.testing.assert_close(found, expected)
+
+    def penalised(sequence: Sequence) -> torch.Tensor:
+        """What the sampler makes of the logits before it takes the best."""
+        changed = logits[None].clone()
+        sampler.sample(changed, [sequence])
+        return changed[0]
+
+    torch.testing.assert_close(penalised(sequence), expected)
     # and after another token, counted one at a time
     sequence.append(9)
     expected[9] -= 0.3
-    torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [sequence])[0], expected)
+    torch.testing.assert_close(penalised(sequence), expected)
+    # and in another slot, where its output is counted again
+    sequence.slot = 1
+    sequence.append(9)
+    expected[9] -= 0.3
+    torch.testing.assert_close(penalised(sequence), expected)
     # another sequence in the slot starts without counts
-    other = row(0, (1,), (), temperature=0.0, presence_penalty=1.0)
-    torch.testing.assert_close(sampler._penalties.apply(logits[None].clone(), [other])[0], logits)
+    other = row(1, (1,), (), temperature=0.0, presence_penalty=1.0)
+    torch.testing.assert_close(penalised(other), logits)
+    # and so does the first one, back in the slot that it left
+    sequence.slot = 0
+    torch.testing.assert_close(penalised(sequence), expected)
 
 
 def test_a_mask_restricts_the_next_token():
@@ -227,7 +291,7 @@ def test_a_mask_restricts_the_next_token():
     logits = torch.randn(2, VOCABULARY)
     free, guided = row(0, temperature=0.0), row(1, seed=3)
     guided.mask = OnlyEven()
-    tokens = [one.token for one in Sampler(VOCABULARY, 2, CPU).sample(logits.clone(), [free, guided])]
+    tokens = Sampler(VOCABULARY, 2, CPU).sample(logits.clone(), [free, guided]).tokens
     assert tokens[0] == logits[0].argmax()
     assert tokens[1] in (2, 4)
 
@@ -262,7 +326,7 @@ def margin(engine, model, job, choice: int, tokens: list[int], other: list[int])
     names = ("temperature", "top_k", "top_p", "min_p")
     params = {name: value for name in names if (value := getattr(job.sampling, name)) is not None}
     cumulative = reference(logits, **params).cumsum(-1)
-    point = float(Uniforms([job.sampling.seed], [choice]).at([place])[0])
+    point = float(uniforms(seed_states([job.sampling.seed], [choice]), [place])[0])
     return float((cumulative - point).abs().min())
 
 

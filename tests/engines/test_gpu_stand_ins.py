@@ -67,6 +67,14 @@ def test_views_are_no_operations_and_share_their_memory():
         assert x.tolist() == [[0, 1, 2, 3], [0, 0, 0, 0], [8, 9, 10, 11]]
 
 
+def test_inference_mode_may_change_an_ordinary_tensor():
+    with StandInGpu():
+        x = numbers().to("cuda")
+        with torch.inference_mode():
+            x[1, [0, 2]] = -1
+        assert x.tolist()[1] == [-1, 5, -1, 7]
+
+
 def test_devices_can_not_be_mixed():
     with StandInGpu():
         x = numbers().to("cuda")

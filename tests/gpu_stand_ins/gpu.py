@@ -106,7 +106,9 @@ class StandInGpu(TorchDispatchMode):
             if id(host) in known:
                 return known[id(host)]
             self._hold(host.untyped_storage())
-            return GpuTensor(host)
+            # a view of an ordinary tensor is one, also within inference mode
+            with torch.inference_mode(host.is_inference()):
+                return GpuTensor(host)
 
         return tree_map_only(torch.Tensor, wrap, result)
 

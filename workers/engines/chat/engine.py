@@ -175,16 +175,16 @@ class ChatEngine:
         chunks = batch.chunks()
         try:
             rows, logits = self._forward(batch, chunks)
-            sampled = self.parts.sampler.sample(logits, rows) if rows else []
+            tokens, logprobs = self.parts.sampler.sample(logits, rows) if rows else ([], {})
         except BaseException:
             # no token was added: restore the state before the step, so that its parts can be tried one by one
             for sequence, chunk in zip(batch.sequences(), chunks, strict=True):
                 sequence.computed = chunk.start
             self.parts.scheduler.rewind_forks()
             raise
-        for sequence, token in zip(rows, sampled, strict=True):
+        for at, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
             try:
-                self.parts.outputs.advance(sequence, token)
+                self.parts.outputs.advance(sequence, token, logprobs.get(at))
             except Exception as error:
                 self._fail(sequence, error)
 

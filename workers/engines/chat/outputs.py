@@ -10,7 +10,7 @@ from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.sampling.sampler import Sampled
+from workers.engines.chat.sampling.sampler import Logprobs
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Request, Sequence, SequenceStatus
 
@@ -46,19 +46,19 @@ class RequestOutputs:
         events, self._events = self._events, []
         return events
 
-    def advance(self, sequence: Sequence, sampled: Sampled) -> None:
-        """Give a choice its token: text, stop conditions, events."""
+    def advance(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
+        """Give a choice its token: text, stop conditions, events. logprobs: None if they aren't wanted."""
         if sequence.status is SequenceStatus.FINISHED:
             return  # another choice of its request failed in this step
-        sampling, token = sequence.sampling, sampled.token
+        sampling = sequence.sampling
         sequence.append(token)
         self._metrics.output_tokens += 1
         may_stop = len(sequence.output) > sampling.min_tokens
         if may_stop and token in sampling.stop_token_ids:
             self._finish(sequence, "stop", token)
             return
-        if sampling.logprobs is not None:
-            sequence.unsent_logprobs.append(self._token_logprob(sampled))
+        if logprobs is not None:
+            sequence.unsent_logprobs.append(self._token_logprob(token, logprobs))
         text, stop = sequence.detokenizer.add(token, may_stop)
         if stop is not None:
             self._finish(sequence, "stop", stop, text, flush=False)
@@ -99,15 +99,14 @@ class RequestOutputs:
         self._events.append((request.id, event))
         self._on_end(request.id)
 
-    def _token_logprob(self, sampled: Sampled) -> TokenLogprob:
+    def _token_logprob(self, token: int, logprobs: Logprobs) -> TokenLogprob:
         describe = self._vocabulary.describe
-        assert sampled.logprob is not None
         top = []
-        for token, logprob in sampled.top:
-            text, own = describe(token)
+        for other, logprob in logprobs.top:
+            text, own = describe(other)
             top.append(TopLogprob(text, logprob, own))
-        text, own = describe(sampled.token)
-        return TokenLogprob(text, sampled.logprob, own, top)
+        text, own = describe(token)
+        return TokenLogprob(text, logprobs.own, own, top)
 
     def cancel(self, request: Request, reason: CancelReason) -> None:
         """End a request as Engine.cancel specifies."""

@@ -180,19 +180,26 @@ def rotate_heads(joined: Any, cos: Any, sin: Any, positions: Any, out: Any) -> N
 
 @compiled
 def draw_tokens(
-    logits: Any, temperature: Any, top_k: Any, top_p: Any, min_p: Any, uniforms: Any, tokens: Any
+    logits: Any,
+    drawn: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    uniforms: Any,
+    tokens: Any,
 ) -> None:
-    """Draw one token for each row of logits [rows, vocabulary], which are overwritten.
+    """Draw a token for each of the rows `drawn` of logits [rows, vocabulary]. These rows are overwritten.
 
-    All other arrays are [rows].
+    All other arrays are [drawn rows]. Writes tokens.
 
     In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is the
     one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
     uniforms[row] of their sum.
     """
-    rows, vocabulary = logits.shape
-    for row in range(rows):
-        weights = logits[row]
+    vocabulary = logits.shape[1]
+    for row in range(len(drawn)):
+        weights = logits[drawn[row]]
         exp_of_differences(weights, vocabulary, np.float32(1) / temperature[row])
         least = np.float32(min_p[row])
         if 0 < top_k[row] < vocabulary or top_p[row] < 1:

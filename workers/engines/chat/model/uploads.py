@@ -24,6 +24,10 @@ class Uploads:
             return [torch.from_numpy(array) for array in arrays]
         return self.views(self.packed(arrays).to(self._device, non_blocking=True), arrays)
 
+    def named(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """Return the arrays as tensors on the device, by their names."""
+        return dict(zip(arrays, self.tensors(list(arrays.values())), strict=True)) if arrays else {}
+
     def packed(self, arrays: Sequence[np.ndarray]) -> torch.Tensor:
         """Return the arrays' bytes, uint8 on the host.
 
@@ -46,7 +50,13 @@ class Uploads:
         ]
 
 
-DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
+DTYPES = {
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.uint8): torch.uint8,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
 
 
 def _starts(arrays: Sequence[np.ndarray]) -> tuple[list[int], int]:
