@@ -1,5 +1,7 @@
 """The GPU that an engine is given: usable, or refused in a line that says why."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -70,6 +72,31 @@ def test_gpus_that_torch_has_no_code_for(cuda: pytest.MonkeyPatch, capability: t
     cuda.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(EngineLoadError, match=r"no kernels for NVIDIA H100.*built for sm_75, sm_80"):
         require_gpus(["GPU-1"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "runs_on", "not_on"),
+    [
+        ("sm_90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("sm_100a", [(10, 0)], [(9, 0), (10, 3)]),
+        ("compute_100a", [(10, 0)], [(10, 3), (12, 0)]),
+        ("sm_100f", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("compute_100f", [(10, 0), (10, 3)], [(12, 0)]),
+        ("compute_90", [(9, 0), (10, 3), (12, 1)], [(8, 9)]),
+        ("gfx90a", [], [(9, 0)]),
+    ],
+)
+def test_code_for_one_architecture_or_family_runs_on_no_other(
+    cuda: pytest.MonkeyPatch, entry: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]]
+) -> None:
+    cuda.setattr(torch.cuda, "get_arch_list", lambda: [entry])
+    for capability in runs_on + not_on:
+        cuda.setattr(torch.cuda, "get_device_capability", partial(tuple, capability))
+        if capability in runs_on:
+            require_gpus(["GPU-1"])
+        else:
+            with pytest.raises(EngineLoadError, match=f"it was built for {entry}"):
+                require_gpus(["GPU-1"])
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])

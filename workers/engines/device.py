@@ -1,5 +1,7 @@
 """Where an engine computes: the GPU that the driver gives this process, or the CPU."""
 
+import re
+
 import torch
 
 from workers.engines.base import EngineLoadError, TemporaryLoadError
@@ -50,13 +52,22 @@ def _reason() -> str:
 def _require_kernels(name: str, capability: tuple[int, int]) -> None:
     """Raise EngineLoadError if this build of torch has no code for a GPU of this compute capability."""
     built = torch.cuda.get_arch_list()
-    for entry in built:
-        kind, _, number = entry.partition("_")
-        version = int(number[:-1]), int(number[-1:])
-        # machine code runs on later minor versions, PTX on all later ones
-        if version <= capability and (kind == "compute" or version[0] == capability[0]):
-            return
-    raise EngineLoadError(
-        f"torch {torch.__version__} has no kernels for {name}, of compute capability {capability[0]}.{capability[1]};"
-        f" it was built for {', '.join(built)}"
-    )
+    if not any(_runs_on(capability, entry) for entry in built):
+        raise EngineLoadError(
+            f"torch {torch.__version__} has no kernels for {name}, of compute capability"
+            f" {capability[0]}.{capability[1]}; it was built for {', '.join(built)}"
+        )
+
+
+def _runs_on(capability: tuple[int, int], entry: str) -> bool:
+    """Whether code built for `entry`, such as sm_80, sm_90a or compute_120, runs on this capability."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", entry)
+    if match is None:
+        return False
+    kind, major, minor, specific = match.groups()
+    version = int(major), int(minor)
+    if specific == "a":
+        return version == capability
+    # machine code, and PTX for one family, run on later minor versions; other PTX on all later ones
+    within_major = kind == "sm" or specific == "f"
+    return version <= capability and (not within_major or version[0] == capability[0])
