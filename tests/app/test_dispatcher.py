@@ -39,11 +39,12 @@ class Web:
         worker_view = WorkerView(leases)
         worker_view.refresh()
         self.redis = server.client
+        self.queue = JobQueue(client, keys, create_celery(settings, keys), claim_ttl_s=100)
         self.connected = True
         self.dispatcher = Dispatcher(
             settings,
             web_id="w",
-            queue=JobQueue(client, keys, create_celery(settings, keys), claim_ttl_s=100),
+            queue=self.queue,
             router=EventRouter(client, keys, "w"),
             worker_view=worker_view,
             connected=lambda: self.connected,
@@ -70,14 +71,27 @@ def web(redis_server: RedisServer, keys: Keys, monkeypatch: pytest.MonkeyPatch) 
     web.go_on()
 
 
-def blocked(web: Web) -> bool:
-    found: Any = web.redis.info("clients")["blocked_clients"]
-    return bool(found)
+def blocked(web: Web) -> int:
+    """The number of requests whose admission waits for Redis."""
+    found: Any = web.redis.info("clients")
+    return int(found["blocked_clients"])
+
+
+def waiting(web: Web) -> int:
+    """The number of requests that wait for their turn. `begin` has made its first checks by then."""
+    turns: Any = web.dispatcher._admissions
+    return len(turns._cond._waiters)
 
 
 def test_a_burst_is_admitted_one_after_another(web: Web) -> None:
-    with ThreadPoolExecutor(50) as pool:
-        assert all(pool.map(web.begin, map(str, range(50))))
+    web.pause()
+    with ThreadPoolExecutor(8) as pool:
+        burst = [pool.submit(web.begin, str(number)) for number in range(8)]
+        wait_until(lambda: blocked(web) + waiting(web) == 8, timeout_s=60, what="the burst has begun")
+        at_once = blocked(web)
+        web.go_on()
+        assert all(one.result(60) for one in burst)
+    assert at_once == 1
 
 
 def test_a_request_whose_turn_does_not_come_is_told_of_the_burst(
@@ -100,11 +114,23 @@ def test_a_request_that_waited_for_its_turn_asks_no_redis_that_is_gone(web: Web)
         first = pool.submit(web.begin, "first")
         wait_until(lambda: blocked(web), timeout_s=60, what="the first request waits for Redis")
         second = pool.submit(web.begin, "second")
-        # begin has made its first checks when it waits for its turn
-        turns: Any = web.dispatcher._admissions
-        wait_until(lambda: turns._cond._waiters, timeout_s=60, what="the second request waits for its turn")
+        wait_until(lambda: waiting(web), timeout_s=60, what="the second request waits for its turn")
         web.connected = False
         web.go_on()
         assert first.result(60)
         with pytest.raises(QueueUnavailable):
             second.result(60)
+
+
+def test_a_request_that_may_have_been_admitted_is_cancelled_when_redis_answers(web: Web) -> None:
+    web.pause()
+    with ThreadPoolExecutor(1) as pool:
+        admission = pool.submit(web.begin, "a")
+        wait_until(lambda: blocked(web), timeout_s=60, what="the request waits for Redis")
+        web.redis.execute_command("CLIENT", "KILL", "TYPE", "normal")
+        with pytest.raises(QueueUnavailable):
+            admission.result(60)
+    assert web.queue.cancelled(["a"]) == set()
+    web.go_on()
+    web.queue.sweep()
+    assert web.queue.cancelled(["a"]) == {"a"}
