@@ -126,7 +126,8 @@ class UnreadableJob(Exception):
 class JobQueue:
     """Both ends of the queue. `admit` and `send_again` raise QueueUnavailable, the others redis.RedisError.
 
-    `background`: the client for what no request waits for (`send_again`, replay lists); by default the same.
+    `background`: the client for what no request waits for (`send_again`, `sweep`); by default the same. A burst of
+    requests may use all connections of `client`.
     """
 
     def __init__(
@@ -193,11 +194,7 @@ class JobQueue:
 
     def cancel(self, request_id: str, model: str) -> None:
         """Cancel a request: a worker drops it at its claim, or within a second while it runs."""
-        with self._redis.pipeline(transaction=False) as pipe:
-            pipe.set(self._keys.cancel(request_id), b"1", ex=self._claim_ttl_s)
-            pipe.zrem(self._keys.waiting(model), request_id)
-            pipe.delete(self._keys.job(request_id), self._keys.replay(request_id))
-            pipe.execute()
+        self._cancel(self._redis, request_id, model)
 
     def cancel_later(self, request_id: str, model: str) -> None:
         """Cancel a request of which it is not known whether it was admitted; `sweep` does it when Redis answers."""
@@ -213,7 +210,7 @@ class JobQueue:
         These would fill most of Redis before they expire.
         """
         while self._uncertain:
-            self.cancel(*self._uncertain[0])
+            self._cancel(self._background, *self._uncertain[0])
             self._uncertain.popleft()
         if forgotten := [self._forgotten.popleft() for _ in range(len(self._forgotten))]:
             self._background.unlink(*map(self._keys.replay, forgotten))
@@ -265,6 +262,13 @@ class JobQueue:
             return set()
         found = self._redis.mget([self._keys.cancel(request_id) for request_id in request_ids])
         return {request_id for request_id, mark in zip(request_ids, found, strict=True) if mark is not None}
+
+    def _cancel(self, client: RedisClient, request_id: str, model: str) -> None:
+        with client.pipeline(transaction=False) as pipe:
+            pipe.set(self._keys.cancel(request_id), b"1", ex=self._claim_ttl_s)
+            pipe.zrem(self._keys.waiting(model), request_id)
+            pipe.delete(self._keys.job(request_id), self._keys.replay(request_id))
+            pipe.execute()
 
     def _waiting_keys(self, request_id: str, model: str) -> list[str]:
         return [self._keys.waiting(model), self._keys.job(request_id), self._keys.queue_list(model)]

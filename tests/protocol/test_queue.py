@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import redis
 
 import protocol.queue
 from config import Settings
@@ -229,17 +232,56 @@ def test_a_cancel_that_comes_before_the_admission_counts(queue: JobQueue) -> Non
     assert queue.claim("a", MODEL, "w") is None
 
 
-def test_what_may_have_been_admitted_is_cancelled_when_redis_answers(
-    queue: JobQueue, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def stall(*_: str) -> None:
-        raise TimeoutError
+@contextmanager
+def in_use(client: redis.Redis) -> Iterator[None]:
+    """Take the only connection of a client."""
+    connection = client.connection_pool.get_connection()
+    try:
+        yield
+    finally:
+        client.connection_pool.release(connection)
 
-    queue.cancel_later("a", MODEL)
-    monkeypatch.setattr(queue, "cancel", stall)
-    with pytest.raises(TimeoutError):
-        queue.sweep()
-    monkeypatch.undo()
+
+@pytest.fixture
+def clients(redis_server: RedisServer) -> tuple[redis.Redis, redis.Redis]:
+    """Two clients with one connection each: for requests, and for what no request waits for."""
+
+    def connect() -> redis.Redis:
+        pool = redis.BlockingConnectionPool(
+            port=redis_server.port, max_connections=1, timeout=cast(Any, 0.05)
+        )
+        return redis.Redis.from_pool(pool)
+
+    return connect(), connect()
+
+
+@pytest.fixture
+def own(redis_server: RedisServer, keys: Keys, clients: tuple[redis.Redis, redis.Redis]) -> JobQueue:
+    """A queue with these clients."""
+    celery = create_celery(Settings(redis_url=redis_server.url), keys)
+    return JobQueue(clients[0], keys, celery, claim_ttl_s=100, background=clients[1])
+
+
+def test_what_may_have_been_admitted_is_cancelled_when_redis_answers(
+    queue: JobQueue, own: JobQueue, clients: tuple[redis.Redis, redis.Redis]
+) -> None:
+    own.cancel_later("a", MODEL)
+    with in_use(clients[1]), pytest.raises(redis.ConnectionError):
+        own.sweep()
     admit(queue, chat("a"))
-    queue.sweep()
+    own.sweep()
     assert queue.claim("a", MODEL, "w") is None and queue.cancelled(["a"]) == {"a"}
+
+
+def test_requests_that_use_all_connections_keep_up_nothing_else(
+    queue: JobQueue, own: JobQueue, clients: tuple[redis.Redis, redis.Redis], keys: Keys, redis_client: Any
+) -> None:
+    admit(queue, chat("a"))
+    redis_client.rpush(keys.replay("b"), b"event")
+    with in_use(clients[0]):
+        assert own.send_again("a", MODEL)
+        own.cancel_later("a", MODEL)
+        own.forget("b")
+        own.sweep()
+    assert queue.cancelled(["a"]) == {"a"}
+    assert not redis_client.exists(keys.replay("b"))
