@@ -53,6 +53,13 @@ class ChatEngineOptions(EngineOptions):
     prefix_cache: bool = Field(
         default=True, description="reuse the KV of finished requests for prompts with the same beginning"
     )
+    num_speculative_tokens: int = Field(
+        default=0,
+        ge=0,
+        le=32,
+        description="draft tokens by n-gram lookup, for texts that repeat their prompt: summaries, code edits; "
+        "the text stays the same. 0: none",
+    )
     compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
     torch_threads: int | None = Field(
         default=None,

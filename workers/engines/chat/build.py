@@ -23,6 +23,7 @@ from workers.engines.chat.prompt import PromptBuilder, end_tokens
 from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
+from workers.engines.chat.speculation import NgramDrafter
 from workers.engines.failures import free_memory
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
@@ -40,6 +41,7 @@ class EngineParts:
     sampler: Sampler
     prompts: PromptBuilder
     outputs: RequestOutputs
+    drafter: NgramDrafter | None
     max_context: int
     torch_threads: int
 
@@ -115,6 +117,9 @@ def _build(
         ),
         prompts=prompts,
         outputs=RequestOutputs(scheduler, prompts.vocabulary, metrics, on_end),
+        drafter=NgramDrafter(cache, options.num_speculative_tokens, options.max_batch_size)
+        if options.num_speculative_tokens
+        else None,
         max_context=max_context,
         torch_threads=torch_threads,
     )

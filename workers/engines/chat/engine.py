@@ -124,6 +124,8 @@ class ChatEngine:
         started = time.perf_counter()
         self._admit()
         batch = self.parts.scheduler.schedule()
+        if self.parts.drafter is not None:
+            self.parts.drafter.add_drafts(batch)
         if batch:
             self._compute(batch)
         self._emit()
@@ -175,18 +177,31 @@ class ChatEngine:
         chunks = batch.chunks()
         try:
             rows, logits = self._forward(batch, chunks)
-            tokens, logprobs = self.parts.sampler.sample(logits, rows) if rows else ([], {})
+            ahead, drafted = _ahead(batch, chunks)
+            tokens, logprobs = self.parts.sampler.sample(logits, rows, ahead) if rows else ([], {})
         except BaseException:
             # no token was added: restore the state before the step, so that its parts can be tried one by one
-            for sequence, chunk in zip(batch.sequences(), chunks, strict=True):
+            for sequence, chunk in zip(reversed(batch.sequences()), reversed(chunks), strict=True):
                 sequence.computed = chunk.start
             self.parts.scheduler.rewind_forks()
             raise
         for at, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
+            if at in drafted and not self._accept(sequence, drafted[at]):
+                continue
             try:
                 self.parts.outputs.advance(sequence, token, logprobs.get(at))
             except Exception as error:
                 self._fail(sequence, error)
+
+    def _accept(self, sequence: Sequence, draft: Chunk) -> bool:
+        """Whether a draft is the token that was sampled for its position, so that the next one counts."""
+        running = sequence.status is SequenceStatus.RUNNING
+        if not running or draft.start != sequence.length - 1 or draft.tokens[0] != sequence.output[-1]:
+            return False
+        sequence.computed = draft.end
+        sequence.accepted_drafts += 1
+        self.metrics.accepted_drafts += 1
+        return True
 
     def _forward(self, batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[Sequence], torch.Tensor]:
         """Run the model.
@@ -199,7 +214,8 @@ class ChatEngine:
         self._count(batch)
         sequences = batch.sequences()
         for sequence, chunk in zip(sequences, chunks, strict=True):
-            sequence.computed = chunk.end
+            if chunk.start < sequence.length:  # the others are drafts
+                sequence.computed = chunk.end
         return self._fork_choices([sequence for sequence in sequences if sequence.uncomputed == 0], logits)
 
     def _count(self, batch: ScheduledBatch) -> None:
@@ -211,6 +227,9 @@ class ChatEngine:
             metrics.decode_steps += 1
             metrics.decoded_rows += len(batch.decode)
             metrics.max_batch = max(metrics.max_batch, len(batch.decode))
+        for sequence, drafts in batch.drafts.items():
+            metrics.drafts += len(drafts)
+            sequence.accepted_drafts = 0
 
     def _fork_choices(
         self, rows: list[Sequence], logits: torch.Tensor
@@ -264,3 +283,17 @@ class ChatEngine:
         with self._lock:
             self._open.discard(request_id)
             self._cancels.pop(request_id, None)
+
+
+def _ahead(batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[int] | None, dict[int, Chunk]]:
+    """For each row that is sampled, how many tokens before it are not known yet; and the drafts, by row."""
+    if not batch.drafts:
+        return None, {}
+    starts = [sequence.length - 1 for sequence in batch.sequences()]
+    sampled = [
+        (chunk, chunk.start - start)
+        for chunk, start in zip(chunks, starts, strict=True)
+        if chunk.wants_logits
+    ]
+    rows = [max(0, ahead) if len(chunk.tokens) == 1 else 0 for chunk, ahead in sampled]
+    return rows, {at: sampled[at][0] for at, ahead in enumerate(rows) if ahead}

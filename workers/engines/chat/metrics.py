@@ -21,6 +21,9 @@ class Metrics:
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
     output_tokens: int = 0
+    drafts: int = 0
+    """Tokens that speculative decoding guessed."""
+    accepted_drafts: int = 0
     preemptions: int = 0
     failures: int = 0
     """Requests that ended with engine_error or out_of_memory."""

@@ -24,18 +24,33 @@ class ScheduledBatch:
 
     decode: list[Sequence] = field(default_factory=list)
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+    """Guesses of the tokens after the next one, for sequences of `decode` (speculation.py)."""
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
 
     def sequences(self) -> list[Sequence]:
-        """All sequences, in the order of `chunks`."""
-        return self.decode + [sequence for sequence, _ in self.prefill]
+        """The sequence of each of `chunks`."""
+        decode = self.decode
+        if self.drafts:
+            decode = [each for each in decode for _ in range(1 + len(self.drafts.get(each, ())))]
+        return decode + [sequence for sequence, _ in self.prefill]
 
     def chunks(self) -> list[Chunk]:
-        """The tokens to compute: decode rows first."""
+        """The tokens to compute: decode rows first, each followed by its drafts."""
         decode = [sequence.last_token() for sequence in self.decode]
+        if self.drafts:
+            decode = [
+                chunk
+                for sequence, last in zip(self.decode, decode, strict=True)
+                for chunk in (last, *self._draft_rows(sequence, last))
+            ]
         return decode + [sequence.chunk(count) for sequence, count in self.prefill]
+
+    def _draft_rows(self, sequence: Sequence, last: Chunk) -> list[Chunk]:
+        drafts = self.drafts.get(sequence, ())
+        return [Chunk(last.slot, last.end + at, [token], True) for at, token in enumerate(drafts)]
 
     def split(self) -> list["ScheduledBatch"]:
         """The same work as batches of one sequence each."""

@@ -5,10 +5,13 @@ Tokens are plain integers; torch is not imported here.
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from protocol.events import Delta, TokenLogprob, Usage
 from workers.engines.chat.detokenizer import Detokenizer
+
+if TYPE_CHECKING:
+    from workers.engines.chat.speculation import NgramIndex
 
 
 class TokenMask(Protocol):
@@ -122,6 +125,9 @@ class Sequence:
     arrival: int = 0
     """Order of admission: the sequence admitted last is preempted first."""
     mask: TokenMask | None = None
+    ngrams: "NgramIndex | None" = None
+    accepted_drafts: int = 0
+    """How many drafts of the previous step were right."""
     unsent_tokens: int = 0
     unsent_logprobs: list[TokenLogprob] = field(default_factory=list)
     length: int = field(init=False)

@@ -52,6 +52,7 @@ class Batch:
         sent = uploads.named(arrays)
         self.plain = not (arrays or len(min_tokens) or len(masked))
         """Whether all rows are greedy and ask for nothing else."""
+        self._drawn: list[int] = drawn.tolist()
         self.drawn = [rows[at] for at in drawn]
         self._seed_states = values["seed_state"][drawn]
         self.filters = _filters(values[drawn], sent) if len(drawn) else None
@@ -64,26 +65,32 @@ class Batch:
         self._min_tokens: list[int] = min_tokens.tolist()
         self._masked: list[int] = masked.tolist()
 
-    def news(self, vocabulary: int) -> dict[str, np.ndarray]:
+    def news(self, vocabulary: int, ahead: list[int]) -> dict[str, np.ndarray]:
         """Return what changes with each step, for the device.
+
+        ahead: as for Sampler.sample.
 
         uniforms: float64 [drawn rows]. banned: int64 [2, any number], places and tokens. masked: int64 [rows
         with a mask], places, and allowed: a bit for each token, uint8 [rows with a mask, vocabulary / 8].
         """
         news = {}
         if self.drawn:
-            news["uniforms"] = uniforms(self._seed_states, [len(row.output) for row in self.drawn])
-        if self._min_tokens and (banned := list(self._banned())):
+            positions = [len(row.output) for row in self.drawn]
+            if ahead:
+                extra = ahead + [0] * (len(self.rows) - len(ahead))
+                positions = [at + extra[place] for at, place in zip(positions, self._drawn, strict=True)]
+            news["uniforms"] = uniforms(self._seed_states, positions)
+        if self._min_tokens and (banned := list(self._banned(ahead))):
             news["banned"] = np.array(banned).T.copy()
         if self._masked:
             news |= self._masks(vocabulary)
         return news
 
-    def _banned(self) -> Iterable[tuple[int, int]]:
+    def _banned(self, ahead: list[int]) -> Iterable[tuple[int, int]]:
         """Places and stop ids of the rows that have fewer than min_tokens."""
         for at in self._min_tokens:
             row = self.rows[at]
-            if len(row.output) < row.sampling.min_tokens:
+            if len(row.output) + (ahead[at] if at < len(ahead) else 0) < row.sampling.min_tokens:
                 yield from ((at, token) for token in row.sampling.stop_token_ids)
 
     def _masks(self, vocabulary: int) -> dict[str, np.ndarray]:

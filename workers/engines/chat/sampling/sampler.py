@@ -56,14 +56,17 @@ class Sampler:
         self._never = torch.full((), -torch.inf, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: list[Sequence]) -> Samples:
-        """Choose one token for each row. logits float32 [rows, vocabulary]; they are overwritten."""
+    def sample(self, logits: torch.Tensor, rows: list[Sequence], ahead: list[int] | None = None) -> Samples:
+        """Choose one token for each row. logits float32 [rows, vocabulary]; they are overwritten.
+
+        `ahead`: for each of the first rows, how many tokens its place is after the end of its output.
+        """
         batch = self._batch_of(rows)
         if self._padding.start < self._padding.stop:
             logits[:, self._padding] = -torch.inf
         if batch.plain:
             return Samples(_argmax(logits).tolist(), {})
-        news = batch.news(self._vocabulary)
+        news = batch.news(self._vocabulary, ahead or [])
         if batch.penalised:
             news |= self._penalties.news(batch.penalised)
         sent = self._uploads.named(news)
