@@ -395,7 +395,7 @@ class FailingForward:
     def __init__(self, engine: ChatEngine, error: BaseException, fails: Any) -> None:
         self._forward = engine.parts.runner.forward
         self._error, self._fails = error, fails
-        engine.parts.runner.forward = self  # type: ignore[method-assign]
+        engine.parts.runner.forward = self  # type: ignore[method-assign, assignment]
 
     def __call__(self, chunks):
         if self._fails(chunks):

@@ -19,6 +19,7 @@ from workers.engines.chat.model.loader import LoadedModel, in_one_line, load_mod
 from workers.engines.chat.model.runner import Runner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
+from workers.engines.chat.pipeline import DecodePipeline
 from workers.engines.chat.prompt import PromptBuilder, end_tokens
 from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.scheduler import BatchScheduler
@@ -42,6 +43,7 @@ class EngineParts:
     prompts: PromptBuilder
     outputs: RequestOutputs
     drafter: NgramDrafter | None
+    pipeline: DecodePipeline | None
     max_context: int
     torch_threads: int
 
@@ -103,18 +105,22 @@ def _build(
     prompts = PromptBuilder(
         loaded.tokenizer, loaded.model.generation_config, rows, max_context, loaded.text_config
     )
+    sampler = Sampler(
+        vocabulary,
+        options.max_batch_size,
+        loaded.device,
+        # a sampled token is also the next step's input
+        sampled_tokens(loaded.tokenizer, min(rows, vocabulary)),
+    )
+    # on a CPU nothing is computed while the host goes on
+    pipelined = loaded.device.type == "cuda" and not options.num_speculative_tokens
     return EngineParts(
         cache=cache,
         attention=backend.attention,
         runner=backend.runner,
         scheduler=scheduler,
-        sampler=Sampler(
-            vocabulary,
-            options.max_batch_size,
-            loaded.device,
-            # a sampled token is also the next step's input
-            sampled_tokens(loaded.tokenizer, min(rows, vocabulary)),
-        ),
+        sampler=sampler,
+        pipeline=DecodePipeline(cache, scheduler, backend.runner, sampler) if pipelined else None,
         prompts=prompts,
         outputs=RequestOutputs(scheduler, prompts.vocabulary, metrics, on_end),
         drafter=NgramDrafter(cache, options.num_speculative_tokens, options.max_batch_size)

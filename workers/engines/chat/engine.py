@@ -18,6 +18,7 @@ from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
+from workers.engines.chat.pipeline import LaunchedStep
 from workers.engines.chat.scheduler import ScheduledBatch
 from workers.engines.chat.sequence import Chunk, Request, Sequence, SequenceStatus
 from workers.engines.failures import failure_of, free_memory
@@ -38,6 +39,8 @@ class ChatEngine:
         """Takes the events: the argument of `load`."""
         self._inbox: deque[Request] = deque()
         self._cancels: dict[str, CancelReason] = {}
+        self._launched: LaunchedStep | None = None
+        """A step whose tokens have not been read (pipeline.py). None on a CPU."""
         self._open: set[str] = set()
         """Ids whose last event is still to come. An id is added at the start of `submit`."""
         self._wake = threading.Event()
@@ -123,16 +126,70 @@ class ChatEngine:
         """Admit, schedule, compute, emit. Returns whether there was anything to compute."""
         started = time.perf_counter()
         self._admit()
-        batch = self.parts.scheduler.schedule()
-        if self.parts.drafter is not None:
-            self.parts.drafter.add_drafts(batch)
-        if batch:
-            self._compute(batch)
+        worked = self._work()
         self._emit()
         self.metrics.step_seconds += time.perf_counter() - started
         self.metrics.preemptions = self.parts.scheduler.preemptions
         self.metrics.active_pages = self.parts.cache.num_active
-        return bool(batch)
+        return worked
+
+    def _work(self) -> bool:
+        """Compute one step. Returns False if there was nothing to compute or to read."""
+        launched, self._launched = self._launched, None
+        if launched is not None:
+            self._launch_after(launched)
+            self._read(launched)
+            if self._launched is not None:
+                return True
+        batch = self.parts.scheduler.schedule()
+        if self.parts.drafter is not None:
+            self.parts.drafter.add_drafts(batch)
+        if batch and self.parts.pipeline is not None and self.parts.pipeline.suits(batch):
+            self._launch(batch)
+        elif batch:
+            self._compute(batch)
+        return bool(batch) or launched is not None
+
+    def _launch(self, batch: ScheduledBatch) -> None:
+        assert self.parts.pipeline is not None
+        try:
+            self._launched = self.parts.pipeline.launch(batch)
+        except Exception:
+            # nothing has changed; where the fault lies shows when it is computed in the usual way
+            log.exception("a step could not be launched")
+            free_memory()
+            self._compute(batch)
+            return
+        self._count(batch)
+
+    def _launch_after(self, launched: LaunchedStep) -> None:
+        assert self.parts.pipeline is not None
+        try:
+            self._launched = self.parts.pipeline.launch_after(launched)
+        except Exception:
+            log.exception("a step could not be launched")
+            free_memory()
+        if self._launched is not None:
+            self._count(ScheduledBatch(self._launched.rows))
+
+    def _read(self, launched: LaunchedStep) -> None:
+        """Give the rows of a launched step their tokens, if they still run."""
+        try:
+            tokens = launched.tokens.read()
+        except Exception:
+            # the rows are computed again, in the usual way
+            log.exception("a launched step failed")
+            free_memory()
+            self._launched = None
+            return
+        for sequence, chunk, token in zip(launched.rows, launched.chunks, tokens, strict=True):
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            sequence.computed = chunk.end
+            try:
+                self.parts.outputs.advance(sequence, token, None)
+            except Exception as error:
+                self._fail(sequence, error)
 
     def _admit(self) -> None:
         """Put new requests into the scheduler's queue, and end cancelled ones."""

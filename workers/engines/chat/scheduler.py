@@ -102,7 +102,7 @@ class BatchScheduler:
         )
         budget: float = self._max_prefill
         if batch.decode:
-            waiting = len(prefilling) + self._startable()
+            waiting = len(prefilling) + self.startable()
             budget = min(budget, self._budget_beside(len(batch.decode), waiting))
         key_cost = self._attention_cost if batch.decode else 0.0
         # a long prompt leaves half of the step to the prompts behind it, which may be short
@@ -136,8 +136,8 @@ class BatchScheduler:
         """
         return STALL * (self.step_overhead + decoding) * max(1.0, waiting / decoding)
 
-    def _startable(self) -> int:
-        """The number of waiting sequences that would fit if all were as long as the first."""
+    def startable(self) -> int:
+        """The number of waiting sequences that could start now if all were as long as the first."""
         if not self.waiting:
             return 0
         room = self._room_for(self.waiting[0])

@@ -141,6 +141,11 @@ class Sequence:
         return self.request.sampling
 
     @property
+    def independent(self) -> bool:
+        """Whether its next token can be chosen before the host has read the one before."""
+        return self.request.sampling.logprobs is None and self.mask is None
+
+    @property
     def uncomputed(self) -> int:
         """Number of tokens the model has yet to compute. 1: a decode step; more: prefill."""
         return self.length - self.computed

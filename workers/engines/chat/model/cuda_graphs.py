@@ -21,8 +21,10 @@ log = logging.getLogger(__name__)
 
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    inputs: torch.Tensor
+    block: torch.Tensor
     """uint8: the packed arrays that the graph reads."""
+    ids: torch.Tensor
+    """int64 [rows], a part of the block: the model's input ids."""
 
 
 class CudaGraphs:
@@ -62,25 +64,27 @@ class CudaGraphs:
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 self._logits[:size].copy_(self._runner.run(inputs))
             memory = memory or graph.pool()
-            self._recordings[size, bound] = _Recording(graph, static)
+            self._recordings[size, bound] = _Recording(graph, static, inputs[0][0])
         self._sizes = sizes
         log.info("CUDA graphs recorded for decode steps of %s rows", ", ".join(map(str, sizes)))
 
     @torch.inference_mode()
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+    def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
         """Implements Runner.forward."""
         # a recording has one row for each sequence, and gives the logits of all
         if all(len(chunk.tokens) == 1 and chunk.wants_logits for chunk in chunks):
             size = next((size for size in self._sizes if size >= len(chunks)), None)
             if size is not None:
-                return self._replay(chunks, size)
-        return self._runner.forward(chunks)
+                return self._replay(chunks, size, ids)
+        return self._runner.forward(chunks, ids)
 
-    def _replay(self, chunks: list[Chunk], size: int) -> torch.Tensor:
+    def _replay(self, chunks: list[Chunk], size: int, ids: torch.Tensor | None) -> torch.Tensor:
         bound = self._attention.bound_of(chunks)
         recording = self._recordings[size, bound]
         arrays = self._arrays(chunks + [self._padding] * (size - len(chunks)), bound)
-        recording.inputs.copy_(self._runner.uploads.packed(arrays), non_blocking=True)
+        recording.block.copy_(self._runner.uploads.packed(arrays), non_blocking=True)
+        if ids is not None:
+            recording.ids[: len(chunks)].copy_(ids)
         recording.graph.replay()
         return self._logits[: len(chunks)]
 

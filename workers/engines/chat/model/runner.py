@@ -14,11 +14,12 @@ from workers.engines.chat.sequence import Chunk
 class Runner(Protocol):
     """Computes a step's chunks: a ModelRunner, or one behind CUDA graphs."""
 
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+    def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits float32 [chunks that want them, vocabulary], in the order of the chunks.
 
-        Chunks of one token are decode rows and come before longer ones. The caller may overwrite the result,
-        which is valid until the next call.
+        Chunks of one token are decode rows and come before longer ones. `ids`, int64 [chunks] on the device,
+        replaces their tokens if all chunks are decode rows. The caller may overwrite the result, which is
+        valid until the next call.
         """
 
 
@@ -59,10 +60,12 @@ class ModelRunner:
         self.uploads = Uploads(device)
 
     @torch.inference_mode()
-    def forward(self, chunks: list[Chunk]) -> torch.Tensor:
+    def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
         """Implements Runner.forward."""
-        arrays = [*model_input(chunks), *self.attention.prepare(chunks)]
-        return self.run(self.uploads.tensors(arrays)).float()
+        inputs = self.uploads.tensors([*model_input(chunks), *self.attention.prepare(chunks)])
+        if ids is not None:
+            inputs[0][0].copy_(ids)
+        return self.run(inputs).float()
 
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Run the forward pass that attention was prepared for last. Returns logits in the model's dtype.

@@ -20,6 +20,27 @@ def to_host(tensors: list[torch.Tensor]) -> list[list[Any]]:
     ]
 
 
+class LaterTokens:
+    """The rows' tokens, int64 [rows], on the device now and on the host later."""
+
+    def __init__(self, tokens: torch.Tensor) -> None:
+        self.tokens = tokens
+        self._host = tokens
+        self._copied: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def read(self) -> list[int]:
+        """Wait for the step that chooses these tokens, and not for those that were launched after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        tokens: list[int] = self._host.tolist()
+        return tokens
+
+
 def pieces(rows: int, row_bytes: int) -> list[slice]:
     """Cut rows into pieces whose intermediate results, `row_bytes` for each row, fit into WORKSPACE."""
     step = max(1, WORKSPACE // row_bytes)

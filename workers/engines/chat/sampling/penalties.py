@@ -66,8 +66,14 @@ class Penalties:
             news |= {"new_slots": np.array(slots), "prompt_tokens": np.concatenate(prompts)}
         return news
 
-    def update(self, rows: list[Sequence], news: dict[str, torch.Tensor]) -> None:
-        """Count the rows' newest tokens. news: what `news` returned for them, on the device."""
+    def update(
+        self, rows: list[Sequence], news: dict[str, torch.Tensor], unread: torch.Tensor | None = None
+    ) -> None:
+        """Count the rows' newest tokens.
+
+        news: what `news` returned for them, on the device. unread, int64 [rows]: the token that follows each
+        row's output and is not on the host yet, plus the slot times the size of the vocabulary.
+        """
         if self._state is None:
             shape = (self._slots, self._vocabulary)
             self._state = torch.zeros(shape, dtype=torch.int32, device=self._device)
@@ -78,7 +84,10 @@ class Penalties:
         if "output_tokens" in news:
             tokens = news["output_tokens"]
             flat.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.int32), alpha=2)
-        self._counted.update((row.slot, (row, len(row.output))) for row in rows)
+        if unread is not None:
+            flat.index_add_(0, unread, torch.ones_like(unread, dtype=torch.int32), alpha=2)
+        more = 0 if unread is None else 1
+        self._counted.update((row.slot, (row, len(row.output) + more)) for row in rows)
 
     def apply(self, logits: torch.Tensor, rows: PenaltyRows) -> None:
         """Change the rows' logits in place. logits float32 [rows of the step, vocabulary].

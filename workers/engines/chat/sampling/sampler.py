@@ -14,7 +14,7 @@ import torch
 
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
-from workers.engines.chat.sampling.device import pieces, to_host
+from workers.engines.chat.sampling.device import LaterTokens, pieces, to_host
 from workers.engines.chat.sampling.draw import compiled_draw, draw
 from workers.engines.chat.sampling.parameters import SlotParameters
 from workers.engines.chat.sampling.penalties import Penalties
@@ -62,20 +62,42 @@ class Sampler:
         `ahead`: for each of the first rows, how many tokens its place is after the end of its output.
         """
         batch = self._batch_of(rows)
+        chosen, raw = self._chosen(logits, batch, ahead)
+        if raw is None or batch.logprob_places is None:
+            return Samples(chosen.tolist(), {})
+        return _with_logprobs(chosen, chosen[batch.logprob_places], raw, batch)
+
+    @torch.inference_mode()
+    def sample_later(
+        self, logits: torch.Tensor, rows: list[Sequence], unread: torch.Tensor | None
+    ) -> LaterTokens:
+        """Do as `sample`, for rows that are `independent`, without waiting for the device.
+
+        unread, int64 [rows]: the tokens that follow the rows' outputs and are not on the host yet.
+        """
+        ahead = None if unread is None else [1] * len(rows)
+        chosen, _ = self._chosen(logits, self._batch_of(rows), ahead, unread)
+        return LaterTokens(chosen)
+
+    def _chosen(
+        self,
+        logits: torch.Tensor,
+        batch: Batch,
+        ahead: list[int] | None,
+        unread: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the rows' tokens, int64 [rows], and the model's logits of the rows that want logprobs."""
         if self._padding.start < self._padding.stop:
             logits[:, self._padding] = -torch.inf
         if batch.plain:
-            return Samples(_argmax(logits).tolist(), {})
+            return _argmax(logits), None
         news = batch.news(self._vocabulary, ahead or [])
         if batch.penalised:
             news |= self._penalties.news(batch.penalised)
         sent = self._uploads.named(news)
         raw = logits[batch.logprob_places] if batch.logprob_places is not None else None
-        self._adjust(logits, batch, sent)
-        chosen = self._choose(logits, batch, sent)
-        if raw is None or batch.logprob_places is None:
-            return Samples(chosen.tolist(), {})
-        return _with_logprobs(chosen, chosen[batch.logprob_places], raw, batch)
+        self._adjust(logits, batch, sent, unread)
+        return self._choose(logits, batch, sent), raw
 
     def _batch_of(self, rows: list[Sequence]) -> Batch:
         slots = [row.slot for row in rows]
@@ -83,10 +105,18 @@ class Sampler:
             self._batch = Batch(rows, slots, self._parameters, self._uploads)
         return self._batch
 
-    def _adjust(self, logits: torch.Tensor, batch: Batch, sent: dict[str, torch.Tensor]) -> None:
+    def _adjust(
+        self,
+        logits: torch.Tensor,
+        batch: Batch,
+        sent: dict[str, torch.Tensor],
+        unread: torch.Tensor | None,
+    ) -> None:
         """Apply everything that comes before temperature, in place."""
         if batch.penalties is not None:
-            self._penalties.update(batch.penalised, sent)
+            own = batch.penalties
+            counted = None if unread is None else unread[own.rows] + own.slots * self._vocabulary
+            self._penalties.update(batch.penalised, sent, counted)
             self._penalties.apply(logits, batch.penalties)
         if batch.biases is not None:
             places, tokens, values = batch.biases
