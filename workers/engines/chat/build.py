@@ -65,6 +65,7 @@ class EngineParts:
     def free(self) -> None:
         """Return the memory of weights and cache. The parts can't be used afterwards."""
         self.attention.unregister()
+        self.pipeline = None
         del self.attention, self.runner, self.cache.pool
         free_memory()
 

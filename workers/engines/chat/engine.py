@@ -18,10 +18,9 @@ from protocol.jobs import ChatJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.pipeline import LaunchedStep
-from workers.engines.chat.scheduler import ScheduledBatch
-from workers.engines.chat.sequence import Chunk, Request, Sequence, SequenceStatus
-from workers.engines.failures import failure_of, free_memory
+from workers.engines.chat.sequence import Request
+from workers.engines.chat.step_executor import StepExecutor
+from workers.engines.failures import failure_of
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +34,11 @@ class ChatEngine:
         self._gpu_share = gpu_share
         self.metrics = Metrics()
         self._parts: EngineParts | None = None
+        self._executor: StepExecutor | None = None
         self._callback: Emit = lambda events: None
         """Takes the events: the argument of `load`."""
         self._inbox: deque[Request] = deque()
         self._cancels: dict[str, CancelReason] = {}
-        self._launched: LaunchedStep | None = None
-        """A step whose tokens have not been read (pipeline.py). None on a CPU."""
         self._open: set[str] = set()
         """Ids whose last event is still to come. An id is added at the start of `submit`."""
         self._wake = threading.Event()
@@ -55,6 +53,7 @@ class ChatEngine:
         started = time.monotonic()
         self._callback = emit
         self._parts = build_engine(self.entry, self._gpu_share, self.metrics, self._forget)
+        self._executor = StepExecutor(self._parts, self.metrics)
         self._thread.start()
         log.info(
             "%s loaded in %.1f s: %s", self.entry.name, time.monotonic() - started, self._parts.describe()
@@ -126,70 +125,13 @@ class ChatEngine:
         """Admit, schedule, compute, emit. Returns whether there was anything to compute."""
         started = time.perf_counter()
         self._admit()
-        worked = self._work()
+        assert self._executor is not None
+        worked = self._executor.work()
         self._emit()
         self.metrics.step_seconds += time.perf_counter() - started
         self.metrics.preemptions = self.parts.scheduler.preemptions
         self.metrics.active_pages = self.parts.cache.num_active
         return worked
-
-    def _work(self) -> bool:
-        """Compute one step. Returns False if there was nothing to compute or to read."""
-        launched, self._launched = self._launched, None
-        if launched is not None:
-            self._launch_after(launched)
-            self._read(launched)
-            if self._launched is not None:
-                return True
-        batch = self.parts.scheduler.schedule()
-        if self.parts.drafter is not None:
-            self.parts.drafter.add_drafts(batch)
-        if batch and self.parts.pipeline is not None and self.parts.pipeline.suits(batch):
-            self._launch(batch)
-        elif batch:
-            self._compute(batch)
-        return bool(batch) or launched is not None
-
-    def _launch(self, batch: ScheduledBatch) -> None:
-        assert self.parts.pipeline is not None
-        try:
-            self._launched = self.parts.pipeline.launch(batch)
-        except Exception:
-            # nothing has changed; where the fault lies shows when it is computed in the usual way
-            log.exception("a step could not be launched")
-            free_memory()
-            self._compute(batch)
-            return
-        self._count(batch)
-
-    def _launch_after(self, launched: LaunchedStep) -> None:
-        assert self.parts.pipeline is not None
-        try:
-            self._launched = self.parts.pipeline.launch_after(launched)
-        except Exception:
-            log.exception("a step could not be launched")
-            free_memory()
-        if self._launched is not None:
-            self._count(ScheduledBatch(self._launched.rows))
-
-    def _read(self, launched: LaunchedStep) -> None:
-        """Give the rows of a launched step their tokens, if they still run."""
-        try:
-            tokens = launched.tokens.read()
-        except Exception:
-            # the rows are computed again, in the usual way
-            log.exception("a launched step failed")
-            free_memory()
-            self._launched = None
-            return
-        for sequence, chunk, token in zip(launched.rows, launched.chunks, tokens, strict=True):
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            sequence.computed = chunk.end
-            try:
-                self.parts.outputs.advance(sequence, token, None)
-            except Exception as error:
-                self._fail(sequence, error)
 
     def _admit(self) -> None:
         """Put new requests into the scheduler's queue, and end cancelled ones."""
@@ -205,114 +147,6 @@ class ChatEngine:
                 del self._cancels[key]
         for key, reason in here.items():
             outputs.cancel(outputs.by_id[key], reason)
-
-    def _compute(self, batch: ScheduledBatch) -> None:
-        """Run the step. If it fails, run each sequence by itself, so that only those that can't run fail."""
-        try:
-            self._advance(batch)
-        except Exception:
-            log.exception("a step failed; its sequences are computed one by one")
-            free_memory()
-            for part in batch.split():
-                (sequence,) = part.sequences()
-                # an earlier part may have ended this one's request
-                if sequence.status is SequenceStatus.RUNNING:
-                    self._compute_alone(sequence, part)
-
-    def _compute_alone(self, sequence: Sequence, part: ScheduledBatch) -> None:
-        try:
-            self._advance(part)
-        except Exception as error:
-            self._fail(sequence, error)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self.metrics.failures += 1
-        self.parts.outputs.fail(sequence.request, failure_of(error))
-
-    def _advance(self, batch: ScheduledBatch) -> None:
-        """Compute the batch, and give each sequence that is then fully computed its next token."""
-        chunks = batch.chunks()
-        try:
-            rows, logits = self._forward(batch, chunks)
-            ahead, drafted = _ahead(batch, chunks)
-            tokens, logprobs = self.parts.sampler.sample(logits, rows, ahead) if rows else ([], {})
-        except BaseException:
-            # no token was added: restore the state before the step, so that its parts can be tried one by one
-            for sequence, chunk in zip(reversed(batch.sequences()), reversed(chunks), strict=True):
-                sequence.computed = chunk.start
-            self.parts.scheduler.rewind_forks()
-            raise
-        for at, (sequence, token) in enumerate(zip(rows, tokens, strict=True)):
-            if at in drafted and not self._accept(sequence, drafted[at]):
-                continue
-            try:
-                self.parts.outputs.advance(sequence, token, logprobs.get(at))
-            except Exception as error:
-                self._fail(sequence, error)
-
-    def _accept(self, sequence: Sequence, draft: Chunk) -> bool:
-        """Whether a draft is the token that was sampled for its position, so that the next one counts."""
-        running = sequence.status is SequenceStatus.RUNNING
-        if not running or draft.start != sequence.length - 1 or draft.tokens[0] != sequence.output[-1]:
-            return False
-        sequence.computed = draft.end
-        sequence.accepted_drafts += 1
-        self.metrics.accepted_drafts += 1
-        return True
-
-    def _forward(self, batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[Sequence], torch.Tensor]:
-        """Run the model.
-
-        Returns the sequences that are now fully computed, and their logits [sequences, vocabulary].
-        """
-        started = time.perf_counter()
-        logits = self.parts.runner.forward(chunks)
-        self.metrics.model_seconds += time.perf_counter() - started
-        self._count(batch)
-        sequences = batch.sequences()
-        for sequence, chunk in zip(sequences, chunks, strict=True):
-            if chunk.start < sequence.length:  # the others are drafts
-                sequence.computed = chunk.end
-        return self._fork_choices([sequence for sequence in sequences if sequence.uncomputed == 0], logits)
-
-    def _count(self, batch: ScheduledBatch) -> None:
-        metrics = self.metrics
-        metrics.steps += 1
-        metrics.prefill_chunks += len(batch.prefill)
-        metrics.prefill_tokens += sum(count for _, count in batch.prefill)
-        if batch.decode:
-            metrics.decode_steps += 1
-            metrics.decoded_rows += len(batch.decode)
-            metrics.max_batch = max(metrics.max_batch, len(batch.decode))
-        for sequence, drafts in batch.drafts.items():
-            metrics.drafts += len(drafts)
-            sequence.accepted_drafts = 0
-
-    def _fork_choices(
-        self, rows: list[Sequence], logits: torch.Tensor
-    ) -> tuple[list[Sequence], torch.Tensor]:
-        """Fork the other choices of requests whose prompts were just computed; cache these prompts.
-
-        Returns rows and logits with the forks added.
-        """
-        scheduler = self.parts.scheduler
-        all_rows, sources = list(rows), list(range(len(rows)))
-        for at, sequence in enumerate(rows):
-            if sequence.output:
-                continue
-            scheduler.remember(sequence)
-            if sequence.index > 0:
-                continue
-            self.metrics.cached_tokens += sequence.request.cached_tokens
-            for sibling in sequence.request.sequences[1:]:
-                if sibling.status is not SequenceStatus.NEW:
-                    continue
-                if scheduler.fork(sequence, sibling):
-                    all_rows.append(sibling)
-                    sources.append(at)
-                else:
-                    scheduler.add(sibling)
-        return all_rows, logits if len(all_rows) == len(rows) else logits[sources]
 
     def _emit(self) -> None:
         events = self.parts.outputs.take_events()
@@ -340,17 +174,3 @@ class ChatEngine:
         with self._lock:
             self._open.discard(request_id)
             self._cancels.pop(request_id, None)
-
-
-def _ahead(batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[int] | None, dict[int, Chunk]]:
-    """For each row that is sampled, how many tokens before it are not known yet; and the drafts, by row."""
-    if not batch.drafts:
-        return None, {}
-    starts = [sequence.length - 1 for sequence in batch.sequences()]
-    sampled = [
-        (chunk, chunk.start - start)
-        for chunk, start in zip(chunks, starts, strict=True)
-        if chunk.wants_logits
-    ]
-    rows = [max(0, ahead) if len(chunk.tokens) == 1 else 0 for chunk, ahead in sampled]
-    return rows, {at: sampled[at][0] for at, ahead in enumerate(rows) if ahead}
