@@ -3,6 +3,8 @@
 Everything around them is the real code.
 """
 
+import copy
+import itertools
 import weakref
 from typing import Any
 
@@ -17,6 +19,7 @@ from tests.gpu_stand_ins.graphs import RecordedOperations, recorded
 from workers.engines.chat import backend
 from workers.engines.chat.attention import flash
 from workers.engines.chat.attention.flash import FlashPagedAttention
+from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.model import fused_decoder
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
@@ -170,6 +173,68 @@ def test_several_streams_get_the_texts_that_each_gets_alone(tmp_path, kernel, mo
         assert not wrong
         # one stream with shared key heads needs the parts: it would occupy 8 of 132 multiprocessors
         assert any(call.splits > 1 for call in kernel.calls) == (key_heads == 8)
+    finally:
+        engine.close()
+
+
+def kernel_that_splits(kernel: FlashAttentionStandIn, wrong_with: Any) -> Any:
+    """The kernel, as if flash.py left the number of splits to it where `wrong_with` queries, keys, rows says."""
+
+    def varlen_attn(*arguments, num_splits, seqused_k, **others):
+        if wrong_with(arguments[5], arguments[6], len(seqused_k)):
+            num_splits = None
+        return kernel(*arguments, num_splits=num_splits, seqused_k=seqused_k, **others)
+
+    return varlen_attn
+
+
+@pytest.mark.parametrize(
+    ("heads", "wrong_with"),
+    [
+        (32, lambda queries, keys, rows: True),
+        (16, lambda queries, keys, rows: queries > 1),
+        (16, lambda queries, keys, rows: (queries, rows) == (1, 2)),
+        (16, lambda queries, keys, rows: (queries, rows) == (1, 8)),
+        (64, lambda queries, keys, rows: queries == 1),
+    ],
+    ids=["all calls", "prefill", "decode of 2 rows", "decode of 8 rows", "64 heads: up to 3 rows"],
+)
+def test_a_kernel_that_splits_contexts_is_refused_at_load(
+    tmp_path, kernel, monkeypatch, caplog, heads, wrong_with
+):
+    config = copy.deepcopy(MANY_HEADS)
+    config.num_attention_heads = config.num_key_value_heads = heads
+    monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
+    monkeypatch.setattr(flash, "varlen_attn", kernel_that_splits(kernel, wrong_with))
+    engine, _ = make_engine(save_model(tmp_path, config), kv_cache_tokens=8192, max_batch_size=8)
+    try:
+        assert "the portable attention is used instead" in caplog.text
+        assert any(call.splits > 1 for call in kernel.calls)
+        assert isinstance(engine.parts.attention, PagedAttention)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(("size", "bound"), [(1, 2048), (4, 8192), (12, 2048), (12, 8192)])
+def test_one_wrong_recording_is_found_at_load(tmp_path, kernel, monkeypatch, caplog, size, bound):
+    """It gives the logits of the step before it."""
+    capture = CudaGraphs.capture
+
+    def capture_wrongly(graphs, max_batch):
+        capture(graphs, max_batch)
+        assert set(graphs._recordings) == set(itertools.product((1, 2, 4, 8, 12), (2048, 8192)))
+        graphs._recordings[size, bound].graph.replay = lambda: None
+
+    monkeypatch.setattr(CudaGraphs, "capture", capture_wrongly)
+    monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
+    engine, _ = make_engine(save_model(tmp_path, MANY_HEADS), kv_cache_tokens=8192, max_batch_size=12)
+    try:
+        assert isinstance(engine.parts.runner, ModelRunner)
+        assert isinstance(engine.parts.attention, FlashPagedAttention)
+        assert (
+            f"without CUDA graphs: LlamaForCausalLM can't be served: its attention is not the standard"
+            f" one in a decode step (rows: {size}, contexts: up to {bound})" in caplog.text
+        )
     finally:
         engine.close()
 

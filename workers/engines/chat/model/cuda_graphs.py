@@ -7,13 +7,14 @@ on a GPU in this repository's tests: these replace the graph with one that repea
 
 import itertools
 import logging
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from workers.engines.chat.attention.flash import FlashPagedAttention
-from workers.engines.chat.model.runner import ModelRunner, model_input
+from workers.engines.chat.model.runner import DecodeStep, ModelRunner, model_input
 from workers.engines.chat.sequence import Chunk
 
 log = logging.getLogger(__name__)
@@ -75,11 +76,19 @@ class CudaGraphs:
         if all(len(chunk.tokens) == 1 and chunk.wants_logits for chunk in chunks):
             size = next((size for size in self._sizes if size >= len(chunks)), None)
             if size is not None:
-                return self._replay(chunks, size, ids)
+                return self._replay(size, self._attention.bound_of(chunks), chunks, ids)
         return self._runner.forward(chunks, ids)
 
-    def _replay(self, chunks: list[Chunk], size: int, ids: torch.Tensor | None) -> torch.Tensor:
-        bound = self._attention.bound_of(chunks)
+    def decode_steps(self) -> list[DecodeStep]:
+        """Implements Runner.decode_steps: a replay of each recording."""
+        return [
+            DecodeStep(f"rows: {size}, contexts: up to {bound}", size, partial(self._replay, size, bound))
+            for size, bound in self._recordings
+        ]
+
+    def _replay(
+        self, size: int, bound: int, chunks: list[Chunk], ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
         recording = self._recordings[size, bound]
         arrays = self._arrays(chunks + [self._padding] * (size - len(chunks)), bound)
         recording.block.copy_(self._runner.uploads.packed(arrays), non_blocking=True)

@@ -9,6 +9,7 @@ precision rounding alone gives 0.004 to 0.3, depending on the model and its dept
 is measured: by how much the model's own logits change between two attention implementations of transformers.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,18 @@ from workers.engines.base import EngineLoadError
 from workers.engines.chat.attention.base import ModelAttention, UnsupportedAttention
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.model.loader import LoadedModel, first_line
-from workers.engines.chat.model.runner import Runner
+from workers.engines.chat.model.runner import DecodeStep, Runner
 from workers.engines.chat.sequence import Chunk
 
-LENGTHS = (28, 22, 17, 13)
-"""Numbers of tokens of the prompts that are compared. They are computed together, if the cache has room."""
+OTHER_LENGTHS = (22, 17, 13)
+"""Numbers of tokens of the prompts that are compared, besides one that is longer than a page.
+
+They are computed together, if the cache has room.
+"""
+
+LAST_CHUNK = 16
+"""Largest number of prompt tokens in the second chunk. A kernel that computes few queries over many keys may
+divide the keys among the multiprocessors, and merge the results wrongly."""
 
 ROUNDING_FACTOR = 2.5
 """How many times the model's own rounding is accepted: standard attention gives 0.7 to 1.4 times."""
@@ -37,6 +45,9 @@ class Limits(NamedTuple):
     most: float
     """Never exceeded: a model's second attention implementation may itself not be right."""
 
+
+MOST_OF_A_STEP = 0.8
+"""Never exceeded by a single decode step. A row with another row's logits differs by 1.4."""
 
 LIMITS = {
     torch.float32: Limits(5e-4, 5e-4, 5e-4),
@@ -62,7 +73,7 @@ class OutputCheck:
         random = torch.Generator().manual_seed(0)
         self._prompts: list[list[int]] = [
             torch.randint(loaded.text_config.vocab_size, (min(length, room),), generator=random).tolist()
-            for length in LENGTHS
+            for length in (cache.page_size + 4, *OTHER_LENGTHS)
         ]
         try:
             self._expected = self._own_logits("eager")
@@ -73,24 +84,20 @@ class OutputCheck:
 
     @torch.inference_mode()
     def __call__(self, runner: Runner) -> None:
-        """Run each prompt as a prefill in two chunks and two decode rows.
+        """Run each prompt as a prefill in two chunks and two decode rows; then each of the runner's decode steps.
 
         Raises EngineLoadError if the runner can't run it or its output differs.
         """
         cache = self._cache
         pages = sum(cache.pages_for(len(ids)) for ids in self._prompts)
         together = len(self._prompts) <= cache.num_free_slots and pages <= cache.num_free_pages
-        groups = [self._prompts] if together else [[ids] for ids in self._prompts]
+        numbers = range(len(self._prompts))
+        groups = [list(numbers)] if together else [[number] for number in numbers]
         try:
             found = torch.cat([self._served_logits(runner, group) for group in groups])
         except (UnsupportedAttention, *FAILURES) as error:
             raise self._refusal(first_line(error)) from error
-        difference = self._difference(found)
-        if not difference < self._limit:
-            raise self._refusal(
-                f"its attention is not the standard one (logits differ by {difference:.2g} of their standard"
-                f" deviation, rounding explains {self._limit:.2g})"
-            )
+        self._judge(found, self._expected, self._limit)
 
     def _own_logits(self, attention: str) -> torch.Tensor:
         """Compute the model's logits, float32 [prompts, ends, vocabulary], with transformers' `attention`.
@@ -104,9 +111,12 @@ class OutputCheck:
             rows.append(logits[0, [end - 1 for end in _ends(ids)]].float())
         return torch.stack(rows)
 
-    def _served_logits(self, runner: Runner, prompts: list[list[int]]) -> torch.Tensor:
-        """Compute the runner's logits, float32 [prompts, ends, vocabulary], all prompts together."""
-        cache = self._cache
+    def _served_logits(self, runner: Runner, numbers: list[int]) -> torch.Tensor:
+        """Compute the runner's logits, float32 [prompts, ends, vocabulary], for some prompts together.
+
+        Raises EngineLoadError if the runner's decode steps give others.
+        """
+        cache, prompts = self._cache, [self._prompts[number] for number in numbers]
         slots = [cache.take_slot() for _ in prompts]
         try:
             for slot, ids in zip(slots, prompts, strict=True):
@@ -117,10 +127,46 @@ class OutputCheck:
                 chunks = [Chunk(slot, start, ids[start:end], True) for slot, ids, start, end in parts]
                 rows.append(runner.forward(chunks).clone())
                 starts = list(ends)
+            for first, step in enumerate(runner.decode_steps()):
+                self._check_step(step, first, dict(zip(numbers, slots, strict=True)))
         finally:
             for slot in slots:
                 cache.release(slot)
         return torch.stack(rows, 1)
+
+    def _check_step(self, step: DecodeStep, first: int, slots: dict[int, int]) -> None:
+        """Compute one decode step, in which rows attend to contexts of different lengths.
+
+        Its rows are tokens that were compared before, from the `first` one on, so that a step that leaves the
+        result of the step before it is noticed. slots: by the number of a prompt, where its keys and values
+        are. Raises EngineLoadError.
+        """
+        compared = list(itertools.product(range(self._expected.shape[1]), slots))
+        rows = [compared[(first + row) % len(compared)] for row in range(step.rows)]
+        chunks = []
+        for end, number in rows:
+            ids = self._prompts[number]
+            last = _ends(ids)[end] - 1
+            chunks.append(Chunk(slots[number], last, [ids[last]], True))
+        logits = step.forward(chunks)
+        # in parts, so that a large step needs little memory
+        for start in range(0, step.rows, len(compared)):
+            part = slice(start, start + len(compared))
+            ends, prompts = zip(*rows[part], strict=True)
+            expected = self._expected[list(prompts), list(ends)]
+            # the limit is for all that is compared: a few rows may have most of the difference
+            few = (self._expected[..., 0].numel() / len(ends)) ** 0.5
+            limit = min(self._limit * few, max(self._limit, MOST_OF_A_STEP))
+            self._judge(logits[part], expected, limit, f" in a decode step ({step.name})")
+
+    def _judge(self, found: torch.Tensor, expected: torch.Tensor, limit: float, where: str = "") -> None:
+        """Raise EngineLoadError if logits differ by more than `limit`."""
+        difference = self._difference(found, expected)
+        if not difference < limit:
+            raise self._refusal(
+                f"its attention is not the standard one{where} (logits differ by {difference:.2g} of their"
+                f" standard deviation, rounding explains {limit:.2g})"
+            )
 
     def _measure_limit(self) -> float:
         """The largest difference that rounding explains in this model."""
@@ -128,13 +174,13 @@ class OutputCheck:
         if limits.least == limits.most:
             return limits.most
         try:
-            rounding = self._difference(self._own_logits("sdpa"))
+            rounding = self._difference(self._own_logits("sdpa"), self._expected)
         except FAILURES:
             return limits.unmeasured
         return min(max(limits.least, ROUNDING_FACTOR * rounding), limits.most)
 
-    def _difference(self, logits: torch.Tensor) -> float:
-        return float((logits - self._expected).square().mean().sqrt() / self._spread)
+    def _difference(self, logits: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((logits - expected).square().mean().sqrt() / self._spread)
 
     def windows(self, attention: ModelAttention) -> None:
         """Raise EngineLoadError unless each sliding layer passed its window to attention.
@@ -152,4 +198,5 @@ class OutputCheck:
 
 def _ends(ids: list[int]) -> list[int]:
     """The lengths of a prompt after each of its parts: two prefill chunks and two tokens."""
-    return [len(ids) // 2, len(ids) - 2, len(ids) - 1, len(ids)]
+    length = len(ids)
+    return [max(length // 2, length - 2 - LAST_CHUNK), length - 2, length - 1, length]

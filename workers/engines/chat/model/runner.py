@@ -1,7 +1,8 @@
 """Runs one forward pass over the chunks that the scheduler picked."""
 
 import inspect
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -9,6 +10,16 @@ import torch
 from workers.engines.chat.attention.base import ModelAttention, count_rows
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sequence import Chunk
+
+
+class DecodeStep(NamedTuple):
+    """A kind of decode step that is computed in a way of its own."""
+
+    name: str
+    """For messages: the size, and what else distinguishes it."""
+    rows: int
+    forward: Callable[[list[Chunk]], torch.Tensor]
+    """Takes `rows` decode rows, of which several may be equal. Returns what Runner.forward does."""
 
 
 class Runner(Protocol):
@@ -21,6 +32,9 @@ class Runner(Protocol):
         replaces their tokens if all chunks are decode rows. The caller may overwrite the result, which is
         valid until the next call.
         """
+
+    def decode_steps(self) -> list[DecodeStep]:
+        """The kinds of decode steps that may differ in their results, if anything is wrong."""
 
 
 class Forward(Protocol):
@@ -66,6 +80,10 @@ class ModelRunner:
         if ids is not None:
             inputs[0][0].copy_(ids)
         return self.run(inputs).float()
+
+    def decode_steps(self) -> list[DecodeStep]:
+        """Implements Runner.decode_steps: kernels divide few rows among the multiprocessors in other ways."""
+        return [DecodeStep(f"rows: {rows}", rows, self.forward) for rows in (1, 2, 4, 8)]
 
     def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
         """Run the forward pass that attention was prepared for last. Returns logits in the model's dtype.
