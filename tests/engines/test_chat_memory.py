@@ -305,6 +305,17 @@ def test_growing_beyond_the_budget_changes_nothing():
     assert (cache.held[slot], cache.num_active) == (2, 2)
 
 
+@pytest.mark.parametrize("tokens", [2 * PAGE - 1, 2 * PAGE, 2 * PAGE + 1])
+def test_a_fork_has_a_page_of_its_own_for_its_last_token(tokens):
+    """After a failed step the last token is computed again."""
+    cache = small_cache()
+    source, target = held_slot(cache, tokens), cache.take_slot()
+    cache.fork(source, target, tokens)
+    *shared, last = cache.pages_of(target)
+    assert shared == cache.pages_of(source)[:-1]
+    assert last not in cache.pages_of(source)
+
+
 def test_running_sequences_hold_the_pages_of_a_common_beginning_once(weights):
     engine, collector = make_engine(weights)
     system = "and then again the quick brown fox " * 6

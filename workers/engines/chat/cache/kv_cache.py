@@ -127,11 +127,9 @@ class KVCache:
         """Give the empty slot `target` the first `tokens` tokens of `source`.
 
         Full pages are shared. The page of the last token is copied, because both will write there. Raises
-        OutOfPages and then changes nothing.
+        OutOfPages; what `target` has got until then is freed with it.
         """
         shared = (tokens - 1) // self.page_size
-        if not self._free:
-            raise OutOfPages
         self.share(target, self.pages_of(source)[:shared])
         self.grow(target, tokens)
         self.copy_page(int(self.tables[source, shared]), int(self.tables[target, shared]))
