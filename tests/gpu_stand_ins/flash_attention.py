@@ -69,6 +69,7 @@ class FlashAttentionStandIn:
             block_table,
             scale,
             left,
+            right,
             longest_query,
             longest_key,
             splits > 1 and not grouped,
@@ -101,6 +102,7 @@ def paged_attention(
     block_table: torch.Tensor,
     scale: float,
     left: int,
+    right: int,
     longest_query: int,
     longest_key: int,
     all_to_first_rows: bool,
@@ -113,9 +115,11 @@ def paged_attention(
         pages = block_table[number].long()
         own_keys, own_values = (pool[pages].flatten(0, 1)[:count].transpose(0, 1) for pool in (keys, values))
         at = torch.arange(count - (end - start), count)[:, None]
-        seen = torch.arange(count)[None] <= at
+        seen = torch.ones(end - start, count, dtype=torch.bool)
         if left >= 0:
             seen &= torch.arange(count)[None] >= at - left
+        if right >= 0:
+            seen &= torch.arange(count)[None] <= at + right
         result = torch.nn.functional.scaled_dot_product_attention(
             query[start:end].transpose(0, 1)[None],
             own_keys[None],
