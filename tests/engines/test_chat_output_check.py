@@ -4,11 +4,13 @@ On tiny random models in float32, and on a trained model of 30 layers in bfloat1
 the logits by several percent.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from catalogue import ChatEngineOptions, ChatModelEntry
 from tests.engines.tiny_chat import CONFIGS, save_model
@@ -24,6 +26,7 @@ from workers.engines.chat.sequence import Chunk
 
 FAULTS: dict[str, dict[str, Any]] = {
     "its scores are a tenth too large": {"scale": 1.1},
+    "its scores are no numbers": {"scale": math.nan},
     "a sink takes part of each weight": {"sink": True},
     "a token does not see itself": {"own_key": False},
     "a token sees twelve keys": {"window": 12},
@@ -182,6 +185,23 @@ def test_every_family_is_accepted_in_bfloat16(
     small = checked(save_model(tmp_path, CONFIGS[family]()), "bfloat16")
     build(small.loaded, "bfloat16")
     assert not caplog.records
+
+
+def test_a_wrong_second_implementation_does_not_excuse_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding is measured by it, as the difference from the eager one."""
+    right = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def wrong(*arguments: Any, **others: Any) -> tuple[torch.Tensor, None]:
+        out, _ = right(*arguments, **others)
+        return -out, None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", wrong)
+    model = checked(save_model(tmp_path, CONFIGS["llama"]()), "bfloat16")
+    model.judge(Attention(model.cache))
+    with pytest.raises(EngineLoadError):
+        model.judge(Attention(model.cache, mixed=True))
 
 
 @pytest.mark.parametrize("room", [{"slots": 1}, {"pages": 2}, {"max_context": 16}])

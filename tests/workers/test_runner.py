@@ -405,7 +405,9 @@ def test_a_revoke_ends_a_running_request_and_one_that_waits(bench: Bench) -> Non
 def test_a_revoke_leaves_alone_what_is_not_its_own(bench: Bench) -> None:
     bench.admit("claimed")
     assert bench.queue.claim("claimed", MODEL, "another:1") is not None
-    for name in ("claimed", "unknown"):
+    bench.admit("other", model="another")
+    for name in ("claimed", "other", "unknown"):
         bench.runner.revoke(name)
         assert bench.replay(name) == []
-    assert bench.untouched() and not bench.redis.exists(bench.keys.claim("unknown"))
+    assert bench.untouched()
+    assert not bench.redis.exists(bench.keys.claim("other"), bench.keys.claim("unknown"))
