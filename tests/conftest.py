@@ -2,6 +2,7 @@
 
 import itertools
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ TOGETHER = {
 """Files whose tests share one service: file to the name of its unit."""
 APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "same_cid", "web", "workers")}
 """Files in which each test starts a service of its own."""
+
+collect_ignore = [] if sys.platform == "linux" else ["engines/test_chat_gpu_kernels.py"]
+"""Triton exists for Linux only."""
 
 _numbers = itertools.count()
 

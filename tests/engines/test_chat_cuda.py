@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tests.engines.flash_model import FlashModel
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
 from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
 from tests.gpu_stand_ins.graphs import RecordedOperations, recorded
@@ -20,15 +21,12 @@ from workers.engines.chat import backend
 from workers.engines.chat.attention import flash
 from workers.engines.chat.attention.flash import FlashPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
-from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
-from workers.engines.chat.model import fused_decoder
+from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.fused_decoder import FusedDecoder, join_weights
 from workers.engines.chat.model.layers import LayerOperations
-from workers.engines.chat.model.runner import ModelForward, ModelRunner
+from workers.engines.chat.model.runner import ModelRunner
 from workers.engines.chat.sequence import Chunk
-
-LENGTHS = (45, 30, 9)
 
 
 @pytest.fixture
@@ -39,48 +37,13 @@ def kernel(monkeypatch) -> FlashAttentionStandIn:
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # compiled loops are not operations that a graph could repeat
-    monkeypatch.setattr(fused_decoder, "layer_operations", LayerOperations)
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
     return made
-
-
-class Setup:
-    """A random model behind FlashPagedAttention, some sequences, and the model's logits after each."""
-
-    def __init__(self, family: str) -> None:
-        torch.manual_seed(0)
-        config = CONFIGS[family]()
-        self.model = AutoModelForCausalLM.from_config(config).eval()
-        self.sequences = [torch.randint(0, 500, (length,)).tolist() for length in LENGTHS]
-        with torch.inference_mode():
-            own = [self.model(input_ids=torch.tensor([tokens])).logits[0, -1] for tokens in self.sequences]
-        self.expected = torch.stack(own)
-        head_dim = getattr(config, "head_dim", None) or 16
-        shape = CacheShape(2, 2, head_dim, torch.float32, token_major=True)
-        self.cache = KVCache(shape, 20, 8, 4, torch.device("cpu"))
-        self.attention = FlashPagedAttention(self.cache, max_context=64)
-        self.model.set_attn_implementation(self.attention.register())
-        self.runner = ModelRunner(ModelForward(self.model), self.attention, torch.device("cpu"))
-        self.slots = []
-        for tokens in self.sequences:
-            self.slots.append(self.cache.take_slot())
-            self.cache.grow(self.slots[-1], len(tokens))
-
-    def chunk(self, number: int, start: int, end: int) -> Chunk:
-        tokens = self.sequences[number]
-        return Chunk(self.slots[number], start, tokens[start:end], end == len(tokens))
-
-    def prefill(self) -> None:
-        """Compute all tokens but each sequence's last, in chunks of different lengths."""
-        self.runner.forward([self.chunk(0, 0, 31), self.chunk(1, 0, 20)])
-        self.runner.forward([self.chunk(2, 0, 8), self.chunk(0, 31, 44), self.chunk(1, 20, 29)])
-
-    def last_tokens(self) -> list[Chunk]:
-        return [self.chunk(number, length - 1, length) for number, length in enumerate(LENGTHS)]
 
 
 @pytest.fixture(params=["llama", "mistral", "qwen3"])
 def setup(request, kernel):
-    made = Setup(request.param)
+    made = FlashModel(request.param)
     yield made
     made.attention.unregister()
 
@@ -95,8 +58,9 @@ def test_prefill_chunks_and_decode_rows_give_the_models_own_logits(setup):
 
 def test_the_fused_decoder_gives_the_same(setup):
     setup.prefill()
+    operations = LayerOperations(setup.model, setup.attention, max_context=64)
     setup.runner.model_forward = FusedDecoder(
-        setup.model, join_weights(setup.model), setup.attention, max_context=64
+        setup.model, join_weights(setup.model), setup.attention, operations
     )
     found = setup.runner.forward(setup.last_tokens())
     torch.testing.assert_close(found, setup.expected, atol=1e-4, rtol=1e-4)

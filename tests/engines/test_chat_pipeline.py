@@ -14,7 +14,6 @@ from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
 from tests.gpu_stand_ins.graphs import RecordedOperations, recorded
 from workers.engines.chat import ChatEngine, backend
 from workers.engines.chat.attention import flash
-from workers.engines.chat.model import fused_decoder
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.pipeline import DecodePipeline
@@ -151,7 +150,7 @@ def test_graphs_read_the_tokens_where_they_were_chosen(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedOperations)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(fused_decoder, "layer_operations", LayerOperations)
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
     monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
     engine, collector = pipelined(weights, kv_cache_tokens=16384, max_batch_size=8)
     assert isinstance(engine.parts.runner, CudaGraphs)

@@ -26,7 +26,6 @@ from tests.engines.tiny_chat import CONFIGS, save_model
 from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
 from workers.engines.chat import backend
 from workers.engines.chat.attention import flash
-from workers.engines.chat.model import fused_decoder
 from workers.engines.chat.model.layers import LayerOperations
 
 
@@ -91,7 +90,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> SplittingKernel:
     monkeypatch.setattr(flash, "varlen_attn", made)
     monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
     # the compiled operations are for the CPU's attention
-    monkeypatch.setattr(fused_decoder, "layer_operations", LayerOperations)
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
     return made
 
 

@@ -18,11 +18,13 @@ from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.memory import CacheFactory
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights, can_fuse, join_weights
+from workers.engines.chat.model.layers import kinds_of_operations
 from workers.engines.chat.model.linear import can_pack, pack_linears
 from workers.engines.chat.model.loader import (
     CPU_PAGE,
     GPU_PAGE,
     LoadedModel,
+    first_line,
     wants_flash,
 )
 from workers.engines.chat.model.output_check import OutputCheck
@@ -143,22 +145,31 @@ def _fuse(
     runner: ModelRunner,
     check: OutputCheck,
 ) -> bool:
-    """Let the runner use FusedDecoder.
+    """Let the runner use FusedDecoder, with the fastest operations that give the model's own output.
 
-    Returns False and leaves the runner unchanged if that changes the output.
+    Returns False and leaves the runner unchanged if there are none.
     """
-    plain = runner.model_forward
-    try:
-        runner.model_forward = FusedDecoder(loaded.model, joined, attention, loaded.max_context)
-        check(runner)
-    except (EngineLoadError, RuntimeError) as error:
-        log.warning("transformers' own layers are used: with joined weights, %s", error)
-        runner.model_forward = plain
-        return False
-    if can_pack(joined[0].gate_up[0]):
-        # FusedDecoder holds packed copies of these weights
-        loaded.model.model.layers = torch.nn.ModuleList()
-    return True
+    plain, model = runner.model_forward, loaded.model
+    kinds = kinds_of_operations(model.model.embed_tokens.weight, attention)
+    others = [*(kind.name for kind in kinds[1:]), "transformers' own layers"]
+    for kind, other in zip(kinds, others, strict=True):
+        try:
+            operations = kind(model, attention, loaded.max_context)
+            runner.model_forward = FusedDecoder(model, joined, attention, operations)
+            check(runner)
+        # any error: Triton needs a C compiler and a cache that it can write, and must know the GPU
+        except Exception as error:
+            reason = first_line(error)
+            if not isinstance(error, EngineLoadError):
+                reason = f"{type(error).__name__}: {reason}"
+            log.warning("%s: %s are used instead of %s: %s", loaded.name, other, kind.name, reason)
+            runner.model_forward = plain
+            continue
+        if can_pack(joined[0].gate_up[0]):
+            # FusedDecoder holds packed copies of these weights
+            model.model.layers = torch.nn.ModuleList()
+        return True
+    return False
 
 
 def _pack(loaded: LoadedModel, runner: ModelRunner, check: OutputCheck) -> None:

@@ -36,6 +36,19 @@ class Sequences(NamedTuple):
     """int32 [sequences, pages]"""
 
 
+class Destination(NamedTuple):
+    """Where a layer's new keys and values go."""
+
+    keys: torch.Tensor
+    """[pages, page_size, kv_heads, head_dim]"""
+    values: torch.Tensor
+    """like keys"""
+    pages: torch.Tensor
+    """int64 [tokens]"""
+    offsets: torch.Tensor
+    """int64 [tokens]: the token's place in its page."""
+
+
 class FlashPagedAttention(ModelAttention):
     """Attention over a token-major cache, for contexts of up to `max_context` tokens.
 
@@ -92,11 +105,21 @@ class FlashPagedAttention(ModelAttention):
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
+        keys, values, pages, offsets = self.destination(layer)
+        keys[pages, offsets] = key
+        values[pages, offsets] = value
+        return self.attend_stored(layer, query, call)
+
+    def destination(self, layer: int) -> Destination:
+        """Where the step's new keys and values of a layer go."""
+        pool = self._cache.pool[layer]
+        return Destination(pool[0], pool[1], self._pages, self._offsets)
+
+    def attend_stored(self, layer: int, query: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        """`attend`, after the new keys and values have been written to their destination."""
         if call.softcap is not None:
             raise UnsupportedAttention("it needs attention with softcap")
-        keys, values = self._cache.pool[layer, 0], self._cache.pool[layer, 1]
-        keys[self._pages, self._offsets] = key
-        values[self._pages, self._offsets] = value
+        keys, values = self._cache.pool[layer]
         parts = [query] if len(self._calls) == 1 else query.tensor_split([self._rows])
         out = [
             _attend(part.contiguous(), keys, values, sequences, call)

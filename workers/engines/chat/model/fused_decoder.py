@@ -1,9 +1,9 @@
 """The forward pass of Llama-shaped models in few large operations.
 
 Each of transformers' own layers runs some 60 operations and as much Python between them: with one row in the
-batch that is most of a step. Here query, key and value are one product, as are gate and up, and keys and
-queries are rotated together (layers.py). backend.py compares the result with the model's own before the first
-request. transformers' layers are used if it differs, and for every other architecture.
+batch that is most of a step. Here query, key and value are one product, as are gate and up; layers.py has what
+lies between the products. backend.py compares the result with the model's own before the first request.
+transformers' layers are used if it differs, and for every other architecture.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workers.engines.chat.attention.base import LayerCall, ModelAttention
-from workers.engines.chat.model.layers import layer_operations
+from workers.engines.chat.model.layers import LayerAttention, LayerOperations, Norm
 from workers.engines.chat.model.linear import LinearProduct, join, linear_product
 
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
@@ -25,22 +25,16 @@ only far into the context.
 """
 
 
-class _Norm(NamedTuple):
-    weight: torch.Tensor
-    eps: float
-
-
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    input_norm: _Norm
     query_key_value: LinearProduct
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    attention: LayerAttention
     attention_out: LinearProduct
-    mlp_norm: _Norm
+    mlp_norm: Norm
     gate_up: LinearProduct
     down: LinearProduct
-    call: LayerCall
+    next_norm: Norm
+    """The input norm of the next layer, or the model's last norm."""
 
 
 def can_fuse(model: Any) -> bool:
@@ -76,20 +70,24 @@ class FusedDecoder:
     """Implements runner.Forward with the weights of `model`."""
 
     def __init__(
-        self, model: Any, joined: list[JoinedWeights], attention: ModelAttention, max_context: int
+        self,
+        model: Any,
+        joined: list[JoinedWeights],
+        attention: ModelAttention,
+        operations: LayerOperations,
     ) -> None:
         """The model must have run once with `attention`, which has then recorded each layer's arguments."""
-        inner, config = model.model, model.config
-        self._attention = attention
+        inner = model.model
         self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()
-        self._operations = layer_operations(inner.rotary_emb, max_context, self._embedding)
-        self._heads: int = config.num_attention_heads
-        self._kv_heads: int = config.num_key_value_heads
+        self._operations = operations
+        self._first_norm = _norm(inner.layers[0].input_layernorm)
+        next_norms = [*(layer.input_layernorm for layer in inner.layers[1:]), inner.norm]
         self._layers = [
-            _layer(layer, joined[number], attention.layers[number])
-            for number, layer in enumerate(inner.layers)
+            _layer(layer, weights, attention.layers[number], _norm(next_norm))
+            for number, (layer, weights, next_norm) in enumerate(
+                zip(inner.layers, joined, next_norms, strict=True)
+            )
         ]
-        self._norm = _norm(inner.norm)
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
 
     def __call__(
@@ -101,41 +99,31 @@ class FusedDecoder:
         """
         ops = self._operations
         x = F.embedding(ids, self._embedding)
-        for number, layer in enumerate(self._layers):
-            x = x + self._attend(number, layer, ops.norm(x, *layer.input_norm), positions)
-            x = x + layer.down(ops.gate(layer.gate_up(ops.norm(x, *layer.mlp_norm))))
-        if outputs is not None:
-            x = x[outputs]
-        return self._head(ops.norm(x, *self._norm))
-
-    def _attend(self, number: int, layer: _Layer, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        tokens, heads, ops = x.shape[0], self._heads + self._kv_heads, self._operations
-        joined = layer.query_key_value(x).view(tokens, heads + self._kv_heads, -1)
-        if layer.query_norm is not None and layer.key_norm is not None:
-            query, key = joined[:, : self._heads], joined[:, self._heads : heads]
-            normed = ops.norm(query, *layer.query_norm), ops.norm(key, *layer.key_norm)
-            rotated = ops.rotate(torch.cat(normed, 1), heads, positions)
-        else:
-            rotated = ops.rotate(joined, heads, positions)
-        query, key, value = rotated[:, : self._heads], rotated[:, self._heads :], joined[:, heads:]
-        attended = self._attention.attend(number, query, key, value, layer.call)
-        return layer.attention_out(attended.reshape(tokens, -1))
+        normed = ops.norm(x, self._first_norm)
+        for layer in self._layers:
+            attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
+            x, normed = ops.add_norm(x, layer.attention_out(attended), layer.mlp_norm)
+            x, normed = ops.add_norm(x, layer.down(ops.gate(layer.gate_up(normed))), layer.next_norm)
+        return self._head(normed if outputs is None else normed[outputs])
 
 
-def _layer(layer: Any, joined: JoinedWeights, call: LayerCall) -> _Layer:
+def _layer(layer: Any, joined: JoinedWeights, call: LayerCall, next_norm: Norm) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
-        input_norm=_norm(layer.input_layernorm),
         query_key_value=linear_product(*joined.query_key_value),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        attention=LayerAttention(attention.layer_idx, call, _head_norms(attention)),
         attention_out=linear_product(attention.o_proj.weight, attention.o_proj.bias),
         mlp_norm=_norm(layer.post_attention_layernorm),
         gate_up=linear_product(*joined.gate_up),
         down=linear_product(mlp.down_proj.weight, mlp.down_proj.bias),
-        call=call,
+        next_norm=next_norm,
     )
 
 
-def _norm(module: Any) -> _Norm:
-    return _Norm(module.weight.detach(), module.variance_epsilon)
+def _head_norms(attention: Any) -> tuple[Norm, Norm] | None:
+    has_norms = hasattr(attention, "q_norm")
+    return (_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight.detach(), module.variance_epsilon)

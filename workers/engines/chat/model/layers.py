@@ -1,26 +1,52 @@
-"""The operations of a Llama-shaped layer between its matrix products: norms, rotation, gate.
+"""What a Llama-shaped layer does between its matrix products: norms, rotation, attention, gate.
 
-In torch, or compiled for a CPU.
+In torch, compiled for a CPU, or compiled for a GPU.
 
 Each of torch's operations has an overhead of some microseconds; with one row in the batch that is most of a
 step.
 """
 
-from typing import Any
+import importlib.util
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from workers.engines.chat.attention.base import LayerCall, ModelAttention
+from workers.engines.chat.attention.flash import FlashPagedAttention
+
+
+class Norm(NamedTuple):
+    """A root mean square norm (Zhang and Sennrich 2019)."""
+
+    weight: torch.Tensor
+    """[width]"""
+    eps: float
+
+
+class LayerAttention(NamedTuple):
+    """One layer's attention."""
+
+    number: int
+    """Of the layer."""
+    call: LayerCall
+    norms: tuple[Norm, Norm] | None
+    """Of each head of query and key, before the rotation."""
 
 
 class LayerOperations:
     """Uses torch's operations, on any device."""
 
-    def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
-        """`rotary`: the model's module that computes cos and sin of positions.
+    name = "torch's operations"
+    """What the log calls this implementation."""
 
-        `like`: a tensor with the model's dtype and device.
-        """
-        cos, sin = rotary(like[None], torch.arange(max_context, device=like.device)[None])
+    def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
+        """`model`: of transformers, Llama-shaped. Its rotary positions are computed up to `max_context`."""
+        self._attention = attention
+        self._heads: int = model.config.num_attention_heads
+        self._kv_heads: int = model.config.num_key_value_heads
+        weight = model.model.embed_tokens.weight.detach()
+        cos, sin = model.model.rotary_emb(weight[None], torch.arange(max_context, device=weight.device)[None])
         self._cos, self._sin = self._tables(cos[0], sin[0])
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,9 +54,31 @@ class LayerOperations:
         half = sin.shape[-1] // 2
         return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Root mean square norm over the last dimension."""
-        return F.rms_norm(x, weight.shape, weight, eps)
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        """Norm the last dimension of x."""
+        return F.rms_norm(x, norm.weight.shape, *norm)
+
+    def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + added, and its norm. x, added [tokens, width]."""
+        total = x + added
+        return total, self.norm(total, norm)
+
+    def attend(self, joined: torch.Tensor, positions: torch.Tensor, layer: LayerAttention) -> torch.Tensor:
+        """Rotate query and key by positions, store key and value in the cache, and attend.
+
+        joined [tokens, (heads + 2 * kv_heads) * head_dim] is query, key and value side by side; positions
+        int64 [tokens] -> [tokens, heads * head_dim].
+        """
+        tokens, heads, rotating = len(joined), self._heads, self._heads + self._kv_heads
+        joined = joined.view(tokens, rotating + self._kv_heads, -1)
+        unrotated = joined
+        if layer.norms is not None:
+            query_norm, key_norm = layer.norms
+            normed = self.norm(joined[:, :heads], query_norm), self.norm(joined[:, heads:rotating], key_norm)
+            unrotated = torch.cat(normed, 1)
+        rotated = self.rotate(unrotated, rotating, positions)
+        query, key, value = rotated[:, :heads], rotated[:, heads:], joined[:, rotating:]
+        return self._attention.attend(layer.number, query, key, value, layer.call).reshape(tokens, -1)
 
     def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
         """Rotate the first `heads` of joined [tokens, heads or more, head_dim] by positions [tokens]."""
@@ -47,22 +95,24 @@ class LayerOperations:
 class CompiledLayerOperations(LayerOperations):
     """For float32 on a CPU: norm and rotation are one compiled pass each, without the interpreter lock."""
 
-    def __init__(self, rotary: Any, max_context: int, like: torch.Tensor) -> None:
+    name = "compiled loops"
+
+    def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         # imported here, so that a worker on a GPU doesn't load a compiler
         from workers.engines.chat.kernels import cpu
 
-        super().__init__(rotary, max_context, like)
+        super().__init__(model, attention, max_context)
         self._kernels = cpu
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        half = sin.shape[-1] // 2
-        return cos[:, :half].contiguous(), sin[:, :half].contiguous()
+        return _half(cos), _half(sin)
 
-    def norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
-        self._kernels.normalize(x.view(-1, width).numpy(), weight.numpy(), eps, out.view(-1, width).numpy())
+        rows, weight = x.view(-1, width).numpy(), norm.weight.numpy()
+        self._kernels.normalize(rows, weight, norm.eps, out.view(-1, width).numpy())
         return out
 
     def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
@@ -72,7 +122,50 @@ class CompiledLayerOperations(LayerOperations):
         return out
 
 
-def layer_operations(rotary: Any, max_context: int, like: torch.Tensor) -> LayerOperations:
-    """Return the fastest implementation for the dtype and device of `like`."""
-    compiled = like.device.type == "cpu" and like.dtype == torch.float32
-    return (CompiledLayerOperations if compiled else LayerOperations)(rotary, max_context, like)
+class TritonLayerOperations(LayerOperations):
+    """For a GPU: addition and norm, rotation and storing, and the gate are one kernel each."""
+
+    name = "Triton's kernels"
+
+    def __init__(self, model: Any, attention: FlashPagedAttention, max_context: int) -> None:
+        # imported here: Triton is installed only with a CUDA build of torch
+        from workers.engines.chat.kernels import gpu
+
+        super().__init__(model, attention, max_context)
+        self._kernels = gpu
+        self._flash = attention
+
+    def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return _half(cos), _half(sin)
+
+    def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels.add_norm(x, added, *norm)
+
+    def attend(self, joined: torch.Tensor, positions: torch.Tensor, layer: LayerAttention) -> torch.Tensor:
+        tokens = len(joined)
+        query = self._kernels.rotate_and_store(
+            joined.view(tokens, self._heads + 2 * self._kv_heads, -1),
+            positions,
+            (self._cos, self._sin),
+            self._flash.destination(layer.number),
+            layer.norms,
+        )
+        return self._flash.attend_stored(layer.number, query, layer.call).view(tokens, -1)
+
+    def gate(self, joined: torch.Tensor) -> torch.Tensor:
+        return self._kernels.gate(joined)
+
+
+def _half(table: torch.Tensor) -> torch.Tensor:
+    """The first half of each row: the second half is the same."""
+    return table[:, : table.shape[-1] // 2].contiguous()
+
+
+def kinds_of_operations(weight: torch.Tensor, attention: ModelAttention) -> list[type[LayerOperations]]:
+    """The implementations for a model with such a weight, the fastest first."""
+    device = weight.device.type
+    if device == "cpu" and weight.dtype == torch.float32:
+        return [CompiledLayerOperations]
+    if device == "cuda" and isinstance(attention, FlashPagedAttention) and importlib.util.find_spec("triton"):
+        return [TritonLayerOperations, LayerOperations]
+    return [LayerOperations]
