@@ -12,9 +12,6 @@ from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.kernels.cpu import decode_rows, store_in_pages
 from workers.engines.chat.sequence import Chunk
 
-NO_PAGES = np.zeros((3, 0), np.int64)
-"""The loops read tables, not a list of the rows' pages."""
-
 
 class CpuPagedAttention(PagedAttention):
     """`PagedAttention` for a float32 cache in host memory, [pages, kv_heads, page_size, head_dim] a layer."""
@@ -25,23 +22,27 @@ class CpuPagedAttention(PagedAttention):
         super().__init__(cache)
         pool = cache.pool.numpy()
         self._pools = [(pool[layer, 0], pool[layer, 1]) for layer in range(pool.shape[0])]
-        self._places = np.zeros((2, 0), np.int64)
-        """int64 [2, tokens]: page and offset of each new token."""
+        self._places = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        """int64 [tokens] each: page and offset of each new token."""
         self._tables = np.zeros((0, 0), np.int32)
         """Pages of each decode row, int32 [rows, most pages of a row]."""
         self._ends = np.zeros(0, np.int64)
         """Number of keys that each decode row sees, its own included, int64 [rows]."""
 
     def prepare(self, chunks: list[Chunk]) -> list[np.ndarray]:
-        inputs = super().prepare(chunks)
-        self._places = inputs[0]
-        return inputs
+        tables = self._prepare_segments(chunks)
+        pages, offsets = self._cache.places(chunks)
+        self._places = pages, offsets
+        rows = chunks[: self._rows]
+        if rows:
+            ends = [chunk.end for chunk in rows]
+            self._ends = np.array(ends, np.int64)
+            width = self._cache.pages_for(max(ends))
+            self._tables = self._cache.tables[[chunk.slot for chunk in rows], :width]
+        return tables
 
-    def _prepare_rows(self, rows: list[Chunk]) -> np.ndarray:
-        self._ends = np.array([chunk.end for chunk in rows], np.int64)
-        width = self._cache.pages_for(int(self._ends.max(initial=0)))
-        self._tables = self._cache.tables[[chunk.slot for chunk in rows], :width]
-        return NO_PAGES
+    def bind(self, inputs: list[torch.Tensor]) -> None:
+        self._bind_segments(inputs)
 
     def _store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         keys, values = self._pools[layer]

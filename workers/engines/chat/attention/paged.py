@@ -60,27 +60,31 @@ class PagedAttention(ModelAttention):
         self._segments: list[Segment] = []
 
     def prepare(self, chunks: list[Chunk]) -> list[np.ndarray]:
-        cache = self._cache
-        self._chunks, self._rows = chunks, count_rows(chunks)
-        tables = [
-            cache.tables[chunk.slot, : cache.pages_for(chunk.end)].astype(np.int64)
-            for chunk in chunks[self._rows :]
-        ]
-        return [cache.places(chunks), self._prepare_rows(chunks[: self._rows]), *tables]
+        tables = self._prepare_segments(chunks)
+        rows = pages_of_rows(self._cache, chunks[: self._rows])
+        return [self._cache.places(chunks), rows, *tables]
 
     def bind(self, inputs: list[torch.Tensor]) -> None:
         (self._pages, self._offsets), rows, *tables = inputs
         self._row_pages = RowPages(rows, self._cache.page_size)
+        self._bind_segments(tables)
+
+    def _prepare_segments(self, chunks: list[Chunk]) -> list[np.ndarray]:
+        """Divide the chunks into decode rows and segments. Returns each segment's pages, int64."""
+        cache = self._cache
+        self._chunks, self._rows = chunks, count_rows(chunks)
+        return [
+            cache.tables[chunk.slot, : cache.pages_for(chunk.end)].astype(np.int64)
+            for chunk in chunks[self._rows :]
+        ]
+
+    def _bind_segments(self, tables: list[torch.Tensor]) -> None:
         self._segments = []
         start = self._rows
         for chunk, pages in zip(self._chunks[self._rows :], tables, strict=True):
             end = start + len(chunk.tokens)
             self._segments.append(Segment(start, end, chunk.start, pages))
             start = end
-
-    def _prepare_rows(self, rows: list[Chunk]) -> np.ndarray:
-        """Build the decode rows' metadata, the argument of RowPages."""
-        return pages_of_rows(self._cache, rows)
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: LayerCall
