@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -49,6 +51,8 @@ CONFIGS = {
     "gemma3": lambda: Gemma3TextConfig(
         **_shape, head_dim=16, sliding_window=24, initializer_range=0.2, sliding_window_pattern=2
     ),
+    "olmo2": lambda: Olmo2Config(**_shape, eos_token_id=0, initializer_range=0.2),
+    "phi3": lambda: Phi3Config(**_shape, pad_token_id=0, eos_token_id=0, initializer_range=0.2),
     "mixtral": lambda: MixtralConfig(**_shape, num_local_experts=4, initializer_range=0.2),
 }
 
