@@ -66,7 +66,7 @@ def test_a_step_of_each_kind_is_run_to_see_what_it_needs(
     options = entry(tmp_path, max_batch_size=4).engine
     cache = KVCache(CacheShape(2, 2, 16, torch.float32, False), 12, 8, 4, torch.device("cpu"))
     attention: ModelAttention = PagedAttention(cache)
-    peaks, steps = iter([100, 170, 100, 160]), []
+    peaks, steps = iter([100, 160, 100, 170]), []
     forward = loaded.model.forward
 
     def watched(*arguments: object, **named: object) -> object:
@@ -78,10 +78,10 @@ def test_a_step_of_each_kind_is_run_to_see_what_it_needs(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(peaks))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
-    needed = step_bytes(loaded, attention, cache, options, 64)
-    assert steps == [64, 4]
-    # the decode step once more, in the memory of the CUDA graphs
-    assert needed == 70 + 60
+    needed = step_bytes(loaded, None, attention, cache, options, 64)
+    # the first is what is recorded as a CUDA graph, with memory of its own
+    assert steps == [4, 4, 3 + 64]
+    assert needed == 60 + 70
     assert (cache.num_active, cache.num_free_slots) == (0, 4)
 
 

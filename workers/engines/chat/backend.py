@@ -62,7 +62,7 @@ def build_backend(
         # before the cache takes the free memory: joining allocates new weights
         joined = join_weights(loaded.model)
         free_memory()
-    caches = CacheFactory(loaded, options, prefill_chunk, gpu_share)
+    caches = CacheFactory(loaded, joined, options, prefill_chunk, gpu_share)
     backend = _try_flash(loaded, joined, options, caches) if wants_flash(loaded) else None
     if backend is None:
         free_memory()

@@ -8,6 +8,8 @@ from catalogue import ChatEngineOptions
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
+from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights
+from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.model.loader import LoadedModel, cache_shape
 from workers.engines.chat.model.runner import ModelForward, ModelRunner
 from workers.engines.chat.sampling.sampler import Sampler
@@ -25,13 +27,21 @@ class CacheFactory:
     """Makes the KV cache of a model, as large as the memory permits."""
 
     def __init__(
-        self, loaded: LoadedModel, options: ChatEngineOptions, prefill_chunk: int, gpu_share: float
+        self,
+        loaded: LoadedModel,
+        joined: list[JoinedWeights] | None,
+        options: ChatEngineOptions,
+        prefill_chunk: int,
+        gpu_share: float,
     ) -> None:
-        """`prefill_chunk`: the largest number of prompt tokens in a step.
+        """`joined`: the layers' joined weights, if FusedDecoder can run the model.
+
+        `prefill_chunk`: the largest number of prompt tokens in a step.
 
         `gpu_share`: the part of the GPU's memory that this process may use.
         """
         self._loaded = loaded
+        self._joined = joined
         self._options = options
         self._prefill_chunk = prefill_chunk
         self._gpu_share = gpu_share
@@ -47,7 +57,9 @@ class CacheFactory:
         reserve = 0
         if loaded.device.type == "cuda":
             trial = self._pages(shape, self._prefill_chunk // page + 2, page)
-            reserve = step_bytes(loaded, attention_over(trial), trial, self._options, self._prefill_chunk)
+            reserve = step_bytes(
+                loaded, self._joined, attention_over(trial), trial, self._options, self._prefill_chunk
+            )
             del trial
         tokens = budget_tokens(loaded, shape, self._options, gpu_share=self._gpu_share, reserve=reserve)
         return self._pages(shape, max(2, tokens // page), page)
@@ -63,12 +75,18 @@ class CacheFactory:
 
 
 def step_bytes(
-    loaded: LoadedModel, attention: ModelAttention, cache: KVCache, options: ChatEngineOptions, chunk: int
+    loaded: LoadedModel,
+    joined: list[JoinedWeights] | None,
+    attention: ModelAttention,
+    cache: KVCache,
+    options: ChatEngineOptions,
+    chunk: int,
 ) -> int:
     """Return the memory of a GPU that the largest steps need besides weights and cache, in bytes.
 
-    These are a prefill of `chunk` tokens and a decode step of a full batch, sampled in every way. CUDA graphs
-    have memory of their own for the latter.
+    These are a decode step of a full batch, sampled in every way, and then, as the sampler keeps counts of
+    tokens, a prefill of `chunk` tokens beside decode rows. Both run through the model's own layers, and with
+    `joined` weights through FusedDecoder. CUDA graphs have memory of their own for the decode step.
     """
     runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
     loaded.model.set_attn_implementation(attention.register())
@@ -77,18 +95,35 @@ def step_bytes(
     padding = Chunk(cache.padding_slot, 0, [0], True)
     rows = [_sampled_in_every_way(at) for at in range(options.max_batch_size)]
 
-    def decode() -> None:
-        logits = runner.forward([padding] * options.max_batch_size)
-        Sampler(logits.shape[1], options.max_batch_size, loaded.device).sample(logits, rows)
+    vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+
+    def decode(sampler: Sampler) -> None:
+        sampler.sample(runner.forward([padding] * len(rows)), rows)
+
+    def prefill() -> None:
+        runner.forward([padding] * (len(rows) - 1) + [Chunk(slot, 0, [0] * tokens, True)])
+
+    def steps() -> None:
+        sampler = Sampler(vocabulary, len(rows), loaded.device)
+        decode(sampler)
+        prefill()
+        if joined is not None:
+            # Triton's kernels need less than torch's operations
+            operations = LayerOperations(loaded.model, attention, loaded.max_context)
+            runner.model_forward = FusedDecoder(loaded.model, joined, attention, operations)
+            decode(sampler)
+            prefill()
+
+    def recorded() -> None:
+        decode(Sampler(vocabulary, len(rows), loaded.device))
 
     try:
         cache.grow(slot, tokens)
-        prefill = peak_bytes(lambda: runner.forward([Chunk(slot, 0, [0] * tokens, True)]), loaded.device)
-        sampled = peak_bytes(decode, loaded.device)
+        graphs = peak_bytes(recorded, loaded.device) if options.compile else 0
+        return graphs + peak_bytes(steps, loaded.device)
     finally:
         cache.release(slot)
         attention.unregister()
-    return max(prefill, sampled) + (sampled if options.compile else 0)
 
 
 def _sampled_in_every_way(slot: int) -> Sequence:
