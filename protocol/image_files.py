@@ -8,9 +8,14 @@ much higher limit.
 
 from io import BytesIO
 
-from PIL import Image
+from PIL import Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin
 
 from protocol.errors import InvalidImage
+
+# Otherwise Pillow imports them when it opens the first image. The web process opens images in threads of gevent's
+# pool, where the locks of two imports can wait for each other for ever.
+_PLUGINS = (JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
+Image.preinit()
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16_777_216
