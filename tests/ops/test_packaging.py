@@ -40,8 +40,10 @@ def test_every_requirement_is_pinned_exactly(path: Path) -> None:
     lines = [line for line in path.read_text().splitlines() if line and not line.startswith(("#", "-r "))]
     assert lines
     for line in lines:
-        assert re.fullmatch(r"[\w.-]+==[\w.]+", line), line
-        assert not line.startswith(("nvidia-", "triton")), "torch requires its own platform packages"
+        assert re.fullmatch(r'[\w.-]+==[\w.]+(; sys_platform == "linux")?', line), line
+        assert not line.startswith("nvidia-"), "torch requires its own platform packages"
+        # the tests compile the GPU's kernels with a build of torch that doesn't bring triton
+        assert not line.startswith("triton") or path.name == "requirements-dev.txt", line
 
 
 @pytest.fixture

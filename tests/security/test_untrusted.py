@@ -202,12 +202,16 @@ import sys
 from pathlib import Path
 from catalogue import Catalogue, ChatModelEntry
 from workers.engines.base import EngineLoadError
-from workers.engines.chat.model.loader import load_model
+from workers.engines.chat.model.loader import in_one_line, load_model
 from workers.engines.images.loader import load_pipelines
 for path in sys.argv[1:]:
     (entry,) = Catalogue.from_file(Path(path)).models
     try:
-        (load_model if isinstance(entry, ChatModelEntry) else load_pipelines)(entry)
+        if isinstance(entry, ChatModelEntry):
+            with in_one_line(entry):
+                load_model(entry)
+        else:
+            load_pipelines(entry)
         print("LOADED")
     except EngineLoadError as error:
         print("REFUSED", error)
