@@ -4,7 +4,7 @@ Unknown fields are ignored and reported. Known fields that are not supported are
 dropped. Bounds are OpenAI's where OpenAI has them, otherwise vLLM's.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
@@ -16,10 +16,10 @@ from pydantic import (
     StrictInt,
     StrictStr,
     WithJsonSchema,
-    model_validator,
 )
 from pydantic_core import PydanticKnownError
 
+from app.chat.messages import ChatMessage
 from app.http.validation import first_given
 from catalogue import ChatDefaults, ChatModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
@@ -29,7 +29,6 @@ MAX_MESSAGES = 4096
 MAX_STOP_SEQUENCES = 16
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
-MAX_PARTS = 4096
 MAX_TOKEN_ID = 2**31
 
 
@@ -39,15 +38,6 @@ def _check_bias_count(value: object) -> object:
         bounds = {"field_type": "Dictionary", "max_length": MAX_LOGIT_BIAS, "actual_length": len(value)}
         raise PydanticKnownError("too_long", bounds)
     return value
-
-
-def _require_content(schema: dict[str, Any]) -> None:
-    """State in JSON Schema what `_check_content` checks: only an assistant's message may have no content."""
-    *given, _ = schema["properties"]["content"]["anyOf"]
-    schema["anyOf"] = [
-        {"properties": {"role": {"const": "assistant"}}},
-        {"properties": {"content": {"anyOf": given}}, "required": ["content"]},
-    ]
 
 
 def _stream_options_need_stream(schema: dict[str, Any]) -> None:
@@ -87,32 +77,6 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class TextPart(BaseModel):
-    """One part of a message's content. Only text is supported; `to_job` refuses other types by name."""
-
-    model_config = ConfigDict(extra="ignore", json_schema_extra={"required": ["type", "text"]})
-
-    type: Annotated[StrictStr, WithJsonSchema({"const": "text"})]
-    text: Annotated[StrictStr | None, WithJsonSchema({"type": "string"})] = None
-
-
-class ChatMessage(BaseModel):
-    """One message. Only an assistant's `content` may be null."""
-
-    model_config = ConfigDict(extra="ignore", json_schema_extra=_require_content)
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    # fail_fast, here and below: a million invalid items must not become a million errors
-    content: StrictStr | Annotated[list[TextPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = None
-    name: StrictStr | None = None
-
-    @model_validator(mode="after")
-    def _check_content(self) -> "ChatMessage":
-        if self.content is None and self.role != "assistant":
-            raise ValueError("content must be a string or a list of parts")
-        return self
-
-
 class ChatCompletionRequest(BaseModel):
     """The body. None means not given: the catalogue's default applies, then the model's generation config."""
 
@@ -121,6 +85,7 @@ class ChatCompletionRequest(BaseModel):
     )
 
     model: Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    # fail_fast, here and below: a million invalid items must not become a million errors
     messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
@@ -175,7 +140,9 @@ class ChatCompletionRequest(BaseModel):
         return ChatJob(
             id=request_id,
             model=entry.name,
-            messages=[_template_message(index, message) for index, message in enumerate(self.messages)],
+            messages=[
+                message.to_template(f"messages.{index}") for index, message in enumerate(self.messages)
+            ],
             sampling=self._sampling(entry.defaults),
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
             continue_final_message=self._continues_final_message(),
@@ -230,26 +197,6 @@ class ChatCompletionRequest(BaseModel):
                 raise UnsupportedParameter(
                     f"{name} is not supported by model {model!r}; leave it out", param=name
                 )
-
-
-def _template_message(index: int, message: ChatMessage) -> dict[str, Any]:
-    """Return a message as chat templates expect it: text parts joined, the role "developer" as "system"."""
-    content = message.content
-    if isinstance(content, list):
-        for number, part in enumerate(content):
-            if part.type != "text" or part.text is None:
-                raise UnsupportedParameter(
-                    f"content parts of type {part.type!r} are not supported by this model; send text parts",
-                    param=f"messages.{index}.content.{number}",
-                )
-        content = "".join(part.text or "" for part in content)
-    converted: dict[str, Any] = {
-        "role": "system" if message.role == "developer" else message.role,
-        "content": content or "",
-    }
-    if message.name is not None:
-        converted["name"] = message.name
-    return converted
 
 
 def _logit_bias(bias: dict[str, float]) -> dict[int, float]:

@@ -36,6 +36,7 @@ _RULES = {
     "too_short": "must have at least {min_length} items",
     "too_long": "must have at most {max_length} items",
     "literal_error": "must be one of {expected}",
+    "string_pattern_mismatch": "must match {pattern}",
 }
 
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from app.chat.messages import MAX_PARTS, MAX_TOOL_CALLS
 from app.chat.schema import (
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
     MAX_N,
-    MAX_PARTS,
     MAX_STOP_SEQUENCES,
     ChatCompletionRequest,
 )
@@ -259,6 +259,111 @@ def test_a_final_message_is_continued_only_if_it_is_an_assistants():
     assert job(messages=[USER, answer], continue_final_message=True).continue_final_message
     assert not job(messages=[USER, answer]).continue_final_message
     assert refusal(messages=[answer, USER], continue_final_message=True).param == "continue_final_message"
+
+
+# calls, results and reasoning of earlier answers
+
+
+def tool_call(arguments: str = '{"city": "Rome"}', **fields: Any) -> dict[str, Any]:
+    return {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "get_weather", "arguments": arguments, **fields},
+    }
+
+
+def assistant(**fields: Any) -> dict[str, Any]:
+    return {"role": "assistant", **fields}
+
+
+def test_calls_and_their_results_reach_the_template_with_arguments_as_an_object():
+    result = {"role": "tool", "tool_call_id": "call00001", "content": "sunny", "name": "get_weather"}
+    made = messages(USER, assistant(content=None, tool_calls=[tool_call()]), result)
+    call = {"name": "get_weather", "arguments": {"city": "Rome"}}
+    assert made[1:] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call00001", "type": "function", "function": call}],
+        },
+        result,
+    ]
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_a_call_without_arguments_has_an_empty_object(text):
+    (made,) = messages(assistant(tool_calls=[tool_call(text)]))
+    assert made["tool_calls"][0]["function"]["arguments"] == {}
+
+
+def test_text_beside_calls_is_kept():
+    (made,) = messages(assistant(content="Let me look.", tool_calls=[tool_call()]))
+    assert made["content"] == "Let me look." and len(made["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", "null", '{"a": }', "[" * 10_000, "{'a': 1}", '{"a": NaN}'])
+def test_arguments_that_are_no_object_are_refused_with_their_place(text):
+    found = refusal(messages=[USER, assistant(tool_calls=[tool_call("{}"), tool_call(text)])])
+    assert found.param == "messages.1.tool_calls.1.function.arguments"
+    assert "must be a JSON object" in found.message
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"id": ""}, "id"),
+        ({"id": "x" * 257}, "id"),
+        ({"id": 1}, "id"),
+        ({"type": "custom"}, "type"),
+        ({"function": None}, "function"),
+        ({"function": {"arguments": "{}"}}, "function.name"),
+        ({"function": {"name": "", "arguments": "{}"}}, "function.name"),
+        ({"function": {"name": "a b", "arguments": "{}"}}, "function.name"),
+        ({"function": {"name": "x" * 129, "arguments": "{}"}}, "function.name"),
+        ({"function": {"name": "f"}}, "function.arguments"),
+        ({"function": {"name": "f", "arguments": {}}}, "function.arguments"),
+    ],
+)
+def test_a_call_is_validated_with_its_place(changed, param):
+    found = refusal(messages=[assistant(tool_calls=[{**tool_call(), **changed}])])
+    assert found.param == f"messages.0.tool_calls.0.{param}", found.message
+
+
+def test_the_number_of_calls_is_bounded():
+    messages(assistant(tool_calls=[tool_call()] * MAX_TOOL_CALLS))
+    found = refusal(messages=[assistant(tool_calls=[tool_call()] * (MAX_TOOL_CALLS + 1))])
+    assert found.param == "messages.0.tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("role", "field", "value"),
+    [
+        ("user", "tool_calls", [tool_call()]),
+        ("tool", "tool_calls", [tool_call()]),
+        ("user", "tool_call_id", "call00001"),
+        ("assistant", "tool_call_id", "call00001"),
+        ("system", "refusal", "no"),
+        ("user", "reasoning_content", "hm"),
+        ("tool", "reasoning", "hm"),
+    ],
+)
+def test_a_field_of_another_role_is_refused(role, field, value):
+    found = refusal(messages=[USER, {"role": role, "content": "hi", field: value}])
+    assert found.param == f"messages.1.{field}"
+    assert messages({"role": role, "content": "hi", field: None}) == [{"role": role, "content": "hi"}]
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_reasoning_of_an_earlier_answer_has_one_name_for_templates(field):
+    (made,) = messages(assistant(content="4", **{field: "2 + 2"}))
+    assert made == {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
+
+
+def test_a_refusal_is_the_text_of_its_message():
+    assert messages(assistant(content=None, refusal="I can't."))[0]["content"] == "I can't."
+    parts = [{"type": "text", "text": "Sorry. "}, {"type": "refusal", "refusal": "I can't."}]
+    assert messages(assistant(content=parts))[0]["content"] == "Sorry. I can't."
+    assert messages(assistant(content="Done.", refusal=None))[0] == assistant(content="Done.")
 
 
 # fields that are not supported

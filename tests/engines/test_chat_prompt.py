@@ -119,6 +119,19 @@ def test_other_template_arguments_reach_the_template():
     assert text_of(request).endswith("<|assistant|>xyz")
 
 
+def test_calls_and_reasoning_of_earlier_answers_reach_the_template():
+    template = (
+        "{%- for m in messages -%}{{ m.reasoning_content or '' }}"
+        "{%- for call in m.tool_calls or [] -%}{{ call.function.name }} {{ call.function.arguments.city }}"
+        "{%- endfor -%}{{ m.tool_call_id or '' }}{{ m.content }};{%- endfor -%}"
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    answer = {"role": "assistant", "content": "", "reasoning_content": "Look. ", "tool_calls": [call]}
+    result = {"role": "tool", "content": " sunny", "tool_call_id": "c1"}
+    request = builder(template).build(job(*HELLO, answer, result))
+    assert text_of(request) == "hello;Look. weather Rome;c1 sunny;"
+
+
 PARAMETERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 CONFIGURED = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2}

@@ -1,0 +1,174 @@
+"""The messages of a chat as clients send them, and as chat templates expect them."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+
+from app.http.validation import first_given
+from protocol.errors import InvalidRequest, UnsupportedParameter
+
+MAX_PARTS = 4096
+MAX_TOOL_CALLS = 128
+
+FunctionName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+CallId = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+
+OF_ONE_ROLE = {
+    "tool_calls": "assistant",
+    "refusal": "assistant",
+    "reasoning_content": "assistant",
+    "reasoning": "assistant",
+    "tool_call_id": "tool",
+}
+"""Fields that only messages of one role have."""
+
+
+def _state_roles(schema: dict[str, Any]) -> None:
+    """State in JSON Schema what `_check_content` and `OF_ONE_ROLE` say."""
+    *given, _ = schema["properties"]["content"]["anyOf"]
+
+    def of(role: dict[str, Any], own: str) -> dict[str, Any]:
+        absent = {name: {"type": "null"} for name, other in OF_ONE_ROLE.items() if other != own}
+        if own == "assistant":
+            return {"properties": {"role": role, **absent}}
+        return {"properties": {"role": role, "content": {"anyOf": given}, **absent}, "required": ["content"]}
+
+    others = [role for role in schema["properties"]["role"]["enum"] if role not in OF_ONE_ROLE.values()]
+    schema["anyOf"] = [
+        of({"const": "assistant"}, "assistant"),
+        of({"const": "tool"}, "tool"),
+        of({"enum": others}, ""),
+    ]
+
+
+def _part_of(kind: str) -> dict[str, Any]:
+    return {"properties": {"type": {"const": kind}, kind: {"type": "string"}}, "required": ["type", kind]}
+
+
+class ContentPart(BaseModel):
+    """One part of a message's content: text, or an assistant's refusal. Other types are refused by name."""
+
+    model_config = ConfigDict(
+        extra="ignore", json_schema_extra={"anyOf": [_part_of("text"), _part_of("refusal")]}
+    )
+
+    type: Annotated[StrictStr, WithJsonSchema({"enum": ["text", "refusal"]})]
+    text: StrictStr | None = None
+    refusal: StrictStr | None = None
+
+    @property
+    def own_text(self) -> str | None:
+        """The text of the part; None for one of another type."""
+        return {"text": self.text, "refusal": self.refusal}.get(self.type)
+
+
+class FunctionCall(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: FunctionName
+    arguments: Annotated[StrictStr, Field(description="a JSON object as text")]
+
+
+class ToolCall(BaseModel):
+    """A call that an earlier answer made."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: CallId
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ChatMessage(BaseModel):
+    """One message. Only an assistant's `content` may be null."""
+
+    model_config = ConfigDict(extra="ignore", json_schema_extra=_state_roles)
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    # fail_fast: a million invalid items must not become a million errors
+    content: StrictStr | Annotated[list[ContentPart], Field(fail_fast=True, max_length=MAX_PARTS)] | None = (
+        None
+    )
+    name: StrictStr | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=MAX_TOOL_CALLS)] | None = None
+    tool_call_id: CallId | None = None
+    refusal: StrictStr | None = None
+    reasoning_content: StrictStr | None = None
+    reasoning: StrictStr | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatMessage":
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content must be a string or a list of parts")
+        return self
+
+    def to_template(self, place: str) -> dict[str, Any]:
+        """Return the message for a chat template. `place`: its path in the body, "messages.0".
+
+        Text parts are joined, the role "developer" is "system", arguments of calls are objects. Raises
+        InvalidRequest and UnsupportedParameter.
+        """
+        for name, role in OF_ONE_ROLE.items():
+            if getattr(self, name) is not None and self.role != role:
+                raise InvalidRequest(
+                    f"{name} belongs into a message with the role {role}, not {self.role}",
+                    param=f"{place}.{name}",
+                )
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            # templates join it with other text, whether or not there are calls
+            "content": self._text(place) or self.refusal or "",
+        }
+        if (reasoning := first_given(self.reasoning_content, self.reasoning)) is not None:
+            message["reasoning_content"] = reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {
+                        "name": call.function.name,
+                        "arguments": _arguments(call.function.arguments, f"{place}.tool_calls.{number}"),
+                    },
+                }
+                for number, call in enumerate(self.tool_calls)
+            ]
+        for name in ("tool_call_id", "name"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        return message
+
+    def _text(self, place: str) -> str | None:
+        if not isinstance(self.content, list):
+            return self.content
+        texts = []
+        for number, part in enumerate(self.content):
+            if (text := part.own_text) is None:
+                raise UnsupportedParameter(
+                    f"content parts of type {part.type!r} are not supported by this model; send text parts",
+                    param=f"{place}.content.{number}",
+                )
+            texts.append(text)
+        return "".join(texts)
+
+
+def _arguments(text: str, place: str) -> dict[str, Any]:
+    """Return a call's arguments as templates want them. No text stands for none, as some clients send it."""
+    try:
+        arguments = msgspec.json.decode(text) if text.strip() else {}
+    except (msgspec.DecodeError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(
+            "arguments must be a JSON object as text, as in the answer that made the call",
+            param=f"{place}.function.arguments",
+        )
+    return arguments
