@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from workers.engines.chat.cache.kv_cache import KVCache, OutOfPages
 from workers.engines.chat.cache.prefix_cache import Prefix, PrefixCache
@@ -16,6 +17,9 @@ STALL = 1.5
 
 Gaps between tokens then stay under three times the usual one.
 """
+
+BURST = 2
+"""A step may be longer if it completes this many prompts for each row that it delays."""
 
 
 @dataclass(slots=True)
@@ -102,8 +106,7 @@ class BatchScheduler:
         )
         budget: float = self._max_prefill
         if batch.decode:
-            waiting = len(prefilling) + self.startable()
-            budget = min(budget, self._budget_beside(len(batch.decode), waiting))
+            budget = min(budget, self._budget_beside(len(batch.decode), prefilling))
         key_cost = self._attention_cost if batch.decode else 0.0
         # a long prompt leaves half of the step to the prompts behind it, which may be short
         share = budget / 2 if self.waiting or len(prefilling) > 1 else budget
@@ -128,13 +131,27 @@ class BatchScheduler:
         # making room may have preempted a sequence that was picked before
         return [sequence for sequence in rows if sequence.status is SequenceStatus.RUNNING]
 
-    def _budget_beside(self, decoding: int, waiting: int) -> float:
+    def _budget_beside(self, decoding: int, prefilling: list[Sequence]) -> float:
         """Prompt tokens that a step may compute beside `decoding` rows.
 
         While more sequences wait for their first token than decode, the budget grows in proportion: a small
-        step would cost each of the many that wait as much as it saves each of the few that decode.
+        step would cost each of the many that wait as much as it saves each of the few that decode. Short
+        prompts of a burst are computed at once.
         """
-        return STALL * (self.step_overhead + decoding) * max(1.0, waiting / decoding)
+        startable = self.startable()
+        ratio = max(1.0, (len(prefilling) + startable) / decoding)
+        budget = STALL * (self.step_overhead + decoding) * ratio
+        prompts, tokens = self._whole_prompts(prefilling, startable)
+        return max(budget, tokens) if prompts * ratio >= BURST * decoding else budget
+
+    def _whole_prompts(self, prefilling: list[Sequence], startable: int) -> tuple[int, int]:
+        """The number of prompts that one step of `max_prefill` tokens would complete, and their tokens."""
+        prompts = tokens = 0
+        for sequence in chain(prefilling, islice(self.waiting, startable)):
+            if tokens + sequence.uncomputed > self._max_prefill:
+                break
+            prompts, tokens = prompts + 1, tokens + sequence.uncomputed
+        return prompts, tokens
 
     def startable(self) -> int:
         """The number of waiting sequences that could start now if all were as long as the first."""
