@@ -20,13 +20,13 @@ from node.election import Election
 from node.lock import NodeLock
 from node.reconciler import ELECTION_TTL_S, Reconciler
 from protocol.alarms import Alarms
-from protocol.celery_app import create_celery, visibility_timeout_s
+from protocol.celery_app import create_celery
 from protocol.connections import RedisClient, connect_redis, namespace_of
 from protocol.event_router import EventRouter
 from protocol.image_store import ImageStore
 from protocol.leases import Leases
 from protocol.names import Keys
-from protocol.queue import JobQueue
+from protocol.queue import JobQueue, claim_ttl_s
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     leases = Leases(background, keys)
     worker_view = WorkerView(leases)
     celery = create_celery(settings, keys)
-    queue = JobQueue(
-        client, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60, background=background
-    )
+    queue = JobQueue(client, keys, celery, claim_ttl_s=claim_ttl_s(settings), background=background)
     queue.prepare(entry.name for entry in catalogue.models)
     router = EventRouter(background, keys, web_id)
     deployment = Deployment(settings, namespace, catalogue.project)

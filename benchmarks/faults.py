@@ -17,7 +17,7 @@ from pathlib import Path
 
 from benchmarks.stream_client import StreamResult, chat_request, percentile, run_streams
 from tests.deployment import ECHO_CATALOGUE, ROOT, Deployment, wait_until
-from tests.faults.test_clients import SlowConnections, in_hand, slow_openings, waiting
+from tests.faults.test_clients import SlowConnections, slow_openings, waiting
 from tests.faults.test_load import DEADLINE_S, MAX_WAITING, SLOTS, STEP_MS, QueueWatch, flood
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -149,10 +149,14 @@ def cancel(rounds: int) -> Figures:
         for _ in range(rounds):
             stream = service.stream("count", "echo", max_tokens=50_000)
             next(stream.events())
-            assert in_hand(service) == 1 and not waiting(service)
+            assert service.running_tasks() == 1 and not waiting(service)
             stream.close()
             took.append(
-                timed(lambda: wait_until(lambda: not in_hand(service), timeout_s=20, what="the task ends"))
+                timed(
+                    lambda: wait_until(
+                        lambda: not service.running_tasks(), timeout_s=20, what="the task ends"
+                    )
+                )
             )
     return {"cancel_ms_p50": percentile(took, 0.5), "cancel_ms_max": max(took)}
 

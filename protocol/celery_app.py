@@ -4,15 +4,9 @@ from celery import Celery
 from kombu import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
-from catalogue import TASKS
 from config import Settings
 from protocol.connections import SOCKET_TIMEOUT_S
 from protocol.names import Keys
-
-
-def visibility_timeout_s(settings: Settings) -> int:
-    """Return after how many seconds kombu delivers an unacknowledged task again: above every deadline."""
-    return int(max(task.deadline_s(settings) for task in TASKS.values())) + 60
 
 
 def create_celery(settings: Settings, keys: Keys) -> Celery:
@@ -27,7 +21,9 @@ def create_celery(settings: Settings, keys: Keys) -> Celery:
     app.conf.update(
         broker_transport_options={
             "global_keyprefix": keys.prefix,
-            "visibility_timeout": visibility_timeout_s(settings),
+            # kombu would write each message it receives back to Redis, to deliver it again after a time-out;
+            # the request monitor does that, and earlier (docs/adr/0001-threads-pool.md)
+            "ack_emulation": False,
             "socket_timeout": SOCKET_TIMEOUT_S,
             "socket_connect_timeout": SOCKET_TIMEOUT_S,
             "socket_keepalive": True,

@@ -24,7 +24,7 @@ class Keys(NamedTuple):
         return f"{self.prefix}job:{request_id}"
 
     def claim(self, request_id: str) -> str:
-        """String: incarnation id of the worker that has the request. TTL above the visibility timeout."""
+        """String: incarnation id of the worker that has the request. TTL above every deadline."""
         return f"{self.prefix}claim:{request_id}"
 
     def cancel(self, request_id: str) -> str:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import msgspec
 from celery import Celery
 
+from catalogue import TASKS
+from config import Settings
 from protocol import jobs
 from protocol.connections import RedisClient, queue_errors
 from protocol.errors import Overloaded
@@ -22,6 +24,9 @@ from protocol.task_messages import TaskMessages
 
 JOB_GRACE_S = 30
 """How long a job outlives its deadline, for a worker that ends it late."""
+
+CLAIM_GRACE_S = 120
+"""How long a claim outlives the longest deadline: no late copy of a message may run the request again."""
 
 MAX_WAITING_BYTES = 256 * 2**20
 """Images of the waiting jobs of one model; an edit can have 20 MiB."""
@@ -104,6 +109,11 @@ if admitted > tonumber(redis.call('GET', youngest_key) or 0) then
 end
 return {tostring(deadline - now), redis.call('HGETALL', job_key)}
 """
+
+
+def claim_ttl_s(settings: Settings) -> int:
+    """Return for how many seconds a claim is kept."""
+    return int(max(task.deadline_s(settings) for task in TASKS.values())) + CLAIM_GRACE_S
 
 
 class Claimed(NamedTuple):

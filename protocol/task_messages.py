@@ -34,7 +34,7 @@ class TaskMessages:
     def make(self, request_id: str, queue: str, *, copy: int = 0) -> bytes:
         """Return the message for `queue` (Celery's name, without the namespace).
 
-        kombu keeps unacknowledged messages by their delivery tag, so each `copy` for one request has its own.
+        kombu counts unacknowledged messages by their delivery tag, so each `copy` for one request has its own.
         """
         if queue not in self._templates:
             self._templates[queue] = self._template(queue)

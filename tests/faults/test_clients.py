@@ -30,13 +30,8 @@ def one_slot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         yield service.start("echo")
 
 
-def in_hand(service: Deployment) -> int:
-    """Tasks that a worker has received and not finished."""
-    return int(service.redis.client.hlen("Test:unacked"))
-
-
 def queued(service: Deployment) -> int:
-    """Tasks that no worker has received. Ask before `in_hand`: a message moves from here to there."""
+    """Tasks that no worker has received. Ask before `running_tasks`: a message moves from here to there."""
     return int(service.redis.client.llen("Test:model.echo"))
 
 
@@ -82,16 +77,16 @@ def test_closing_a_stream_stops_its_generation(one_slot: Deployment) -> None:
     stream = one_slot.stream("count", "echo", max_tokens=50_000)
     next(stream.events())
     stream.close()
-    wait_until(lambda: in_hand(one_slot) == 0, timeout_s=8, what="the generation has stopped")
+    wait_until(lambda: one_slot.running_tasks() == 0, timeout_s=8, what="the generation has stopped")
     check_nothing_runs(one_slot, idle_steps(one_slot, beyond=before))
 
 
 def test_closing_a_plain_request_stops_its_generation(one_slot: Deployment) -> None:
     before = idle_steps(one_slot)
     connection = post_without_waiting(one_slot, chat_body(50_000))
-    wait_until(lambda: in_hand(one_slot) == 1 and not waiting(one_slot), timeout_s=10, what="it runs")
+    wait_until(lambda: one_slot.running_tasks() == 1 and not waiting(one_slot), timeout_s=10, what="it runs")
     connection.close()
-    wait_until(lambda: in_hand(one_slot) == 0, timeout_s=8, what="the generation has stopped")
+    wait_until(lambda: one_slot.running_tasks() == 0, timeout_s=8, what="the generation has stopped")
     check_nothing_runs(one_slot, idle_steps(one_slot, beyond=before))
 
 
@@ -107,7 +102,9 @@ def test_a_request_closed_while_it_waits_costs_no_step(one_slot: Deployment, str
     holder.wait_end(60)
     assert holder.text == counted(200)
     wait_until(
-        lambda: not queued(one_slot) and not in_hand(one_slot), timeout_s=10, what="its message is dropped"
+        lambda: not queued(one_slot) and not one_slot.running_tasks(),
+        timeout_s=10,
+        what="its message is dropped",
     )
     assert idle_steps(one_slot, beyond=before) == before + 200
     check_nothing_runs(one_slot, before + 200)
@@ -131,10 +128,10 @@ def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         unread.sendall(head.encode() + body)
         assert unread.recv(100).startswith(b"HTTP/1.1 200")
-        wait_until(lambda: in_hand(service) == 2, timeout_s=10, what="both run")
+        wait_until(lambda: service.running_tasks() == 2, timeout_s=10, what="both run")
         unread_since = time.monotonic()
         wait_until(
-            lambda: in_hand(service) == (0 if other.ended.is_set() else 1),
+            lambda: service.running_tasks() == (0 if other.ended.is_set() else 1),
             timeout_s=40,
             what="the client that does not read is disconnected",
         )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from tests.deployment import Deployment, wait_until
 from tests.faults.conftest import Starter, counted
-from tests.faults.test_clients import JSON, chat_body, in_hand, waiting
+from tests.faults.test_clients import JSON, chat_body, waiting
 
 SLOTS = 4
 MAX_WAITING = 8
@@ -99,7 +99,9 @@ def test_a_flood_of_ten_times_the_capacity(start: Starter) -> None:
     assert slowest < DEADLINE_S
     # A batch of SLOTS takes a second. A service that refused what it could answer would serve fewer.
     assert len(served) > SLOTS * FLOOD_S / 4
-    wait_until(lambda: in_hand(service) == 0 and not waiting(service), timeout_s=10, what="all is done")
+    wait_until(
+        lambda: service.running_tasks() == 0 and not waiting(service), timeout_s=10, what="all is done"
+    )
 
 
 def test_an_idle_service_takes_a_burst(start: Starter) -> None:

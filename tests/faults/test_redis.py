@@ -12,7 +12,7 @@ import pytest
 from tests.deployment import ECHO_CATALOGUE, Deployment, RedisServer, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read, wait_served
 from tests.faults.tcp_proxy import TcpProxy
-from tests.faults.test_clients import in_hand, waiting
+from tests.faults.test_clients import waiting
 from tests.stand_in_node import StandInNode
 
 
@@ -163,7 +163,7 @@ def test_a_burst_waits_for_connections(proxied: tuple[Deployment, TcpProxy]) -> 
     with ThreadPoolExecutor(count) as pool:
         burst = [pool.submit(service.stream, "count", "echo", max_tokens=2) for _ in range(count)]
         wait_until(
-            lambda: sum(one.done() for one in burst) + in_hand(service) + waiting(service) >= count,
+            lambda: sum(one.done() for one in burst) + service.running_tasks() + waiting(service) >= count,
             timeout_s=60,
             what="each request is admitted or answered",
         )

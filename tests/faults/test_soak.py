@@ -18,7 +18,7 @@ import pytest
 
 from tests.deployment import Deployment, wait_until
 from tests.faults.conftest import Starter, counted
-from tests.faults.test_clients import JSON, chat_body, in_hand, waiting
+from tests.faults.test_clients import JSON, chat_body, waiting
 
 MINUTES = float(os.environ.get("SOAK_MINUTES", "1"))
 WARM_UP_S = 20 if MINUTES < 5 else 150  # a long run: until claims expire as fast as new ones come
@@ -29,7 +29,7 @@ CLIENTS = 4
 PERMANENT = ("_kombu.binding", "workers", "worker:", "lease:", "web:")
 """Keys that a deployment has also when it is idle. All others must have a TTL."""
 
-TRANSIENT = ("job:", "waiting:", "events:", "unacked", "model.")
+TRANSIENT = ("job:", "waiting:", "events:", "model.")
 """Keys that must be gone when nothing runs."""
 
 
@@ -152,7 +152,9 @@ def _passed(since: float, seconds: float) -> bool:
 
 def settle(service: Deployment) -> list[str]:
     """Wait until nothing runs and nothing is queued; return the keys without the namespace."""
-    wait_until(lambda: in_hand(service) == 0 and not waiting(service), timeout_s=30, what="all is done")
+    wait_until(
+        lambda: service.running_tasks() == 0 and not waiting(service), timeout_s=30, what="all is done"
+    )
 
     def quiet() -> list[str] | None:
         keys = [key.decode().partition(":")[2] for key in service.redis.client.scan_iter("*", count=1000)]

@@ -18,7 +18,7 @@ import pytest
 from protocol.leases import LEASE_TTL_S
 from tests.deployment import ECHO_CATALOGUE, Deployment, RedisServer, Stream, wait_until
 from tests.faults.conftest import Reader, Starter, counted, read, wait_served
-from tests.faults.test_clients import JSON, chat_body, in_hand, waiting
+from tests.faults.test_clients import JSON, chat_body, waiting
 from tests.stand_in_node import StandInNode
 
 # ----- SIGTERM under load
@@ -187,7 +187,7 @@ def test_one_of_two_web_processes_is_killed(start: Starter, clients: ExitStack) 
         assert not reader.done
     wait_until(lambda: waiting(service) == 0, timeout_s=30, what="none of its requests counts as waiting")
     wait_until(
-        lambda: in_hand(service) <= sum(not reader.ended.is_set() for reader in kept),
+        lambda: service.running_tasks() <= sum(not reader.ended.is_set() for reader in kept),
         timeout_s=killed_at + 30 - time.monotonic(),
         what="its tasks are cancelled",
     )

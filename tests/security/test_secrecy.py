@@ -290,7 +290,7 @@ def test_nothing_that_clients_send_stays_or_shows(service: KeyedDeployment) -> N
         waiting = threading.Thread(target=chat, args=(service, "echo"), kwargs={"max_tokens": 2})
         waiting.start()
         wait_until(
-            lambda: client.llen("Test:model.echo") or client.hlen("Test:unacked") > 1,
+            lambda: client.llen("Test:model.echo") or service.running_tasks() > 1,
             timeout_s=20,
             what="one request waits",
         )

@@ -106,7 +106,7 @@ def test_no_message_in_the_queue_runs_code(
     process = next(process for name, process in echo.workers.items() if name.startswith("echo-1"))
     client.lpush("Test:model.echo", hostile(bomb))
     wait_until(
-        lambda: not client.exists("Test:model.echo") and not client.hlen("Test:unacked"),
+        lambda: not client.exists("Test:model.echo") and not echo.running_tasks(),
         timeout_s=30,
         what="the message is taken and settled",
     )
