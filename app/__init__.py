@@ -69,6 +69,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             worker_view=services.worker_view,
             metrics=services.metrics,
             redis_state=services.process.redis_state,
+            draining_for_s=services.process.draining_for_s,
             has_key=services.gate.has_key,
             warnings=services.warnings,
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),

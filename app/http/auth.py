@@ -17,7 +17,7 @@ from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
 HEALTH_PATH = "/healthz"
-OPEN_PATHS = frozenset({HEALTH_PATH, "/readyz"})
+OPEN_PATHS = frozenset({HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
 OPEN_PREFIXES = ("/v1/images/files/", "/static/")
 TASK_PATHS = frozenset(task.path for task in TASKS.values())
 NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)

@@ -87,6 +87,9 @@ def _operations_paths() -> dict[str, Any]:
                 "Check that every model has a worker", "Readiness", also={503: "Readiness"}, public=True
             )
         },
+        "/health": {"get": _probe("Check that this process can serve a model")},
+        "/ping": {"get": _probe("The same as /health")},
+        "/version": {"get": _get("Retrieve the version of the service", "Version", public=True)},
         "/metrics": {"get": _get("Retrieve Prometheus metrics", {"text/plain": {"schema": STRING}})},
         "/openapi.json": {
             "get": _get("Retrieve this document", {"application/json": {"schema": {"type": "object"}}})
@@ -141,6 +144,12 @@ def _get(
     if query:
         operation["parameters"] = [{"name": name, "in": "query", "schema": STRING} for name in query]
     return operation
+
+
+def _probe(summary: str) -> dict[str, Any]:
+    """Return an operation without a key, whose status is the answer: its responses have no body."""
+    responses = {"200": {"description": "yes"}, "503": {"description": "no"}}
+    return {"summary": summary, "responses": responses, "security": []}
 
 
 def _errors(*statuses: int) -> dict[str, Any]:

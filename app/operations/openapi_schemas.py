@@ -146,6 +146,7 @@ def _operators_schemas() -> dict[str, Any]:
         "Readiness": _object(
             {"code": {"enum": [0, 503]}, "message": STRING, **details}, required=["code", "message"]
         ),
+        "Version": _object({"version": STRING}),
         "Model": _object(status | model),
         "Models": _object(
             {**status, "project": STRING, "object": {"const": "list"}, "data": _array(_object(model))}

@@ -10,6 +10,7 @@ from app.dispatch.worker_view import WorkerView
 from app.http.errors import json_response
 from app.operations.metrics import Metrics
 from catalogue import ModelEntry
+from config import VERSION
 
 WORKER_FIELDS = (
     "cid",
@@ -34,14 +35,16 @@ def blueprint(
     worker_view: WorkerView,
     metrics: Metrics,
     redis_state: Callable[[], str],
+    draining_for_s: Callable[[], float],
     has_key: Callable[[], bool],
     warnings: Callable[[], list[str]],
     description: dict[str, Any],
 ) -> Blueprint:
     """Make the blueprint.
 
-    `redis_state`: "ok" if requests can be dispatched, or what keeps them from it. `has_key`: whether the current request may see the
-    details of /readyz, among them the `warnings`. `description`: the OpenAPI document.
+    `redis_state`: "ok" if requests can be dispatched, or what keeps them from it. `draining_for_s`: above 0
+    once this process stops. `has_key`: whether the current request may see the details of /readyz, among them
+    the `warnings`. `description`: the OpenAPI document.
     """
     routes = Blueprint("operations", __name__)
 
@@ -71,6 +74,19 @@ def blueprint(
                 "warnings": warnings(),
             }
         return json_response(body, 200 if ready else 503)
+
+    @routes.get("/health")
+    @routes.get("/ping")
+    def health() -> Response:
+        served = len(worker_view.missing(models)) < len(models)
+        can_serve = redis_state() == "ok" and served and not draining_for_s()
+        response = Response(status=200 if can_serve else 503)
+        del response.headers["Content-Type"]  # there is no body, as in vLLM's answers
+        return response
+
+    @routes.get("/version")
+    def version() -> Response:
+        return json_response({"version": VERSION})
 
     @routes.get("/v1/workers")
     def workers() -> Response:

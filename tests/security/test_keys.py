@@ -39,6 +39,9 @@ GUARDED += [("GET", "/v1//workers"), ("GET", "/healthz;/../v1/workers"), ("GET",
 OPEN = [
     ("/healthz", 200),
     ("/readyz", 200),
+    ("/health", 200),
+    ("/ping", 200),
+    ("/version", 200),
     ("/v1/images/files/" + "a" * 43, 404),
     ("/static/console.js", 404),
 ]
@@ -157,7 +160,8 @@ def test_openapi_says_what_needs_a_key(service: Deployment) -> None:
     document = ask(service.port, "GET", "/openapi.json", headers=bearer(PLAIN)).json
     assert document["security"] == [{"bearer": []}]
     without = {path for path, item in document["paths"].items() if item.get("get", {}).get("security") == []}
-    assert without == {"/healthz", "/readyz", "/v1/images/files/{name}"}
+    probes = {"/healthz", "/readyz", "/health", "/ping", "/version"}
+    assert without == probes | {"/v1/images/files/{name}"}
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +199,7 @@ def test_the_node_calls_without_a_key(service: Deployment, node: StandInNode) ->
 NOT_FOR_THE_NODE = [
     (method, path)
     for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
-    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/")
+    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/health", "/")
     if (method, path) != ("GET", "/healthz")
 ]
 
