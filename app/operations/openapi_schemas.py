@@ -122,7 +122,11 @@ def _operators_schemas() -> dict[str, Any]:
         "created": INTEGER,
         "task": {"enum": list(TASKS)},
         "endpoints": {"type": "object", "additionalProperties": STRING},
-        "max_model_len": {"type": ["integer", "null"]},
+        "max_model_len": {
+            "type": ["integer", "null"],
+            "description": "tokens of prompt and answer together, the least of the ready workers; "
+            "null while there is none, and for image models",
+        },
     }
     worker = {
         **dict.fromkeys(("cid", "model", "host", "last_error"), STRING),

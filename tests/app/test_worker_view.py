@@ -115,3 +115,18 @@ def test_no_worker_is_lost_for_a_redis_that_was_away(bench: Bench) -> None:
     assert not bench.view.is_lost(INCARNATION)
     bench.watch(1)
     assert bench.view.is_lost(INCARNATION)
+
+
+def test_the_context_of_a_model_is_the_least_that_its_ready_workers_tell(bench: Bench) -> None:
+    told = {
+        "one": ("ready", 8192),
+        "two": ("ready", 4096),
+        "three": ("loading", 0),
+        "four": ("draining", 1024),
+    }
+    assert bench.view.max_model_len("echo") is None
+    for cid, (state, tokens) in told.items():
+        bench.leases.renew_worker(worker_record(cid, state=state, max_model_len=tokens))
+    bench.view.refresh()
+    assert bench.view.max_model_len("echo") == 4096
+    assert bench.view.max_model_len("other") is None

@@ -139,6 +139,12 @@ def test_models(demo: Deployment) -> None:
     shapes = next(row for row in answer["data"] if row["id"] == SHAPES)
     assert shapes["endpoints"]["edit"] == demo.url + "/v1/images/edits"
     assert all(row["object"] == "model" and row["id"] == row["model"] for row in answer["data"])
+    assert [row["id"] for row in answer["data"]] == [CHAT, SHAPES], (
+        "each model has one row, however many workers"
+    )
+    for row in answer["data"]:
+        assert row["max_model_len"] == (4096 if row["id"] == CHAT else None)
+        assert demo.get(f"/v1/models/{row['id']}") == (200, {"code": 0, "message": "success", **row})
 
 
 # ----- calls of the node
