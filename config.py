@@ -46,7 +46,8 @@ class Settings(BaseSettings):
         default=1, ge=1, description="number of web processes (gunicorn's own variable)"
     )
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="comma-separated bearer keys; without any, requests need no key"
+        default=(),
+        description="comma-separated keys, one of which each request carries; without any, none is needed",
     )
     rate_limit: str = Field(
         default="",

@@ -6,6 +6,7 @@ before they register its address.
 
 import hashlib
 import hmac
+import re
 from contextlib import suppress
 from typing import Protocol
 
@@ -18,6 +19,10 @@ from protocol.errors import NotFound, Unauthorized
 
 HEALTH_PATH = "/healthz"
 OPEN_PATHS = frozenset({HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
+KEY_HEADERS = ("x-api-key", "api-key")
+"""Where a client may send its key instead of in Authorization: as Anthropic's, and as Azure's clients do."""
+_HEADERS = "'Authorization: Bearer <key>', " + " or ".join(f"'{name}: <key>'" for name in KEY_HEADERS)
+_BEARER = re.compile(r"(^|,)\s*bearer(?= |$)", re.IGNORECASE)
 OPEN_PREFIXES = ("/v1/images/files/", "/static/")
 TASK_PATHS = frozenset(task.path for task in TASKS.values())
 NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)
@@ -45,8 +50,8 @@ class Gate:
     def check(self) -> None:
         """Check the current request.
 
-        Raises Unauthorized for a missing or wrong key, NotFound for an endpoint that the node's listener does
-        not serve, and RateLimited.
+        Raises Unauthorized for a missing or wrong key and for several, NotFound for an endpoint that the node's
+        listener does not serve, and RateLimited.
         """
         if self.through_node_listener():
             is_task = request.method == "POST" and request.path in NODE_PATHS
@@ -60,9 +65,14 @@ class Gate:
             return
         if not self._known:
             return
+        sent = _sent_keys()
+        if len(sent) > 1:
+            raise Unauthorized(
+                f"the request carries several API keys; send one, in one of the headers {_HEADERS}"
+            )
         key_name = self._key_name()
         if key_name is None:
-            raise Unauthorized("a valid API key is required: send the header 'Authorization: Bearer <key>'")
+            raise Unauthorized(f"a valid API key is required: send it in one of the headers {_HEADERS}")
         # only requests that need a worker count against the limit
         if self._limiter is not None and request.method == "POST" and request.path in TASK_PATHS:
             self._limiter.check(key_name)
@@ -73,9 +83,9 @@ class Gate:
 
     def _key_name(self) -> str | None:
         """Return the name of the request's key, or None. Compares every key, in constant time."""
-        scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+        sent = _sent_keys()
         # WSGI decodes header bytes as Latin-1
-        digest = _digest(given.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b"")
+        digest = _digest(sent[0].encode("latin-1", "replace") if len(sent) == 1 else b"")
         matches = [name for known, name in self._known if hmac.compare_digest(digest, known)]
         return matches[0] if matches else None
 
@@ -87,6 +97,20 @@ class Gate:
         host, port = self._node_listener
         name = connection.getsockname()
         return name[1] == port and host in (None, name[0])
+
+
+def _sent_keys() -> list[str]:
+    """Return the keys that the current request carries: the lines of a repeated header each have one.
+
+    The same key in two headers is one key.
+    """
+    authorization = request.headers.get("Authorization", "")
+    values = [request.headers.get(name, "") for name in KEY_HEADERS]
+    if scheme := _BEARER.search(authorization):
+        values.append(authorization if scheme.start() else authorization[scheme.end() :])
+    # gunicorn joins the lines of a repeated header with commas, which no key contains
+    headers = {tuple(line.strip() for line in value.split(",")) for value in values if value.strip()}
+    return [key for lines in headers for key in lines]
 
 
 def _listener(settings: Settings) -> tuple[str | None, int]:

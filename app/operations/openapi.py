@@ -7,6 +7,7 @@ field: a bound that depends on another field, the limits of one model, 1.0 where
 
 from typing import Any
 
+from app.http.auth import KEY_HEADERS
 from app.operations.openapi_schemas import BINARY, STRING, component_schemas, edit_form, ref
 from catalogue import CHAT, EDIT, GENERATION
 from config import VERSION
@@ -35,8 +36,12 @@ def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:
         "paths": {**_task_paths(), **_operations_paths()},
     }
     if keyed:
-        document["components"]["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-        document["security"] = [{"bearer": []}]
+        headers = {name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS}
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            **headers,
+        }
+        document["security"] = [{name: []} for name in document["components"]["securitySchemes"]]
     return document
 
 

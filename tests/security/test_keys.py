@@ -138,6 +138,55 @@ def test_valid_keys(service: Deployment, key: str, encoding: str) -> None:
     assert options.status == 200 and "POST" in options.headers["allow"]
 
 
+def ask_with(service: Deployment, *lines: str) -> bytes:
+    """Send a request with these header lines, repeated ones too; return the whole response."""
+    head = ["GET /v1/models HTTP/1.1", "Host: localhost", "Connection: close", *lines]
+    return converse(service.port, "\r\n".join([*head, "", ""]).encode("utf-8"))
+
+
+@pytest.mark.parametrize("name", ["x-api-key", "api-key", "X-API-Key", "API-KEY"])
+def test_a_key_in_a_header_of_its_own(service: Deployment, name: str) -> None:
+    for key in (PLAIN, ODD):
+        assert ask_with(service, f"{name}: {key}").startswith(b"HTTP/1.1 200 ")
+    for wrong in (f"{PLAIN}x", f"Bearer {PLAIN}", ""):
+        assert ask_with(service, f"{name}: {wrong}").startswith(b"HTTP/1.1 401 ")
+    full = ask(service.port, "GET", "/readyz", headers={name: PLAIN}).json
+    assert full["models_without_worker"] == ["echo-images"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (f"Authorization: Bearer {PLAIN}", f"x-api-key: {PLAIN}"),
+        (f"x-api-key: {PLAIN}", f"api-key: {PLAIN}"),
+        (f"x-api-key: {PLAIN}", "Authorization: Basic dXNlcjpwYXNzd29yZA=="),
+        (f"x-api-key: {PLAIN}", "Authorization: Bearer", "api-key:"),
+    ],
+)
+def test_one_key_in_several_headers(service: Deployment, lines: tuple[str, ...]) -> None:
+    assert ask_with(service, *lines).startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (f"Authorization: Bearer {PLAIN}", f"x-api-key: {OTHER}"),
+        (f"Authorization: Bearer {PLAIN}", "api-key: wrong"),
+        (f"x-api-key: {PLAIN}", f"api-key: {OTHER}"),
+        (f"x-api-key: {PLAIN}", f"x-api-key: {OTHER}"),
+        (f"x-api-key: {PLAIN}", f"x-api-key: {PLAIN}"),
+        (f"Authorization: Bearer {PLAIN}", f"Authorization: Bearer {PLAIN}"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZA==", f"Authorization: Bearer {PLAIN}"),
+        (f"Authorization: Bearer {PLAIN}", "Authorization: Basic dXNlcjpwYXNzd29yZA=="),
+    ],
+)
+def test_several_keys_are_refused(service: Deployment, lines: tuple[str, ...]) -> None:
+    answer = ask_with(service, *lines)
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert b"several API keys; send one" in answer and PLAIN.encode() not in answer
+    assert b'"invalid_api_key"' in answer
+
+
 @pytest.mark.parametrize(("path", "status"), OPEN)
 def test_needs_no_key(service: Deployment, path: str, status: int) -> None:
     answer = ask(service.port, "GET", path)
@@ -158,7 +207,8 @@ def test_readyz_shows_details_only_with_a_key(service: Deployment) -> None:
 
 def test_openapi_says_what_needs_a_key(service: Deployment) -> None:
     document = ask(service.port, "GET", "/openapi.json", headers=bearer(PLAIN)).json
-    assert document["security"] == [{"bearer": []}]
+    assert document["security"] == [{"bearer": []}, {"x-api-key": []}, {"api-key": []}]
+    assert document["components"]["securitySchemes"].keys() == {"bearer", "x-api-key", "api-key"}
     without = {path for path, item in document["paths"].items() if item.get("get", {}).get("security") == []}
     probes = {"/healthz", "/readyz", "/health", "/ping", "/version"}
     assert without == probes | {"/v1/images/files/{name}"}
@@ -178,10 +228,11 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hmac, "compare_digest", counting)
     app = Flask("test")
     for sent in (*keys, "", "f", "x" * 5000):
-        compared.clear()
-        with app.test_request_context("/v1/models", headers={"Authorization": f"Bearer {sent}"}):
-            assert gate.has_key() is (sent in keys)
-        assert compared == [(32, 32)] * 3
+        for headers in ({"Authorization": f"Bearer {sent}"}, {"X-Api-Key": sent}, {"Api-Key": sent}):
+            compared.clear()
+            with app.test_request_context("/v1/models", headers=headers):
+                assert gate.has_key() is (sent in keys)
+            assert compared == [(32, 32)] * 3
     with app.test_request_context("/v1/models"), pytest.raises(Unauthorized):
         gate.check()
 
