@@ -9,6 +9,10 @@ import socket
 from urllib.parse import parse_qsl, urlsplit
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[^:\[\]]+|\[[^\[\]]+\])(:(?P<port>[1-9][0-9]{0,4}))?"
+)
+_DEFAULT_PORTS = {"http": "80", "https": "443"}
 _REDIS_SCHEMES = ("redis", "rediss")
 _REDIS_OPTIONS = {
     "ssl_cert_reqs": ("required", "optional", "none"),
@@ -66,6 +70,28 @@ def check_http_url(url: str) -> None:
         raise ValueError("is not a URL such as http://127.0.0.1:1088")
     if is_unspecified(host):
         raise ValueError(f"{host} is an address to listen on, which can't be called")
+
+
+def check_origin(origin: str) -> None:
+    """Check that an origin is written as browsers send it: it is compared character by character."""
+    if not _is_origin(origin):
+        raise ValueError(
+            f"{origin!r} is not an origin as browsers send it: scheme://host or scheme://host:port in lower "
+            "case, without a path and without the scheme's default port"
+        )
+
+
+def _is_origin(origin: str) -> bool:
+    parts = _ORIGIN.fullmatch(origin)
+    if parts is None:
+        return False
+    scheme, host, port = parts["scheme"], parts["host"], parts["port"]
+    if port is not None and (int(port) > 65535 or port == _DEFAULT_PORTS.get(scheme)):
+        return False
+    if host.startswith("["):
+        address = host[1:-1]
+        return _is_ipv6(address) and str(ipaddress.IPv6Address(address)) == address
+    return host == host.lower() and _HOST_NAME.fullmatch(host) is not None
 
 
 def check_redis_url(url: str) -> None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from addresses import callable_address, check_http_url, check_redis_url, split_address
+from addresses import callable_address, check_http_url, check_origin, check_redis_url, split_address
 
 VERSION = "0.2.0"
 """Version of the service: pyproject.toml and CHANGELOG.md name the same."""
@@ -48,6 +48,11 @@ class Settings(BaseSettings):
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="comma-separated keys, one of which each request carries; without any, none is needed",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="comma-separated origins (https://app.example.org) whose web pages may call the service "
+        "from a browser, or * for all. Default: none",
     )
     rate_limit: str = Field(
         default="",
@@ -145,18 +150,29 @@ class Settings(BaseSettings):
         "in this list. Default: all",
     )
 
-    @field_validator("api_keys", "allowed_image_hosts", mode="before")
+    @field_validator("api_keys", "cors_origins", "allowed_image_hosts", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _not_open_by_mistake(cls, value: object) -> object:
+    def _not_empty_by_mistake(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and value and not value.replace(",", "").strip():
-            raise ValueError("contains no key; unset it to serve without keys")
+            item, feature = ("key", "keys") if info.field_name == "api_keys" else ("origin", "CORS")
+            raise ValueError(f"contains no {item}; unset it to serve without {feature}")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _valid_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value and len(value) > 1:
+            raise ValueError("* stands for every origin, so it must be alone")
+        for origin in value:
+            if origin != "*":
+                check_origin(origin)
         return value
 
     @model_validator(mode="before")
@@ -233,6 +249,10 @@ class Settings(BaseSettings):
         if not self.api_keys and _host(f"http://{self.bind}") not in _LOOPBACK:
             found.append(
                 f"BIND is {self.bind} and API_KEYS is empty: everyone who reaches it can use the GPUs"
+            )
+        if "*" in self.cors_origins and not self.api_keys:
+            found.append(
+                "CORS_ORIGINS is * and API_KEYS is empty: every web page that a user opens can use the GPUs"
             )
         if self.rate_limit and not self.api_keys:
             found.append("RATE_LIMIT applies to each API key and API_KEYS is empty: nothing is limited")

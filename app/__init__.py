@@ -8,6 +8,7 @@ import logging
 from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
+from app.http.cors import Cors
 from app.http.errors import register_error_handlers
 from app.http.origin import OriginCheck
 from app.http.wsgi import PlainPaths, add_request_ids
@@ -35,10 +36,11 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app = Flask("modelservice", static_folder=None)
     app.extensions[EXTENSION] = services.process
 
-    # metrics before the gate, so that refused requests are counted too
+    # metrics first, so that refused requests are counted too
     services.metrics.init_app(app)
-    services.gate.init_app(app)
     app.before_request(OriginCheck(settings).check)
+    Cors(settings.cors_origins, services.gate.through_node_listener).init_app(app)
+    services.gate.init_app(app)
     add_request_ids(app)
     register_error_handlers(app)
     app.wsgi_app = PlainPaths(app.wsgi_app)  # type: ignore[method-assign]

@@ -7,6 +7,7 @@ from kombu.utils.url import parse_url
 from addresses import (
     callable_address,
     check_http_url,
+    check_origin,
     check_redis_url,
     is_unspecified,
     split_address,
@@ -124,3 +125,50 @@ def test_a_url_is_shown_without_its_password() -> None:
     url = "rediss://u:p%2F@[::1]:1/3?ssl_keyfile=x"
     assert without_password(url) == "rediss://…@[::1]:1/3"
     assert without_password("redis://h:1/0") == "redis://h:1/0"
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://app.example.org",
+        "http://localhost:3000",
+        "http://127.0.0.1:8080",
+        "http://[::1]:3000",
+        "https://example.org:80",
+        "app://obsidian.md",
+        "chrome-extension://abcdefghijklmnop",
+    ],
+)
+def test_an_origin_as_browsers_send_it_is_taken(origin: str) -> None:
+    check_origin(origin)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "null",
+        "app.example.org",
+        "//app.example.org",
+        "https://",
+        "https://app.example.org/",
+        "https://app.example.org/path",
+        "https://app.example.org?query",
+        "https://user@app.example.org",
+        "https://App.example.org",
+        "HTTPS://app.example.org",
+        "https://*.example.org",
+        "https://käse.example",
+        "https://app.example.org:443",
+        "http://app.example.org:80",
+        "https://app.example.org:0",
+        "https://app.example.org:65536",
+        "https://app.example.org:port",
+        "http://[0:0::1]:3000",
+        "http://[::1",
+        "http://::1",
+        "https://a.example https://b.example",
+    ],
+)
+def test_what_no_browser_sends_as_origin_is_refused(origin: str) -> None:
+    with pytest.raises(ValueError, match="is not an origin as browsers send it: "):
+        check_origin(origin)

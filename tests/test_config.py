@@ -2,10 +2,16 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config import ConfigurationError, Settings, default_service_id
+
+NO_ORIGIN = (
+    "is not an origin as browsers send it: scheme://host or scheme://host:port in lower case, "
+    "without a path and without the scheme's default port"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +92,20 @@ def test_a_variable_that_looks_like_a_setting_is_warned_of(
 def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEYS", "one, two,")
     monkeypatch.setenv("ALLOWED_IMAGE_HOSTS", "a:80,b")
+    monkeypatch.setenv("CORS_ORIGINS", "https://a.example, http://[::1]:3000")
     settings = Settings.from_env()
     assert settings.api_keys == ("one", "two")
     assert settings.allowed_image_hosts == ("a:80", "b")
+    assert settings.cors_origins == ("https://a.example", "http://[::1]:3000")
+
+
+def test_pages_of_all_sites_without_keys_are_warned_of() -> None:
+    def warned(**given: Any) -> bool:
+        return any("CORS_ORIGINS is *" in warning for warning in Settings(**given).warnings())
+
+    assert warned(cors_origins="*")
+    assert not warned(cors_origins="*", api_keys="key")
+    assert not warned(cors_origins="https://a.example")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +114,9 @@ def test_lists_are_split_at_commas(monkeypatch: pytest.MonkeyPatch) -> None:
         ("DRAIN_S", "soon", "Input should be a valid number, unable to parse string as a number"),
         ("DRAIN_S", "-1", "Input should be greater than or equal to 0"),
         ("API_KEYS", " , ", "contains no key; unset it to serve without keys"),
+        ("CORS_ORIGINS", " , ", "contains no origin; unset it to serve without CORS"),
+        ("CORS_ORIGINS", "*,https://a.example", "* stands for every origin, so it must be alone"),
+        ("CORS_ORIGINS", "https://a.example, A.example", f"'A.example' {NO_ORIGIN}"),
         ("RATE_LIMIT", "60", 'must be like "60/minute" or "100/5 minutes" (second, minute, hour, day)'),
         ("BIND", "1088", "'1088' is not host:port, such as 127.0.0.1:1088 or [::1]:1088"),
         ("FLOWER_BASIC_AUTH", "hidden", "is not user:password"),

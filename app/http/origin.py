@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from flask import request
 
 from addresses import split_address
+from app.http.cors import is_listed
 from config import Settings
 from protocol.errors import Forbidden
 
@@ -15,12 +16,15 @@ from protocol.errors import Forbidden
 class OriginCheck:
     """Refuses requests under foreign host names, or from pages of foreign sites, to a service on the loopback.
 
+    CORS_ORIGINS names sites whose pages are served all the same.
+
     With API keys a page can't do harm; a service that listens on other addresses has names that nobody knows here.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._active = not settings.api_keys and is_loopback(split_address(settings.bind)[0])
         urls = (settings.public_url, settings.service_url)
+        self._listed = settings.cors_origins
         self._own = {host for url in urls if (host := urlsplit(url).hostname)}
 
     def check(self) -> None:
@@ -33,8 +37,10 @@ class OriginCheck:
             raise Forbidden(
                 "this Host is not a name of this server; set PUBLIC_URL to the address that clients use"
             )
-        if origin is not None and not self._is_own(origin):
-            raise Forbidden("requests from pages of other sites are not accepted without API_KEYS")
+        if origin is not None and not self._is_own(origin) and not is_listed(origin, self._listed):
+            raise Forbidden(
+                "without API_KEYS requests from pages of other sites are accepted only if CORS_ORIGINS has them"
+            )
 
     def _is_own(self, url: str) -> bool:
         try:

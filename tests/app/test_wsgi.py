@@ -83,6 +83,30 @@ def test_a_page_of_another_site_is_refused(origin: str) -> None:
     assert client().post("/v1/chat/completions", headers=headers, json={}).status_code == 403
 
 
+@pytest.mark.parametrize("listed", ["https://app.example", "*"])
+def test_a_page_of_a_listed_site_is_served(listed: str) -> None:
+    service = client(cors_origins=listed)
+    headers = {"Host": "127.0.0.1:1088", "Origin": "https://app.example"}
+    response = service.get("/v1/models", headers=headers)
+    assert response.status_code == 200
+    assert response.headers["Access-Control-Allow-Origin"] == listed
+    foreign_name = service.get("/v1/models", headers={**headers, "Host": "evil.example"})
+    assert foreign_name.status_code == 403, "names are checked all the same"
+
+
+def test_a_page_of_a_site_that_is_not_listed_is_refused() -> None:
+    headers = {"Host": "127.0.0.1:1088", "Origin": "https://evil.example"}
+    response = client(cors_origins="https://app.example").get("/v1/models", headers=headers)
+    assert response.status_code == 403
+    assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def test_cors_is_off_by_default() -> None:
+    headers = {"Host": "127.0.0.1:1088", "Origin": "http://localhost:3000"}
+    response = client().get("/v1/models", headers=headers)
+    assert not any(name.startswith("Access-Control") or name == "Vary" for name, _ in response.headers)
+
+
 def test_a_page_of_this_machine_is_served() -> None:
     headers = {"Host": "127.0.0.1:1088", "Origin": "http://localhost:3000"}
     assert client().get("/v1/models", headers=headers).status_code == 200
