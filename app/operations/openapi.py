@@ -29,7 +29,8 @@ def describe(server_url: str, *, keyed: bool = False) -> dict[str, Any]:
         "info": {
             "title": "Model service",
             "version": VERSION,
-            "description": "OpenAI's API, with the additions of the network's model API standard.",
+            "description": "OpenAI's API, with the additions of the network's model API standard. Every "
+            "response has X-Request-Id: the client's own if it is a token of at most 128 characters, else ours.",
         },
         "servers": [{"url": server_url}],
         "components": {"schemas": component_schemas()},

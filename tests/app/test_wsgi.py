@@ -62,6 +62,20 @@ def test_every_response_has_a_request_id(method: str, path: str, status: int) ->
     assert response.headers["X-Request-Id"].startswith("req-")
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/nothing"])
+def test_a_client_may_name_its_request(path: str) -> None:
+    for given in ("7", "a" * 128, "550e8400-e29b-41d4-a716-446655440000", "!#$%&'*+-.^_`|~"):
+        assert client().get(path, headers={"X-Request-Id": given}).headers["X-Request-Id"] == given
+
+
+@pytest.mark.parametrize(
+    "given", ["", "a" * 129, "a b", "a,a", "a;b", '"a"', "a/b", "a=b", "é", "<a>", "a\x7f"]
+)
+def test_a_name_that_is_no_short_token_is_not_repeated(given: str) -> None:
+    answer = client().get("/healthz", headers={"X-Request-Id": given}).headers["X-Request-Id"]
+    assert answer.startswith("req-")
+
+
 @pytest.mark.parametrize(
     "host", ["localhost", "localhost:1088", "127.0.0.1:1088", "[::1]:1088", "models.example.org"]
 )

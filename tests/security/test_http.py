@@ -332,3 +332,55 @@ def test_malformed_forms(echo: Deployment, path: str, sent: tuple[bytes, dict[st
     answer: Answer = ask(echo.port, "POST", path, *sent)
     check_error_body(answer)
     assert answer.status in (400, 413), answer
+
+
+# ----- request ids
+
+
+def test_the_id_of_a_client_comes_back_with_every_response(echo: Deployment) -> None:
+    headers = {**JSON, "X-Request-Id": "mine-1"}
+    stream = json.dumps({"model": "echo", "messages": HI, "stream": True}).encode()
+    for answer in (
+        ask(echo.port, "POST", CHAT, BODY, headers),
+        ask(echo.port, "POST", CHAT, stream, headers),
+        ask(echo.port, "POST", CHAT, b"{", headers),
+        ask(echo.port, "GET", "/nothing/here", headers=headers),
+        ask(echo.port, "GET", "/health", headers=headers),
+    ):
+        assert answer.headers["x-request-id"] == "mine-1"
+    plain = ask(echo.port, "POST", CHAT, BODY, JSON)
+    assert plain.headers["x-request-id"] == plain.json["id"], "without one it is ours"
+
+
+def test_the_log_has_both_ids_of_a_request_that_failed(echo: Deployment) -> None:
+    assert echo.web is not None
+    body = json.dumps({"model": "echo", "messages": HI, "max_tokens": 1}).encode()
+    ask(echo.port, "POST", CHAT, body, {**JSON, "X-Request-Id": "succeeds"})
+    failing = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "raise"}]}).encode()
+    answer = ask(echo.port, "POST", CHAT, failing, {**JSON, "X-Request-Id": "fails"})
+    assert answer.status >= 400
+    log = echo.web.log.read_text()
+    assert re.search(
+        rf"request cmpl-[0-9a-f]{{32}}, to its client fails, was answered with {answer.status}$", log, re.M
+    )
+    assert "succeeds" not in log
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (b"X-Request-Id: " + b"a" * 129,),
+        (b"X-Request-Id: a b",),
+        (b"X-Request-Id: \xff",),
+        (b"X-Request-Id: a",) * 2,
+    ],
+)
+def test_an_id_that_is_no_short_token_is_replaced(echo: Deployment, lines: tuple[bytes, ...]) -> None:
+    request = head(b"Connection: close", *lines, start=b"GET /healthz HTTP/1.1")
+    assert re.search(rb"\r\nX-Request-Id: req-[0-9a-f]{32}\r\n", converse(echo.port, request))
+
+
+def test_what_gunicorn_refuses_has_an_id_of_ours(echo: Deployment) -> None:
+    answer = converse(echo.port, head(b"X-Request-Id: mine", b"bad header", start=b"GET /healthz HTTP/1.1"))
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert re.search(rb"\r\nX-Request-Id: req-[0-9a-f]{32}\r\n", answer)
