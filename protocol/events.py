@@ -16,11 +16,16 @@ log = logging.getLogger(__name__)
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
-    """Tokens as the engine counts them. `cached_tokens`: prompt tokens that were in the prefix cache."""
+    """Tokens as the engine counts them.
+
+    `cached_tokens`: prompt tokens that were in the prefix cache. `reasoning_tokens`: completion tokens that are
+    reasoning; None for a model that doesn't reason.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None
 
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
@@ -63,6 +68,15 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     logprobs: list[TokenLogprob] | None = None
 
 
+class ReasoningDelta(msgspec.Struct, frozen=True, array_like=True, tag="r"):
+    """New text of the reasoning before the content of choice `index`, made of `tokens` tokens."""
+
+    text: str
+    index: int = 0
+    tokens: int = 1
+    logprobs: list[TokenLogprob] | None = None
+
+
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
     """`step` of the request's `total` denoising steps are done, counted over all of its images."""
 
@@ -100,7 +114,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
         return cls(error.code, error.message, error.param)
 
 
-Event = Started | Delta | Progress | ImageReady | Finished | Failed
+Event = Started | Delta | ReasoningDelta | Progress | ImageReady | Finished | Failed
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

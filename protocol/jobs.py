@@ -44,6 +44,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     sampling: SamplingParams
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
+    reasoning_effort: str | None = None
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):

@@ -1,4 +1,4 @@
-"""Turns the events of a chat completion into a JSON document or SSE chunks. Knows no socket and no Flask."""
+"""Turns the events of a chat completion into SSE chunks. Knows no socket and no Flask."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,19 +7,22 @@ from typing import Any, Protocol
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
-from protocol.events import Delta, Event, Finished, Started, TokenLogprob, Usage
+from protocol.events import Delta, Event, Finished, ReasoningDelta, Started, TokenLogprob, Usage
 
 _json = encode_json
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
     """Return OpenAI's usage object."""
-    return {
+    body = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens is not None:
+        body["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return body
 
 
 def logprobs_body(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
@@ -84,10 +87,10 @@ class ChatEventReader:
             return [*ends, Finished(Usage(0, self._tokens))]
         self.finished = self._reader.finished
         for event in batch:
-            if isinstance(event, Delta):
+            if isinstance(event, Delta | ReasoningDelta):
                 self._tokens += event.tokens
                 self._arrived_at = self._clock()
-                if event.finish_reason:
+                if isinstance(event, Delta) and event.finish_reason:
                     self._open.discard(event.index)
         return batch
 
@@ -127,6 +130,8 @@ class ChunkEncoder:
                 # the last finish chunk has usage, which comes with Finished: each is held until the next
                 yield from (frame(chunk + self._tail) for chunk in self._held)
                 self._held = [self._finish(event)]
+        elif isinstance(event, ReasoningDelta):
+            yield self._delta(event, b'{"reasoning_content":%s}' % _json(event.text))
         elif isinstance(event, Finished):
             usage = _json(usage_body(event.usage or Usage(0, 0)))
             for chunk in self._held:
@@ -139,6 +144,12 @@ class ChunkEncoder:
         head = self._before_text[delta.index]
         choice = _json(delta.text) + b'},"logprobs":' + logprobs + b',"finish_reason":null}'
         return frame(head + choice + self._tail)
+
+    def _delta(self, event: ReasoningDelta, delta: bytes) -> bytes:
+        """Frame a chunk that has no content. `delta`: its delta as JSON."""
+        logprobs = b"null" if event.logprobs is None else _json(logprobs_body(event.logprobs))
+        choice = b'{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":null}'
+        return frame(self._head + choice % (event.index, delta, logprobs) + self._tail)
 
     def _finish(self, delta: Delta) -> bytes:
         choice = {
@@ -173,42 +184,3 @@ class ChunkStream:
             lead, self._lead = self._lead, b""
             return lead
         return None if self._reader.finished else self._encoder.frames(self._reader.next_events())
-
-
-def completion(reader: Reader, request_id: str, model: str, *, n: int) -> dict[str, Any]:
-    """Read all events and return the body of a response that is not streamed. Raises what `reader` raises."""
-    texts: list[list[str]] = [[] for _ in range(n)]
-    logprobs: list[list[TokenLogprob] | None] = [None] * n
-    ends: list[Delta | None] = [None] * n
-    usage = Usage(0, 0)
-    while not reader.finished:
-        for event in reader.next_events():
-            if isinstance(event, Delta):
-                texts[event.index].append(event.text)
-                if event.logprobs is not None:
-                    logprobs[event.index] = [*(logprobs[event.index] or []), *event.logprobs]
-                if event.finish_reason:
-                    ends[event.index] = event
-            elif isinstance(event, Finished):
-                usage = event.usage or usage
-    choices = [_choice(index, "".join(texts[index]), logprobs[index], ends[index]) for index in range(n)]
-    return {
-        "code": 0,
-        "message": "success",
-        "id": request_id,
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": usage_body(usage),
-    }
-
-
-def _choice(index: int, text: str, logprobs: list[TokenLogprob] | None, end: Delta | None) -> dict[str, Any]:
-    return {
-        "index": index,
-        "message": {"role": "assistant", "content": text},
-        "logprobs": logprobs_body(logprobs),
-        "finish_reason": end.finish_reason if end else "length",
-        "stop_reason": end.stop_reason if end else None,
-    }

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from flask import Blueprint, Response, request
 
-from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream, completion
+from app.chat.completion import completion
+from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.schema import ChatCompletionRequest
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model

@@ -4,7 +4,7 @@ Unknown fields are ignored and reported. Known fields that are not supported are
 dropped. Bounds are OpenAI's where OpenAI has them, otherwise vLLM's.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -116,6 +116,7 @@ class ChatCompletionRequest(BaseModel):
     ) = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: StrictBool | None = None
 
@@ -146,6 +147,7 @@ class ChatCompletionRequest(BaseModel):
             sampling=self._sampling(entry.defaults),
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
             continue_final_message=self._continues_final_message(),
+            reasoning_effort=self.reasoning_effort,
         )
 
     def _sampling(self, defaults: ChatDefaults) -> SamplingParams:

@@ -160,7 +160,9 @@ def _operators_schemas() -> dict[str, Any]:
 
 
 def _chat_completion() -> dict[str, Any]:
-    message = _object({"role": STRING, "content": STRING})
+    message = _object(
+        {"role": STRING, "content": STRING, "reasoning_content": STRING}, required=["role", "content"]
+    )
     choice = _object(
         {"index": INTEGER, "message": message, "finish_reason": {"enum": ["stop", "length"]}},
         required=["index", "message", "finish_reason"],
@@ -174,7 +176,14 @@ def _chat_completion() -> dict[str, Any]:
             "created": INTEGER,
             "model": STRING,
             "choices": {"type": "array", "minItems": 1, "items": choice},
-            "usage": _object(dict.fromkeys(counts, INTEGER), required=counts),
+            "usage": _object(
+                {
+                    **dict.fromkeys(counts, INTEGER),
+                    "prompt_tokens_details": _object({"cached_tokens": INTEGER}),
+                    "completion_tokens_details": _object({"reasoning_tokens": INTEGER}),
+                },
+                required=counts,
+            ),
         },
         required=["code", "message", "created", "model", "choices", "usage"],
     )

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from app.chat.response import ARRIVING_S, ChatEventReader, ChunkEncoder, ChunkStream, completion
+from app.chat.completion import completion
+from app.chat.response import ARRIVING_S, ChatEventReader, ChunkEncoder, ChunkStream
 from app.http.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
-from protocol.events import Delta, Event, Finished, Started, Usage
+from protocol.events import Delta, Event, Finished, ReasoningDelta, Started, TokenLogprob, Usage
 
 END: list[Event] = [Delta("", tokens=0, finish_reason="stop"), Finished(Usage(3, 2))]
 
@@ -123,3 +124,76 @@ def test_a_response_with_a_gap_is_an_error_at_the_deadline() -> None:
 def test_without_a_token_the_deadline_is_an_error() -> None:
     with pytest.raises(DeadlineExceeded):
         stream([Started("w")], DeadlineExceeded("too late"))
+
+
+def plain(*batches: list[Event], n: int = 1) -> dict[str, Any]:
+    return completion(ChatEventReader(Batches(batches), n), "cmpl-1", "m", n=n)
+
+
+THOUGHT: list[Event] = [
+    ReasoningDelta("two and "),
+    ReasoningDelta("two"),
+    Delta("four", finish_reason="stop"),
+]
+
+
+def test_reasoning_has_a_field_of_its_own() -> None:
+    usage = Finished(Usage(3, 3, 0, 2))
+    found = events(stream([*THOUGHT, usage]))
+    assert [event["choices"][0]["delta"] for event in found] == [
+        {"role": "assistant"},
+        {"reasoning_content": "two and "},
+        {"reasoning_content": "two"},
+        {"content": "four"},
+        {"content": ""},
+    ]
+    body = plain([*THOUGHT, usage])
+    assert body["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "four",
+        "reasoning_content": "two and two",
+    }
+    assert body["usage"]["completion_tokens_details"] == {"reasoning_tokens": 2}
+    assert found[-1]["usage"] == body["usage"]
+
+
+def test_without_reasoning_an_answer_has_no_trace_of_it() -> None:
+    body = plain([Delta("four", finish_reason="stop"), Finished(Usage(3, 1))])
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "four"}
+    assert "completion_tokens_details" not in body["usage"]
+
+
+def test_reasoning_of_several_choices_is_kept_apart() -> None:
+    batch: list[Event] = [ReasoningDelta("a", 1), ReasoningDelta("b", 0), ReasoningDelta("c", 1)]
+    ends: list[Event] = [Delta("x", 0, 1, "stop"), Delta("", 1, 0, "length"), Finished(Usage(1, 4))]
+    body = plain([*batch, *ends], n=2)
+    assert [choice["message"].get("reasoning_content") for choice in body["choices"]] == ["b", "ac"]
+    found = events(stream([*batch, *ends], n=2))
+    deltas = [
+        choice for event in found for choice in event["choices"] if "reasoning_content" in choice["delta"]
+    ]
+    assert [(choice["index"], choice["delta"]["reasoning_content"]) for choice in deltas] == [
+        (1, "a"),
+        (0, "b"),
+        (1, "c"),
+    ]
+
+
+def test_reasoning_has_logprobs() -> None:
+    batch: list[Event] = [
+        ReasoningDelta("a", logprobs=[TokenLogprob("a", -1.0, [97])]),
+        Delta("b", finish_reason="stop", logprobs=[TokenLogprob("b", -2.0, [98])]),
+        Finished(Usage(1, 2)),
+    ]
+    content = plain(batch)["choices"][0]["logprobs"]["content"]
+    assert [token["token"] for token in content] == ["a", "b"]
+    found = [event["choices"][0] for event in events(stream(batch))]
+    assert found[1]["logprobs"]["content"] == content[:1]
+
+
+def test_an_answer_that_is_cut_inside_its_reasoning_at_the_deadline_is_a_length() -> None:
+    body = completion(
+        ChatEventReader(Batches([[ReasoningDelta("hm")], DeadlineExceeded("too late")]), 1), "i", "m", n=1
+    )
+    assert body["choices"][0]["finish_reason"] == "length" and body["usage"]["completion_tokens"] == 1
+    assert body["choices"][0]["message"]["content"] == ""

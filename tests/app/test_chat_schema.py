@@ -401,3 +401,9 @@ def test_stream_options_need_a_stream() -> None:
 def test_a_top_p_of_0_is_greedy() -> None:
     sampling = job(top_p=0, temperature=1.5).sampling
     assert sampling.temperature == 0 and sampling.top_p is None
+
+
+def test_reasoning_effort_is_one_of_the_known_words():
+    for effort in (None, "none", "minimal", "low", "medium", "high", "xhigh", "max"):
+        assert job(reasoning_effort=effort).reasoning_effort == effort
+    assert refusal(reasoning_effort="some").param == "reasoning_effort"

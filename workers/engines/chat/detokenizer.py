@@ -177,9 +177,11 @@ class Vocabulary:
     texts: dict[int, str] = field(default_factory=dict)
     """Filled by the streams: tokens that consist of whole characters."""
 
+    def stream(self) -> TextStream:
+        return ByteStream(self.table, self.texts) if self.table is not None else WindowStream(self.decode)
+
     def detokenizer(self, stops: tuple[str, ...]) -> Detokenizer:
-        stream = ByteStream(self.table, self.texts) if self.table is not None else WindowStream(self.decode)
-        return Detokenizer(stream, stops)
+        return Detokenizer(self.stream(), stops)
 
     def token_bytes(self, token: int) -> bytes:
         """The token's bytes by itself, for logprobs: two tokens that differ give different bytes.

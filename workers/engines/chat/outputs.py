@@ -8,6 +8,7 @@ from collections.abc import Callable
 from protocol.errors import Cancelled, DeadlineExceeded
 from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
+from workers.engines.chat.answer.pieces import Piece
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.sampling.sampler import Logprobs
@@ -60,6 +61,10 @@ class RequestOutputs:
         if logprobs is not None:
             sequence.unsent_logprobs.append(self._token_logprob(token, logprobs))
         text, stop = sequence.detokenizer.add(token, may_stop)
+        if sequence.answer is not None:
+            pieces, stop = sequence.answer.feed(text, may_stop)
+            self._send(sequence, pieces)
+            text = ""
         if stop is not None:
             self._finish(sequence, "stop", stop, text, flush=False)
         elif len(sequence.output) >= sampling.max_tokens:
@@ -80,6 +85,10 @@ class RequestOutputs:
         if flush:
             rest, stop = sequence.detokenizer.flush()
             text += rest
+            if sequence.answer is not None:
+                pieces, stop = sequence.answer.finish(text)
+                self._send(sequence, pieces)
+                text = ""
             if stop is not None:
                 finish_reason, stop_reason = "stop", stop
         self._events.append((request.id, sequence.take_delta(text, finish_reason, stop_reason)))
@@ -87,6 +96,10 @@ class RequestOutputs:
         self._scheduler.finish([sequence])
         if request.finished:
             self._close(request, Finished(request.usage))
+
+    def _send(self, sequence: Sequence, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self._events.append((sequence.request.id, sequence.take_event(piece)))
 
     def fail(self, request: Request, failure: Failed) -> None:
         """End a request with an error."""

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 from protocol.jobs import ChatJob, SamplingParams
+from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 from workers.engines.chat.text_bound import TextBound
@@ -45,6 +46,7 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._generation = generation
         self._vocabulary = Vocabulary.of(tokenizer)
+        self._answers = AnswerFormat(tokenizer)
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
         self._eos = end_tokens(generation, config, tokenizer)
@@ -90,7 +92,12 @@ class PromptBuilder:
         sampling = self._resolve(job.sampling, self._max_context - len(prompt))
         request = Request(job.id, prompt, sampling)
         for index in range(sampling.n):
-            request.sequences.append(Sequence(request, index, self._vocabulary.detokenizer(sampling.stop)))
+            answer = self._answers.parser(job, text)
+            if answer is None:
+                detokenizer = self._vocabulary.detokenizer(sampling.stop)
+            else:
+                detokenizer = self._answers.detokenizer(self._vocabulary)
+            request.sequences.append(Sequence(request, index, detokenizer, answer=answer))
         return request
 
     def _too_long(self, tokens: str) -> ContextLengthExceeded:
@@ -115,13 +122,14 @@ class PromptBuilder:
             raise InvalidRequest(
                 f"chat_template_kwargs can't set {', '.join(sorted(clash))}", param="chat_template_kwargs"
             )
+        arguments = self._answers.template_arguments(job)
         try:
             text: str = self._tokenizer.apply_chat_template(
-                job.messages,
+                self._answers.messages(job),
                 tokenize=False,
                 add_generation_prompt=not job.continue_final_message,
                 continue_final_message=job.continue_final_message,
-                **job.chat_template_kwargs,
+                **arguments,
             )
         except TemplateError as error:
             raise InvalidRequest(

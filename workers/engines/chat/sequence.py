@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from protocol.events import Delta, TokenLogprob, Usage
+from protocol.events import Delta, Event, TokenLogprob, Usage
+from workers.engines.chat.answer.parser import AnswerParser
+from workers.engines.chat.answer.pieces import Piece, to_event
 from workers.engines.chat.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -101,7 +103,9 @@ class Request:
     @property
     def usage(self) -> Usage:
         completion = sum(len(sequence.output) for sequence in self.sequences)
-        return Usage(len(self.prompt), completion, self.cached_tokens)
+        answers = [sequence.answer for sequence in self.sequences if sequence.answer is not None]
+        reasoning = sum(answer.reasoning_tokens for answer in answers) if answers else None
+        return Usage(len(self.prompt), completion, self.cached_tokens, reasoning)
 
     @property
     def has_token(self) -> bool:
@@ -125,6 +129,8 @@ class Sequence:
     arrival: int = 0
     """Order of admission: the sequence admitted last is preempted first."""
     mask: TokenMask | None = None
+    answer: AnswerParser | None = None
+    """None: the text is content alone."""
     ngrams: "NgramIndex | None" = None
     accepted_drafts: int = 0
     """How many drafts of the previous step were right."""
@@ -181,3 +187,8 @@ class Sequence:
         delta = Delta(text, self.index, self.unsent_tokens, finish_reason, stop_reason, logprobs)
         self.unsent_tokens, self.unsent_logprobs = 0, []
         return delta
+
+    def take_event(self, piece: Piece) -> Event:
+        """The event for a piece of the answer and for all tokens since the previous event."""
+        delta = self.take_delta("")
+        return to_event(piece, self.index, delta.tokens, delta.logprobs)
