@@ -73,6 +73,7 @@ name = "bench"
 tasks = ["chat"]
 weights = "{workload.weights}"
 [models.engine]
+dtype = "float32"
 max_batch_size = 64
 torch_threads = {threads}
 kv_cache_tokens = {KV_TOKENS}

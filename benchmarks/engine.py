@@ -84,16 +84,16 @@ class Timeline:
         return sum(count for _, count, _ in self.gains.get(request_id, ()))
 
 
-class Bench:
-    """The engine and the plain model, with the same weights."""
+class EngineBench:
+    """An engine, and requests for it."""
 
-    def __init__(self, weights: Path, threads: int) -> None:
-        options = {"torch_threads": threads, "max_batch_size": 64}
+    def __init__(self, weights: Path, threads: int, **options: Any) -> None:
+        """`options`: more of the catalogue's engine options."""
+        options = {"torch_threads": threads, "max_batch_size": 64, **options}
         entry = {"name": "bench", "tasks": ["chat"], "weights": str(weights), "engine": options}
         self.engine = ChatEngine(ChatModelEntry.model_validate(entry))
         self.timeline = Timeline()
         self.engine.load(self.timeline)
-        self.model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
         self._serial = 0
 
     def submit(self, words: int, tokens: int = NEW_TOKENS, **sampling: Any) -> str:
@@ -115,6 +115,14 @@ class Bench:
         self.wait(ids)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return wall, cpu, self.timeline.prompt_tokens[ids[0]]
+
+
+class Bench(EngineBench):
+    """The engine and the plain model, with the same weights."""
+
+    def __init__(self, weights: Path, threads: int) -> None:
+        super().__init__(weights, threads)
+        self.model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
 
     def static(self, count: int, prompt: int) -> tuple[float, float]:
         """Run one static batch of `generate`. Returns wall and CPU seconds."""

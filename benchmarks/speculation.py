@@ -68,7 +68,13 @@ class Contender:
     """An engine with a number of drafts."""
 
     def __init__(self, drafts: int) -> None:
-        options = {"num_speculative_tokens": drafts, "prefix_cache": False, "kv_cache_tokens": 4096}
+        # in bfloat16 rounding depends on the number of rows, and may change a text
+        options = {
+            "num_speculative_tokens": drafts,
+            "prefix_cache": False,
+            "kv_cache_tokens": 4096,
+            "dtype": "float32",
+        }
         entry = {"name": "m", "tasks": ["chat"], "weights": str(SMOLLM2), "engine": options}
         self.engine = ChatEngine(ChatModelEntry.model_validate(entry))
         self._stream = Stream()

@@ -27,6 +27,13 @@ class EngineOptions(Table):
 class ChatEngineOptions(EngineOptions):
     """`[models.engine]` of a chat model."""
 
+    dtype: Dtype = Field(
+        default="auto",
+        description="of the weights. auto: bfloat16 on a GPU, float16 on one before compute capability 8.0; "
+        "float32 on a CPU, or bfloat16 if the checkpoint has 16 bits, the processor has AVX512-BF16 or AMX, "
+        "and a measurement at load finds it faster",
+    )
+
     max_batch_size: int = Field(
         default=64, ge=1, le=1024, description="sequences decoded together in one step"
     )

@@ -40,7 +40,7 @@ def load(context: Context) -> Outcome:
 
 def dtype(context: Context) -> Outcome:
     """Whether the weights have the dtype that suits the device."""
-    found, right = context.loaded.engine.parts.cache.shape.dtype, context.dtype
+    found, right = context.loaded.engine.parts.precision.dtype, context.dtype
     figure = str(found).removeprefix("torch.")
     if found != right:
         figure += f", but {str(right).removeprefix('torch.')} is right for this device"

@@ -57,13 +57,19 @@ class Context:
         self.device = choose_device()
         self.work = GPU_WORK if self.device.type == "cuda" else CPU_WORK
         self.reference: Reference | None = None
-        self._entry = target.chat
+        self._entry = None if target.chat is None else self._of_one_dtype(target.chat)
         self._loaded: Loaded | None = None
 
     def require_gpu(self) -> None:
         """Raise Skipped on a CPU."""
         if self.device.type != "cuda":
             raise Skipped("no GPU")
+
+    def _of_one_dtype(self, entry: ChatModelEntry) -> ChatModelEntry:
+        """On a CPU "auto" is the result of a measurement; the reference needs to know it before the load."""
+        if self.device.type == "cuda" or entry.engine.dtype != "auto":
+            return entry
+        return entry.model_copy(update={"engine": entry.engine.model_copy(update={"dtype": "float32"})})
 
     @property
     def entry(self) -> ChatModelEntry:

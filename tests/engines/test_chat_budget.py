@@ -13,6 +13,7 @@ from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.memory import budget_tokens, peak_bytes, step_bytes
 from workers.engines.chat.model.loader import LoadedModel, _read, load_model
+from workers.engines.chat.model.precision import Precision
 
 GIB = 2**30
 SHAPE = CacheShape(32, 8, 128, torch.bfloat16, token_major=True)  # 128 KiB a token
@@ -30,7 +31,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, *, free: int, total: int, held: int)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: held)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held)
-    return LoadedModel(None, None, None, 131072, torch.device("cuda"), "m")
+    return LoadedModel(None, None, None, 131072, torch.device("cuda"), "m", Precision(torch.bfloat16))
 
 
 def test_the_cache_leaves_what_a_step_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +113,8 @@ def test_weights_go_from_their_file_to_the_gpu_if_they_fit(
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
     with pytest.raises(Stop):
-        _read(entry(weights), torch.bfloat16, torch.device("cuda"))
+        _read(entry(weights, dtype="bfloat16"), torch.device("cuda"))
     assert given["device_map"] == {"": torch.device("cuda")}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 1000))
     with pytest.raises(EngineLoadError, match=r"the weights take .* and the GPU has"):
-        _read(entry(weights), torch.bfloat16, torch.device("cuda"))
+        _read(entry(weights, dtype="bfloat16"), torch.device("cuda"))

@@ -37,7 +37,7 @@ def kernel(monkeypatch) -> FlashAttentionStandIn:
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     # compiled loops are not operations that a graph could repeat
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [LayerOperations])
     return made
 
 

@@ -560,8 +560,8 @@ def test_a_load_ends_with_one_line_about_what_serves_the_model(weights, caplog):
     engine.close()
     (line,) = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
-        r"tiny loaded in \d+\.\d s: CPU, float32, attention by compiled loops, no CUDA graphs,"
-        r" KV cache of 480 tokens, context of 480 tokens",
+        r"tiny loaded in \d+\.\d s: CPU, float32 \(as the checkpoint\), attention by compiled loops,"
+        r" no CUDA graphs, KV cache of 480 tokens, context of 480 tokens",
         line,
     )
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import Qwen2Config
 
 from catalogue import ChatModelEntry
@@ -22,8 +23,9 @@ from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.kernels.cpu import exp_of_differences
 from workers.engines.chat.metrics import Metrics
+from workers.engines.chat.model import linear
 from workers.engines.chat.model.fused_decoder import FusedDecoder
-from workers.engines.chat.model.linear import PackedLinear
+from workers.engines.chat.model.linear import PackedLinear, can_pack, linear_product
 from workers.engines.chat.model.loader import LoadedModel, load_model
 from workers.engines.chat.model.runner import Forward, ModelForward, ModelRunner
 from workers.engines.chat.sequence import Chunk
@@ -89,9 +91,10 @@ def forward_of(parts: EngineParts) -> Forward:
     return parts.runner.model_forward
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
-    tmp_path, family, caplog, monkeypatch
+    tmp_path, family, dtype, caplog, monkeypatch
 ):
     loaded: list[weakref.ref[Any]] = []
 
@@ -101,10 +104,14 @@ def test_llama_shaped_models_run_fused_and_keep_no_second_copy_of_their_weights(
         return model
 
     monkeypatch.setattr(build, "load_model", remember)
-    parts = built(save_model(tmp_path, CONFIGS[family]()))
+    parts = built(save_model(tmp_path, CONFIGS[family]()), dtype=dtype)
     gc.collect()
-    assert loaded[0]() is None
+    # oneDNN has bfloat16 on processors with AVX-512 only
+    packed = can_pack(torch.ones(1, 1, dtype=getattr(torch, dtype)))
+    assert (loaded[0]() is None) == packed
+    assert packed or dtype == "bfloat16"
     assert isinstance(forward_of(parts), FusedDecoder)
+    assert isinstance(parts.attention, CpuPagedAttention)
     assert not caplog.records
 
 
@@ -116,13 +123,30 @@ def test_biases_are_joined_too(tmp_path):
     assert isinstance(forward_of(parts), FusedDecoder)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "mixtral"])
-def test_other_models_run_through_transformers_with_packed_products(tmp_path, family, caplog):
-    parts = built(save_model(tmp_path, CONFIGS[family]()))
+def test_other_models_run_through_transformers_with_packed_products(tmp_path, family, dtype, caplog):
+    parts = built(save_model(tmp_path, CONFIGS[family]()), dtype=dtype)
     forward = forward_of(parts)
     assert isinstance(forward, ModelForward)
-    assert any(isinstance(module, PackedLinear) for module in forward._model.modules())
+    packed = can_pack(torch.ones(1, 1, dtype=getattr(torch, dtype)))
+    assert any(isinstance(module, PackedLinear) for module in forward._model.modules()) == packed
+    assert isinstance(parts.attention, CpuPagedAttention)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_half_precision_weights_take_and_return_float32(dtype, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr(linear, "can_pack", lambda weight: False)
+    torch.manual_seed(4)
+    weight, bias = torch.randn(48, 96).to(dtype), torch.randn(48).to(dtype)
+    x = torch.randn(5, 96)
+    found = linear_product(weight, bias)(x)
+    exact = F.linear(x.to(dtype).double(), weight.double(), bias.double())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact.to(dtype).float(), atol=0.01, rtol=torch.finfo(dtype).eps)
 
 
 def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
@@ -131,10 +155,14 @@ def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
     assert type(parts.attention) is PagedAttention
 
 
-def test_half_precision_runs_fused_on_a_cpu(tmp_path):
-    parts = built(save_model(tmp_path, CONFIGS["llama"]()), dtype="bfloat16")
-    assert isinstance(forward_of(parts), FusedDecoder)
-    assert type(parts.attention) is PagedAttention
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_that_of_the_weights_alone_on_a_cpu(tmp_path, dtype):
+    parts = built(save_model(tmp_path, CONFIGS["llama"]()), dtype=dtype)
+    forward = forward_of(parts)
+    assert isinstance(forward, FusedDecoder)
+    assert forward._embedding.dtype == parts.precision.dtype == getattr(torch, dtype)
+    assert parts.cache.pool.dtype == torch.float32
+    assert type(parts.attention) is CpuPagedAttention
 
 
 def test_a_fused_pass_that_differs_is_not_used(tmp_path, monkeypatch, caplog):

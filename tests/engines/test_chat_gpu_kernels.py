@@ -4,7 +4,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,12 +120,13 @@ def test_a_layer_of_a_decode_step_is_nine_operations(monkeypatch, family, by_tor
 def test_the_kernels_are_for_flash_attention_on_a_gpu(monkeypatch):
     setup = FlashModel("llama")
     setup.attention.unregister()
-    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    on_gpu, on_cpu = torch.device("cuda"), torch.device("cpu")
     flash_attention, portable = setup.attention, PagedAttention(setup.cache)
     assert kinds_of_operations(on_gpu, flash_attention) == [TritonLayerOperations, LayerOperations]
     assert kinds_of_operations(on_gpu, portable) == [LayerOperations]
-    assert kinds_of_operations(torch.ones(1), flash_attention) == [CompiledLayerOperations]
-    assert kinds_of_operations(torch.ones(1).bfloat16(), flash_attention) == [LayerOperations]
+    assert kinds_of_operations(on_cpu, portable) == [CompiledLayerOperations]
+    portable.dtype = torch.bfloat16
+    assert kinds_of_operations(on_cpu, portable) == [LayerOperations]
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert kinds_of_operations(on_gpu, flash_attention) == [LayerOperations]
@@ -156,7 +156,7 @@ class UncompiledOperations(TritonLayerOperations):
 def test_torchs_operations_replace_kernels_that_fail(tmp_path, monkeypatch, caplog, kind, reason):
     monkeypatch.setattr(flash, "varlen_attn", FlashAttentionStandIn())
     monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [kind, LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [kind, LayerOperations])
     if kind is UncompiledOperations:
         note_launches(monkeypatch, gpu)
     engine, collector = make_engine(

@@ -53,7 +53,7 @@ def use_stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedOperations)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [LayerOperations])
 
 
 def assert_captured(found: FlashModel) -> None:

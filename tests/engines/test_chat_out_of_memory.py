@@ -70,7 +70,7 @@ def gpu_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "CPU_PAGE", 8)
     monkeypatch.setattr(prefix_cache, "BEGINNING", 4)
     monkeypatch.setattr(backend, "_paged_attention", PagedAttention)
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [LayerOperations])
 
 
 class Trial:

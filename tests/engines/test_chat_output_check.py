@@ -16,9 +16,12 @@ from catalogue import ChatEngineOptions, ChatModelEntry
 from tests.engines.tiny_chat import CONFIGS, save_model
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.attention.base import LayerCall
+from workers.engines.chat.attention.cpu import CpuPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.backend import build_backend
 from workers.engines.chat.cache.kv_cache import KVCache
+from workers.engines.chat.model.fused_decoder import FusedDecoder, join_weights
+from workers.engines.chat.model.layers import CompiledLayerOperations
 from workers.engines.chat.model.loader import LoadedModel, cache_shape, load_model
 from workers.engines.chat.model.output_check import OutputCheck
 from workers.engines.chat.model.runner import ModelForward, ModelRunner
@@ -100,22 +103,40 @@ class Checked(NamedTuple):
     cache: KVCache
     check: OutputCheck
 
-    def judge(self, attention: PagedAttention) -> None:
-        """Raise EngineLoadError if the model's output with `attention` isn't its own."""
-        self.loaded.model.set_attn_implementation(attention.register())
+    def judge(self, attention: PagedAttention, fused: bool = False) -> None:
+        """Raise EngineLoadError if the model's output with `attention` isn't its own.
+
+        `fused`: through FusedDecoder with compiled operations.
+        """
+        model = self.loaded.model
+        runner = ModelRunner(ModelForward(model), attention, torch.device("cpu"))
+        model.set_attn_implementation(attention.register())
         try:
-            self.check(ModelRunner(ModelForward(self.loaded.model), attention, torch.device("cpu")))
+            if fused:
+                # through transformers' layers, which tell attention each layer's arguments
+                runner.forward([Chunk(self.cache.padding_slot, 0, [0], True)])
+                operations = CompiledLayerOperations(model, attention, self.loaded.max_context)
+                runner.model_forward = FusedDecoder(model, join_weights(model), attention, operations)
+            self.check(runner)
         finally:
             attention.unregister()
 
 
 def checked(
-    weights: Path, dtype: str, *, slots: int = 8, pages: int = 16, max_context: int = 1024
+    weights: Path,
+    dtype: str,
+    *,
+    slots: int = 8,
+    pages: int = 16,
+    max_context: int = 1024,
+    cache_dtype: torch.dtype | None = None,
 ) -> Checked:
     engine = {"dtype": dtype, "max_context": max_context}
     entry = {"name": "model", "tasks": ["chat"], "weights": str(weights), "engine": engine}
     loaded = load_model(ChatModelEntry.model_validate(entry))
-    cache = KVCache(cache_shape(loaded, token_major=False), pages, 24, slots, torch.device("cpu"))
+    # as on a GPU, unless `cache_dtype` says otherwise
+    shape = cache_shape(loaded, token_major=False)._replace(dtype=cache_dtype or loaded.model.dtype)
+    cache = KVCache(shape, pages, 24, slots, torch.device("cpu"))
     return Checked(loaded, cache, OutputCheck(loaded, cache))
 
 
@@ -130,9 +151,16 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return checked(save_model(tmp_path_factory.mktemp(request.param), CONFIGS[request.param]()), "float32")
 
 
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=["as on a GPU", "as on a CPU"])
+def trained(request: pytest.FixtureRequest, smollm2: Path) -> Checked:
+    """A model with weights in bfloat16, and a cache as on either device."""
+    return checked(smollm2, "bfloat16", cache_dtype=request.param)
+
+
 @pytest.fixture(scope="module")
-def trained(smollm2: Path) -> Checked:
-    return checked(smollm2, "bfloat16")
+def fusable(smollm2: Path) -> Checked:
+    """A model with weights in bfloat16, which FusedDecoder computes on a CPU."""
+    return checked(smollm2, "bfloat16", cache_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -158,6 +186,20 @@ def test_a_trained_model_in_bfloat16_is_refused_with_any_fault(trained: Checked,
 def test_a_trained_model_in_bfloat16_is_accepted_without_faults(trained: Checked) -> None:
     trained.judge(Attention(trained.cache))
     trained.judge(PagedAttention(trained.cache))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fused_pass_with_weights_in_bfloat16_is_refused_with_any_fault(
+    fusable: Checked, fault: str
+) -> None:
+    with pytest.raises(EngineLoadError, match="attention is not the standard one"):
+        fusable.judge(Attention(fusable.cache, **FAULTS[fault]), fused=True)
+
+
+@pytest.mark.slow
+def test_a_fused_pass_with_weights_in_bfloat16_is_accepted_without_faults(fusable: Checked) -> None:
+    fusable.judge(CpuPagedAttention(fusable.cache), fused=True)
 
 
 @pytest.mark.slow
@@ -205,7 +247,7 @@ def test_a_wrong_second_implementation_does_not_excuse_any_other(
 
 
 @pytest.mark.parametrize("room", [{"slots": 1}, {"pages": 2}, {"max_context": 16}])
-def test_prompts_that_do_not_fit_together_are_compared_in_turn(tmp_path: Path, room: dict[str, int]) -> None:
+def test_prompts_that_do_not_fit_together_are_compared_in_turn(tmp_path: Path, room: dict[str, Any]) -> None:
     narrow = checked(save_model(tmp_path, CONFIGS["llama"]()), "float32", **room)
     narrow.judge(PagedAttention(narrow.cache))
     with pytest.raises(EngineLoadError):

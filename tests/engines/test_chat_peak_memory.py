@@ -17,6 +17,7 @@ from workers.engines.chat.memory import _sampled_in_every_way, step_bytes
 from workers.engines.chat.model.fused_decoder import FusedDecoder, JoinedWeights, join_weights
 from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.model.loader import GPU_PAGE, LoadedModel, cache_shape
+from workers.engines.chat.model.precision import Precision
 from workers.engines.chat.model.runner import ModelForward, ModelRunner
 from workers.engines.chat.model.uploads import DTYPES, Uploads
 from workers.engines.chat.sampling import sampler
@@ -63,7 +64,7 @@ def llama_8b(max_context: int) -> LoadedModel:
     )
     with GPU:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    return LoadedModel(model, None, config, max_context, GPU, "llama")
+    return LoadedModel(model, None, config, max_context, GPU, "llama", Precision(torch.bfloat16))
 
 
 def reserve(loaded: LoadedModel, joined: list[JoinedWeights], options: ChatEngineOptions) -> int:

@@ -150,7 +150,7 @@ def test_graphs_read_the_tokens_where_they_were_chosen(
     monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordedOperations)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [LayerOperations])
     monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
     engine, collector = pipelined(weights, kv_cache_tokens=16384, max_batch_size=8)
     assert isinstance(engine.parts.runner, CudaGraphs)

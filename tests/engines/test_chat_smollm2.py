@@ -104,6 +104,7 @@ def test_true_answers_in_bfloat16(smollm2: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         engine, collector = make_engine(smollm2, dtype="bfloat16", kv_cache_tokens=4096)
     try:
+        assert engine.parts.attention.name == "compiled loops"
         results = run(engine, collector, [chat_job(question, question) for question in FACTS])
     finally:
         engine.close()

@@ -90,7 +90,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> SplittingKernel:
     monkeypatch.setattr(flash, "varlen_attn", made)
     monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
     # the compiled operations are for the CPU's attention
-    monkeypatch.setattr(backend, "kinds_of_operations", lambda weight, attention: [LayerOperations])
+    monkeypatch.setattr(backend, "kinds_of_operations", lambda device, attention: [LayerOperations])
     return made
 
 

@@ -79,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_model(folder: Path, config: Any, **generation: Any) -> Path:
+def save_model(folder: Path, config: Any, *, dtype: torch.dtype = torch.float32, **generation: Any) -> Path:
     """Save a random model of `config` in transformers' format. The same config gives the same weights."""
     torch.manual_seed(20)
     tokenizer = make_tokenizer()
@@ -89,7 +89,7 @@ def save_model(folder: Path, config: Any, **generation: Any) -> Path:
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=0, **generation
     )
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

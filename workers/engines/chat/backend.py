@@ -150,7 +150,7 @@ def _fuse(
     Returns False and leaves the runner unchanged if there are none.
     """
     plain, model = runner.model_forward, loaded.model
-    kinds = kinds_of_operations(model.model.embed_tokens.weight, attention)
+    kinds = kinds_of_operations(loaded.device, attention)
     others = [*(kind.name for kind in kinds[1:]), "transformers' own layers"]
     for kind, other in zip(kinds, others, strict=True):
         try:

@@ -16,6 +16,7 @@ from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.likelihood import refuse_nonsense
 from workers.engines.chat.model.loader import LoadedModel, in_one_line, load_model
+from workers.engines.chat.model.precision import Precision
 from workers.engines.chat.model.runner import Runner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
@@ -35,6 +36,7 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
 class EngineParts:
     """The engine's collaborators."""
 
+    precision: Precision
     cache: KVCache
     attention: ModelAttention
     runner: Runner
@@ -53,12 +55,12 @@ class EngineParts:
         return self.cache.num_pages * self.cache.page_size
 
     def describe(self) -> str:
-        """One line for the log: device, dtype, attention, CUDA graphs, sizes."""
-        device, dtype = self.cache.pool.device, str(self.cache.pool.dtype).removeprefix("torch.")
+        """One line for the log: device, dtype of the weights, attention, CUDA graphs, sizes."""
+        device = self.cache.pool.device
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         graphs = "CUDA graphs" if isinstance(self.runner, CudaGraphs) else "no CUDA graphs"
         return (
-            f"{where}, {dtype}, attention by {self.attention.name}, {graphs},"
+            f"{where}, {self.precision.describe()}, attention by {self.attention.name}, {graphs},"
             f" KV cache of {self.kv_cache_tokens} tokens, context of {self.max_context} tokens"
         )
 
@@ -116,6 +118,7 @@ def _build(
     # on a CPU nothing is computed while the host goes on
     pipelined = loaded.device.type == "cuda" and not options.num_speculative_tokens
     return EngineParts(
+        precision=loaded.precision,
         cache=cache,
         attention=backend.attention,
         runner=backend.runner,

@@ -43,6 +43,8 @@ class ModelAttention:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
+        self.dtype = cache.shape.dtype
+        """Of the tensors that `attend` takes and returns."""
         self.layers: dict[int, LayerCall] = {}
         """By layer, the arguments of its most recent call."""
         self._registered_name = f"paged_{id(self)}"
@@ -68,8 +70,9 @@ class ModelAttention:
         layer: int = module.layer_idx  # type: ignore[assignment]
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
         call = self.layers[layer] = LayerCall(scale, sliding_window, softcap)
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        return self.attend(layer, query, key, value, call)[None], None
+        dtype = query.dtype
+        query, key, value = (tensor[0].transpose(0, 1).to(self.dtype) for tensor in (query, key, value))
+        return self.attend(layer, query, key, value, call)[None].to(dtype), None
 
     def register(self) -> str:
         """Make this attention known to transformers. Returns the name for `set_attn_implementation`.

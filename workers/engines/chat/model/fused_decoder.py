@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workers.engines.chat.attention.base import LayerCall, ModelAttention
+from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.model.layers import LayerAttention, LayerOperations, Norm
 from workers.engines.chat.model.linear import LinearProduct, join, linear_product
 
@@ -80,13 +80,12 @@ class FusedDecoder:
         inner = model.model
         self._embedding: torch.Tensor = inner.embed_tokens.weight.detach()
         self._operations = operations
-        self._first_norm = _norm(inner.layers[0].input_layernorm)
+        self._dtype = attention.dtype
+        self._first_norm = _norm(inner.layers[0].input_layernorm, self._dtype)
         next_norms = [*(layer.input_layernorm for layer in inner.layers[1:]), inner.norm]
         self._layers = [
-            _layer(layer, weights, attention.layers[number], _norm(next_norm))
-            for number, (layer, weights, next_norm) in enumerate(
-                zip(inner.layers, joined, next_norms, strict=True)
-            )
+            _layer(layer, weights, attention, _norm(next_norm, self._dtype))
+            for layer, weights, next_norm in zip(inner.layers, joined, next_norms, strict=True)
         ]
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
 
@@ -98,7 +97,7 @@ class FusedDecoder:
         ids, positions int64 [tokens].
         """
         ops = self._operations
-        x = F.embedding(ids, self._embedding)
+        x = F.embedding(ids, self._embedding).to(self._dtype)
         normed = ops.norm(x, self._first_norm)
         for layer in self._layers:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
@@ -107,23 +106,20 @@ class FusedDecoder:
         return self._head(normed if outputs is None else normed[outputs])
 
 
-def _layer(layer: Any, joined: JoinedWeights, call: LayerCall, next_norm: Norm) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+def _layer(layer: Any, joined: JoinedWeights, attention: ModelAttention, next_norm: Norm) -> _Layer:
+    own, mlp, dtype = layer.self_attn, layer.mlp, attention.dtype
+    has_norms = hasattr(own, "q_norm")
+    norms = (_norm(own.q_norm, dtype), _norm(own.k_norm, dtype)) if has_norms else None
     return _Layer(
         query_key_value=linear_product(*joined.query_key_value),
-        attention=LayerAttention(attention.layer_idx, call, _head_norms(attention)),
-        attention_out=linear_product(attention.o_proj.weight, attention.o_proj.bias),
-        mlp_norm=_norm(layer.post_attention_layernorm),
+        attention=LayerAttention(own.layer_idx, attention.layers[own.layer_idx], norms),
+        attention_out=linear_product(own.o_proj.weight, own.o_proj.bias),
+        mlp_norm=_norm(layer.post_attention_layernorm, dtype),
         gate_up=linear_product(*joined.gate_up),
         down=linear_product(mlp.down_proj.weight, mlp.down_proj.bias),
         next_norm=next_norm,
     )
 
 
-def _head_norms(attention: Any) -> tuple[Norm, Norm] | None:
-    has_norms = hasattr(attention, "q_norm")
-    return (_norm(attention.q_norm), _norm(attention.k_norm)) if has_norms else None
-
-
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight.detach(), module.variance_epsilon)
+def _norm(module: Any, dtype: torch.dtype) -> Norm:
+    return Norm(module.weight.detach().to(dtype), module.variance_epsilon)

@@ -45,8 +45,8 @@ class LayerOperations:
         self._attention = attention
         self._heads: int = model.config.num_attention_heads
         self._kv_heads: int = model.config.num_key_value_heads
-        weight = model.model.embed_tokens.weight.detach()
-        cos, sin = model.model.rotary_emb(weight[None], torch.arange(max_context, device=weight.device)[None])
+        like = model.model.embed_tokens.weight.new_empty(1, dtype=attention.dtype)
+        cos, sin = model.model.rotary_emb(like, torch.arange(max_context, device=like.device)[None])
         self._cos, self._sin = self._tables(cos[0], sin[0])
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,11 +161,14 @@ def _half(table: torch.Tensor) -> torch.Tensor:
     return table[:, : table.shape[-1] // 2].contiguous()
 
 
-def kinds_of_operations(weight: torch.Tensor, attention: ModelAttention) -> list[type[LayerOperations]]:
-    """The implementations for a model with such a weight, the fastest first."""
-    device = weight.device.type
-    if device == "cpu" and weight.dtype == torch.float32:
+def kinds_of_operations(device: torch.device, attention: ModelAttention) -> list[type[LayerOperations]]:
+    """The implementations for a model on `device`, the fastest first."""
+    if device.type == "cpu" and attention.dtype == torch.float32:
         return [CompiledLayerOperations]
-    if device == "cuda" and isinstance(attention, FlashPagedAttention) and importlib.util.find_spec("triton"):
+    if (
+        device.type == "cuda"
+        and isinstance(attention, FlashPagedAttention)
+        and importlib.util.find_spec("triton")
+    ):
         return [TritonLayerOperations, LayerOperations]
     return [LayerOperations]

@@ -18,9 +18,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
+from workers.engines.chat.model.precision import Precision, choose_precision
 from workers.engines.chat.model.tokenizer import load_tokenizer
 from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
-from workers.engines.device import choose_device, half_precision
+from workers.engines.device import choose_device
 from workers.engines.load_errors import load_error, refuse_too_large
 
 SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
@@ -39,13 +40,14 @@ class LoadedModel:
     max_context: int
     device: torch.device
     name: str
+    precision: Precision
 
 
 def load_model(entry: ChatModelEntry) -> LoadedModel:
     """Load what a catalogue entry names. Raises EngineLoadError, or what the libraries do."""
     options = entry.engine
     device = choose_device()
-    config, tokenizer, model = _read(entry, _dtype(options, device), device)
+    config, tokenizer, model, precision = _read(entry, device)
     model = model.to(device).eval()
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
         raise EngineLoadError(f"{type(model).__name__} has no standard attention cache")
@@ -60,13 +62,15 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
         max_context=_max_context(text_config, options),
         device=device,
         name=entry.name,
+        precision=precision,
     )
 
 
-def _read(
-    entry: ChatModelEntry, dtype: torch.dtype, device: torch.device
-) -> tuple[PreTrainedConfig, Any, Any]:
-    """Return configuration, tokenizer and model. Raises EngineLoadError, or what transformers does."""
+def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig, Any, Any, Precision]:
+    """Return configuration, tokenizer, model and the dtype of its weights.
+
+    Raises EngineLoadError, or what transformers does.
+    """
     source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
     folder = Path(entry.weights)
     # of the hub's files the client library checks the sizes
@@ -74,6 +78,8 @@ def _read(
     config = AutoConfig.from_pretrained(entry.weights, **source)
     refuse_unsupported(config)
     tokenizer = load_tokenizer(entry.weights, source)
+    precision = choose_precision(entry.engine.dtype, config, device)
+    dtype = precision.dtype
     if not hasattr(config, "quantization_config"):
         with torch.device("meta"):
             refuse_too_large([AutoModelForCausalLM.from_config(config, dtype=dtype)], device)
@@ -91,7 +97,7 @@ def _read(
         **source,
     )
     refuse_incomplete(info, type(model).__name__)
-    return config, tokenizer, model
+    return config, tokenizer, model, precision
 
 
 @contextmanager
@@ -153,7 +159,9 @@ def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     if not isinstance(kv_heads, int) or not isinstance(head_dim, int):
         raise EngineLoadError("layers with different numbers of heads are not served")
-    return CacheShape(text.num_hidden_layers, kv_heads, head_dim, loaded.model.dtype, token_major)
+    # the compiled loops on a CPU compute in float32
+    dtype = torch.float32 if loaded.device.type == "cpu" else loaded.model.dtype
+    return CacheShape(text.num_hidden_layers, kv_heads, head_dim, dtype, token_major)
 
 
 def _max_context(text: PreTrainedConfig, options: ChatEngineOptions) -> int:
@@ -172,13 +180,6 @@ def _max_context(text: PreTrainedConfig, options: ChatEngineOptions) -> int:
             f"{kind} positions can't be batched; set max_context to {trained or own} or less"
         )
     return context
-
-
-def _dtype(options: ChatEngineOptions, device: torch.device) -> torch.dtype:
-    if options.dtype == "auto":
-        return half_precision() if device.type == "cuda" else torch.float32
-    dtype: torch.dtype = getattr(torch, options.dtype)
-    return dtype
 
 
 def first_line(error: BaseException) -> str:
