@@ -55,7 +55,10 @@ def test_sixteen_chats_share_steps_and_both_workers_serve(demo: Deployment) -> N
 
 def test_workers_log_what_they_loaded(demo: Deployment) -> None:
     logs = "".join(worker.log.read_text() for worker in demo.workers.values())
-    chat = rf"{CHAT} loaded in [0-9.]+ s: CPU, float32, attention by .+, no CUDA graphs, KV cache of 32\d+ tokens"
+    chat = (
+        rf"{CHAT} loaded in [0-9.]+ s: CPU, float32 \(as the checkpoint\), attention by .+, no CUDA graphs,"
+        r" KV cache of 32\d+ tokens"
+    )
     assert len(re.findall(chat, logs)) == 2
     assert re.search(rf"{SHAPES} loaded in [0-9.]+ s: CPU, float32, images of 64 pixels a side", logs)
 
