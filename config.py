@@ -11,7 +11,7 @@ import os
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -140,6 +140,10 @@ class Settings(BaseSettings):
     flower_basic_auth: str = Field(
         default="", description="user:password for Flower, which does not start without"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text",
+        description="what the lines of the logs are: text, or json, an object on each line (docs/operations.md)",
+    )
     prometheus_multiproc_dir: Path | None = Field(
         default=None,
         description="folder in which the web processes of one gunicorn share their metrics; gunicorn.conf.py makes one",
@@ -239,6 +243,11 @@ class Settings(BaseSettings):
             place, message = first_complaint(error)
             raise ConfigurationError(f"environment: {'.'.join(place).upper()}: {message}") from error
 
+    @property
+    def json_logs(self) -> bool:
+        """Whether each line of the logs is a JSON object."""
+        return self.log_format == JSON_LOGS
+
     def warnings(self) -> list[str]:
         """Return what works but may surprise the operator; logged at the start and shown by `/readyz`."""
         found = []
@@ -257,6 +266,14 @@ class Settings(BaseSettings):
         if self.rate_limit and not self.api_keys:
             found.append("RATE_LIMIT applies to each API key and API_KEYS is empty: nothing is limited")
         return found + _similar_variables()
+
+
+JSON_LOGS = "json"
+
+
+def json_logs_wanted() -> bool:
+    """Whether LOG_FORMAT asks for JSON, for a process that ends because it could not read its other settings."""
+    return os.environ.get("LOG_FORMAT") == JSON_LOGS  # noqa: TID251
 
 
 MACHINE_ID_FILE = Path("/etc/machine-id")

@@ -7,14 +7,15 @@ import sys
 
 from flower.views import BaseHandler
 
-from config import EXIT_CONFIGURATION, ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings, json_logs_wanted
+from logs import print_failure
 
 try:
     _password = Settings.from_env().flower_basic_auth
     if not _password:
         raise ConfigurationError("FLOWER_BASIC_AUTH must be set to user:password")
 except ConfigurationError as _error:
-    print(f"flower: {_error}", file=sys.stderr)
+    print_failure("flower", str(_error), as_json=json_logs_wanted())
     sys.exit(EXIT_CONFIGURATION)
 
 

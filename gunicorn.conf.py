@@ -10,14 +10,15 @@ import tempfile
 from typing import Any
 
 from catalogue import Catalogue
-from config import EXIT_CONFIGURATION, ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings, json_logs_wanted
+from logs import print_failure
 
 try:
     _settings = Settings.from_env()
     # here too, because gunicorn reports whatever the application raises as status 3, with a traceback
     Catalogue.from_file(_settings.models_file)
 except ConfigurationError as error:
-    print(f"web: {error}", file=sys.stderr)
+    print_failure("web", str(error), as_json=json_logs_wanted())
     sys.exit(EXIT_CONFIGURATION)
 
 bind = [_settings.bind]
@@ -49,6 +50,8 @@ control_socket_disable = True  # gunicorn would create one in the home directory
 accesslog = None
 errorlog = "-"
 loglevel = "info"
+if _settings.json_logs:
+    logger_class = "gunicorn_worker.JsonLogger"
 
 
 def post_fork(server: Any, worker: Any) -> None:

@@ -15,8 +15,11 @@ from http import HTTPStatus
 from typing import Any
 
 import gevent
+from gunicorn.glogging import Logger
 from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
+
+from logs import use_json
 
 log = logging.getLogger("web")
 
@@ -36,6 +39,14 @@ _MESSAGES: list[tuple[type[Exception], int, str]] = [
     (errors.ParseException, 400, "this is not a well-formed HTTP/1.1 request"),
 ]
 """Status and message for gunicorn's parser errors, subclasses before their bases. "": the default message."""
+
+
+class JsonLogger(Logger):
+    """gunicorn's own log lines as JSON objects, for LOG_FORMAT=json."""
+
+    def setup(self, cfg: Any) -> None:
+        super().setup(cfg)
+        use_json("web", [self.error_log])
 
 
 class Worker(GeventWorker):

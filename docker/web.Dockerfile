@@ -6,7 +6,7 @@ WORKDIR /srv
 COPY requirements-web.txt .
 RUN pip install --no-cache-dir -r requirements-web.txt
 
-COPY addresses.py config.py wsgi.py gunicorn.conf.py gunicorn_worker.py flowerconfig.py ./
+COPY addresses.py config.py logs.py wsgi.py gunicorn.conf.py gunicorn_worker.py flowerconfig.py ./
 COPY app/ app/
 COPY catalogue/ catalogue/
 COPY node/ node/

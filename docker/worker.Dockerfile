@@ -9,7 +9,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 COPY requirements-web.txt requirements.txt ./
 RUN pip install --no-cache-dir -r requirements.txt
 
-COPY addresses.py config.py ./
+COPY addresses.py config.py logs.py ./
 COPY catalogue/ catalogue/
 COPY node/ node/
 COPY protocol/ protocol/

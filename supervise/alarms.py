@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from redis.exceptions import RedisError
 
 from config import EXIT_CONFIGURATION
+from logs import message_of
 from supervise.console import PrintLine
 from supervise.process import Process, Spec, describe_status
 
@@ -70,4 +71,4 @@ class ProcessAlarms:
 
 def reason_of(process: Process) -> str:
     """Return the last line that a process printed before it ended, "" if it printed none."""
-    return _LOG_PREFIX.sub("", process.last_line)[:LONGEST_REASON]
+    return _LOG_PREFIX.sub("", message_of(process.last_line))[:LONGEST_REASON]

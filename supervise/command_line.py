@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 
 from catalogue import Catalogue
-from config import EXIT_CONFIGURATION, ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings, json_logs_wanted
+from logs import json_line
 from protocol.alarms import Alarms
 from protocol.connections import connect_redis, namespace_of
 from protocol.names import Keys
-from supervise.console import Console, LineWriter
+from supervise.console import SUPERVISOR, Console, LineWriter
 from supervise.listeners import FLOWER_ADDRESS, Unavailable
 from supervise.plan import Plan, make_plan
 from supervise.preflight import check
@@ -68,13 +69,14 @@ def _run(settings: Settings, models_file: Path) -> None:
             stack.callback(redis.remove_files)
         plan = make_plan(settings, catalogue, models_file, redis)
         alarms = _alarms(settings, catalogue, redis)
-        asyncio.run(_serve(plan, probe, redis, _ready_line(settings, probe, redis), alarms))
+        console = Console(as_json=settings.json_logs)
+        ready_line = _ready_line(settings, probe, redis)
+        asyncio.run(_serve(plan, probe, redis, console, ready_line, alarms))
 
 
 async def _serve(
-    plan: Plan, probe: Probe, redis: EmbeddedRedis | None, ready_line: str, alarms: Alarms
+    plan: Plan, probe: Probe, redis: EmbeddedRedis | None, console: Console, ready_line: str, alarms: Alarms
 ) -> None:
-    console = Console()
     try:
         await Service(plan, probe, redis, console, ready_line, alarms.renew).run()
     finally:
@@ -98,6 +100,6 @@ def _ready_line(settings: Settings, probe: Probe, redis: EmbeddedRedis | None) -
 def _fail(reason: str, status: int) -> int:
     # A reader that has stalled must not keep the process from ending.
     stderr = LineWriter(2, sys.stderr.encoding)
-    stderr.write(f"run: {reason}")
+    stderr.write(json_line(SUPERVISOR, reason, "CRITICAL") if json_logs_wanted() else f"run: {reason}")
     stderr.close(timeout_s=2.0)
     return status

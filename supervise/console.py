@@ -1,4 +1,4 @@
-"""The terminal that all processes share. Each line begins with the name of its process."""
+"""The terminal that all processes share. Each line begins with the name of its process, or is JSON that has it."""
 
 import collections
 import contextlib
@@ -7,6 +7,8 @@ import select
 import sys
 import threading
 from collections.abc import Callable
+
+from logs import is_json_line, json_line
 
 SUPERVISOR = "run"
 PENDING_LIMIT = 4 * 2**20
@@ -24,9 +26,11 @@ class LineWriter:
     interpreter needs at its exit.
     """
 
-    def __init__(self, fd: int, encoding: str = "utf-8") -> None:
+    def __init__(self, fd: int, encoding: str = "utf-8", *, as_json: bool = False) -> None:
+        """`as_json`: how it tells of dropped lines."""
         self._fd = fd
         self._encoding = encoding
+        self._as_json = as_json
         self._lines: collections.deque[bytes] = collections.deque()
         self._pending = 0
         self._dropped = 0
@@ -69,7 +73,9 @@ class LineWriter:
                 return self._lines.popleft()
             if not self._dropped:
                 return None
-            note = f"{SUPERVISOR} | {self._dropped} lines were dropped: nobody read this output\n".encode()
+            text = f"{self._dropped} lines were dropped: nobody read this output"
+            line = json_line(SUPERVISOR, text, "WARNING") if self._as_json else f"{SUPERVISOR} | {text}"
+            note = f"{line}\n".encode()
             self._dropped = 0
             self._pending += len(note)
             return note
@@ -83,25 +89,32 @@ class LineWriter:
 
 
 class Console:
-    """Prints `name | line`, on a terminal with a different colour for each name."""
+    """Prints `name | line`, on a terminal with a different colour for each name.
 
-    def __init__(self, fd: int = 1) -> None:
-        self._writer = LineWriter(fd, sys.stdout.encoding)
+    As JSON it prints lines that are JSON already as they are, and makes an object of each other line.
+    """
+
+    def __init__(self, fd: int = 1, *, as_json: bool = False) -> None:
+        self._as_json = as_json
+        self._writer = LineWriter(fd, sys.stdout.encoding, as_json=as_json)
         self._coloured = os.isatty(fd)
         self._width = len(SUPERVISOR)
         self._colour_of: dict[str, str] = {SUPERVISOR: "1"}
 
-    def printer(self, name: str) -> PrintLine:
-        """Return a function that prints lines with this name."""
+    def printer(self, name: str, level: str = "INFO") -> PrintLine:
+        """Return a function that prints lines with this name. `level`: that of lines which are no JSON yet."""
         self._width = max(self._width, len(name))
         self._colour_of.setdefault(name, _COLOURS[(len(self._colour_of) - 1) % len(_COLOURS)])
-        return lambda line: self._print(name, line)
+        return lambda line: self._print(name, line, level)
 
     def close(self, timeout_s: float = 2.0) -> None:
         """Wait until all lines are written, for at most `timeout_s`."""
         self._writer.close(timeout_s)
 
-    def _print(self, name: str, line: str) -> None:
+    def _print(self, name: str, line: str, level: str) -> None:
+        if self._as_json:
+            self._writer.write(line if is_json_line(line) else json_line(name, line, level))
+            return
         label = f"{name:<{self._width}} |"
         if self._coloured:
             label = f"\x1b[{self._colour_of[name]}m{label}\x1b[0m"

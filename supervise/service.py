@@ -59,7 +59,7 @@ class Service:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._groups: list[list[Process]] = []
         self._running: list[asyncio.Task[None]] = []
-        self._alarms = ProcessAlarms(plan.workers, publish, self._print)
+        self._alarms = ProcessAlarms(plan.workers, publish, console.printer(SUPERVISOR, "ERROR"))
 
     async def run(self) -> None:
         """Start everything, print READY, and stop everything when a signal or `ask_to_stop` requests it.

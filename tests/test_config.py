@@ -130,6 +130,7 @@ def test_pages_of_all_sites_without_keys_are_warned_of() -> None:
             "redis://:hidden@h/x",
             "ends with a database that is not a number; redis://127.0.0.1:6379/0 has database 0",
         ),
+        ("LOG_FORMAT", "xml", "Input should be 'text' or 'json'"),
         ("MAX_WAITING", "", "Input should be a valid integer, unable to parse string as an integer"),
     ],
 )

@@ -21,6 +21,7 @@ from tests.deployment import ROOT
         ("node.registrar", ["flask", "torch", "celery", "app", "workers"]),
         ("protocol.queue", ["flask", "torch", "app", "workers"]),
         ("catalogue", ["celery", "redis", "flask", "torch", "app", "workers", "node", "protocol"]),
+        ("logs", ["config", "flask", "celery", "gunicorn", "gevent", "app", "workers", "protocol"]),
         ("config", ["celery", "redis", "flask", "torch", "app", "workers", "node", "protocol", "catalogue"]),
     ],
 )

@@ -5,17 +5,18 @@ with EXIT_CONFIGURATION, after which the supervisor does not restart it.
 """
 
 import logging
-import sys
 from functools import partial
 
 from celery import Celery
 from celery.signals import worker_init
 
 from catalogue import Catalogue, ModelEntry
-from config import EXIT_CONFIGURATION, ConfigurationError, Settings
+from config import EXIT_CONFIGURATION, ConfigurationError, Settings, json_logs_wanted
+from logs import print_failure
 from protocol.celery_app import consume, create_celery
 from protocol.connections import namespace_of
 from protocol.names import Keys
+from workers.json_logs import write_json
 from workers.lifecycle import connect_signals
 from workers.services import build_worker
 
@@ -32,7 +33,10 @@ def create_worker_app(settings: Settings) -> Celery:
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
     # Celery's default level is WARNING. At INFO, Celery would log each task, so the level is set for our modules only.
     logging.getLogger("workers").setLevel(logging.INFO)
-    connect_signals(celery, partial(build_worker, settings, catalogue, entry, celery))
+    if settings.json_logs:
+        write_json()
+    build = partial(build_worker, settings, catalogue, entry, celery)
+    connect_signals(celery, build, json_logs=settings.json_logs)
     return celery
 
 
@@ -52,7 +56,7 @@ def _refuse(**_: object) -> None:
 
 
 def _exit_with(reason: str) -> None:
-    print(f"workers: {reason}", file=sys.stderr)
+    print_failure("workers", reason, as_json=json_logs_wanted())
     raise SystemExit(EXIT_CONFIGURATION)
 
 

@@ -27,6 +27,7 @@ from workers.canary import SwitchableEmit, run_canary
 from workers.control import check_options, install_controls, stop_at_hangup
 from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.heartbeat import NotConsuming, WorkerReplaced
+from workers.json_logs import format_handlers
 from workers.services import Worker
 from workers.stop_signal import StopSignal
 from workers.watchdog import EngineHung
@@ -38,12 +39,14 @@ DRAIN_POLL_S = 0.2
 EXIT_S = 8.0
 
 
-def connect_signals(celery: Celery, build: Callable[[str], Worker]) -> None:
+def connect_signals(celery: Celery, build: Callable[[str], Worker], *, json_logs: bool = False) -> None:
     """Let Celery's signals start and stop the worker that `build` makes for Celery's name of this process."""
 
     def on_init(sender: Any, **_: object) -> None:
         # Celery does this after the signal, too late for what is logged while the model is loaded
         sender.setup_logging()
+        if json_logs:
+            format_handlers(str(sender))
         # until Celery installs its handler SIGTERM would end the process with its lease unreleased
         signal.signal(signal.SIGTERM, lambda *_: None)
         stop_at_hangup()

@@ -1,10 +1,12 @@
 """The shared output: readers that stall, that are gone, and that can't print every letter."""
 
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
+from logs import json_line
 from supervise import console as console_module
 from supervise.console import Console, LineWriter
 
@@ -89,3 +91,31 @@ def test_each_line_begins_with_the_name_of_its_process(pipe: tuple[int, int]) ->
     worker("b")
     console.close()
     assert read_to_end(pipe) == ["web      | a", "worker-1 | b"]
+
+
+def test_as_json_each_line_is_an_object_with_the_name_of_its_process(pipe: tuple[int, int]) -> None:
+    console = Console(pipe[1], as_json=True)
+    already = json_line("worker-1", "b")
+    console.printer("redis")("a")
+    console.printer("worker-1")(already)
+    console.printer("run", "ERROR")("ALARM: c")
+    console.close()
+    lines = read_to_end(pipe)
+    assert lines[1] == already
+    found = [json.loads(line) for line in lines]
+    assert [(line["process"], line["level"], line["message"]) for line in found] == [
+        ("redis", "INFO", "a"),
+        ("worker-1", "INFO", "b"),
+        ("run", "ERROR", "ALARM: c"),
+    ]
+
+
+def test_as_json_dropped_lines_are_counted_in_an_object(
+    pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console_module, "PENDING_LIMIT", 10)
+    writer = LineWriter(pipe[1], as_json=True)
+    writer.write("x" * 99)
+    writer.close(10)
+    (line,) = read_to_end(pipe)
+    assert json.loads(line)["message"] == "1 lines were dropped: nobody read this output"

@@ -85,6 +85,23 @@ def test_workers_log_what_they_loaded_but_no_task(started: Run) -> None:
     assert "received" not in started.output
 
 
+def test_as_json_every_line_of_every_process_is_an_object(tmp_path: Path) -> None:
+    run = Run(tmp_path, LOG_FORMAT="json")
+    try:
+        run.until_printed(r"READY http://")
+        with contextlib.closing(run.stream(3)) as stream:
+            assert stream.text()
+        worker = run.workers()[0]
+        worker.kill()
+        run.until_printed(r"killed by SIGKILL; restarting")
+    finally:
+        run.stop()
+    lines = [json.loads(line) for line in run.output.splitlines()]
+    for line in lines:
+        assert line.keys() >= {"time", "level", "process", "message"}
+    assert {line["process"] for line in lines} >= {"run", "web", "echo-1", "echo-2"}
+
+
 @pytest.fixture
 def node() -> Iterator[StandInNode]:
     with StandInNode() as node:
