@@ -22,6 +22,7 @@ from node.reconciler import ELECTION_TTL_S, Reconciler
 from protocol.alarms import Alarms
 from protocol.celery_app import create_celery
 from protocol.connections import RedisClient, connect_redis, namespace_of
+from protocol.drains import Drains
 from protocol.event_router import EventRouter
 from protocol.image_store import ImageStore
 from protocol.leases import Leases
@@ -44,6 +45,7 @@ class Services:
     image_store: ImageStore
     fetcher: ImageFetcher
     leases: Leases
+    drains: Drains
     node_lock: NodeLock
 
 
@@ -57,6 +59,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     background = connect_redis(settings)
     web_id = uuid.uuid4().hex
     leases = Leases(background, keys)
+    drains = Drains(background, keys)
     worker_view = WorkerView(leases)
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=claim_ttl_s(settings), background=background)
@@ -106,7 +109,9 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         ),
         bodies=BodyReader(BodyBudget()),
         worker_view=worker_view,
-        warnings=Warnings(settings, catalogue.models, worker_view, background, Alarms(background, keys)),
+        warnings=Warnings(
+            settings, catalogue.models, worker_view, background, Alarms(background, keys), drains
+        ),
         image_store=image_store,
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts,
@@ -114,6 +119,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             read_own=image_store.get,
         ),
         leases=leases,
+        drains=drains,
         node_lock=node_lock,
     )
 

@@ -12,6 +12,7 @@ from node.client import NodeClient, NodeError
 from node.deployment import Deployment, Mark, worker_of
 from node.lock import NodeLock
 from node.registration import Registration
+from node.table import print_table
 from protocol.leases import Leases, WorkerRecord
 
 TIMEOUT_S = 15.0
@@ -163,11 +164,7 @@ def _errors_as_messages() -> Iterator[None]:
 def _print_table(rows: list[Row]) -> None:
     table: list[tuple[str, ...]] = [("MARK", "PROJECT", "MODEL", "CID", "TYPE", "WORKER", "API")]
     for mark, entry, state in rows:
-        cells = (mark, entry.project, entry.model, entry.cid, str(entry.type), state or "-", entry.api)
-        # names of others may hold control characters, which must not reach the terminal
-        table.append(tuple(cell if cell.isprintable() else ascii(cell) for cell in cells))
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    for line in table:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        table.append((mark, entry.project, entry.model, entry.cid, str(entry.type), state or "-", entry.api))
+    print_table(table)
     for mark in {row.mark: None for row in rows}:
         click.echo(f"{mark}: {MEANINGS[mark]}")

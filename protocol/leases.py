@@ -24,7 +24,8 @@ GAP_S = LEASE_TTL_S - REFRESH_S
 """The longest pause between two looks that is no gap: each lease that is kept lasts at least so long."""
 RECORD_TTL_S = 24 * 3600
 
-WorkerState = Literal["loading", "ready", "draining", "lost"]
+WorkerState = Literal["loading", "ready", "draining", "drained", "lost"]
+"""`draining`: the worker takes no more requests, and some run; `drained`: it waits until an operator resumes it."""
 UNREADABLE = "unknown"
 """Replaces the state of a worker that lives and whose record this version can't read. Of that only the cid is known."""
 
@@ -39,6 +40,8 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
 
     cid: str
     incarnation_id: str
+    name: str = ""
+    """Celery's name of the process, `echo-1@host`, by which operators know it; "" in older versions."""
     model: str
     tasks: tuple[str, ...]
     project: str

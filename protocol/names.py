@@ -79,6 +79,11 @@ class Keys(NamedTuple):
         return f"{self.prefix}alarms"
 
     @property
+    def drains(self) -> str:
+        """Set: Celery's names of the workers under drain. It has no TTL: they are drained until they are resumed."""
+        return f"{self.prefix}drains"
+
+    @property
     def workers(self) -> str:
         """Set: cids of the workers that have a record."""
         return f"{self.prefix}workers"

@@ -10,6 +10,7 @@ from addresses import callable_address, split_address
 from config import Settings
 
 ANSWER_TIMEOUT_S = 3.0
+_UP = ("ready", "drained")
 
 
 class Probe:
@@ -47,10 +48,10 @@ class Probe:
         return reasons[0] if reasons else None if missing else ""
 
     def ready_workers(self) -> set[int]:
-        """Return the process ids of this machine's workers that are ready."""
+        """Return the process ids of this machine's workers that are ready, or were until an operator drained them."""
         host = os.uname().nodename
         rows = self._get("/v1/workers")[1].get("data", [])
-        return {row["pid"] for row in rows if row.get("host") == host and row.get("state") == "ready"}
+        return {row["pid"] for row in rows if row.get("host") == host and row.get("state") in _UP}
 
     def progress(self) -> str:
         """Return one line with the number of workers of each model in each state."""

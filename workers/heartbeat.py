@@ -1,5 +1,5 @@
 """What a worker does once a second, beside its requests: it renews its lease, cancels requests that nobody waits
-for, checks the engine, and measures throughput.
+for, follows an operator's drain, checks the engine, and measures throughput.
 """
 
 import logging
@@ -42,7 +42,7 @@ class Heartbeat:
 
     `get_record` returns the record to write. `renew_now` is set by others when that record has changed.
     `on_expired` is called when the lease had expired, after which others may have taken this worker for
-    lost.
+    lost. `look_for_drain` is called in each tick, before the lease is renewed, and may raise redis.RedisError.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Heartbeat:
         get_record: Callable[[], WorkerRecord],
         renew_now: threading.Event,
         on_expired: Callable[[], None],
+        look_for_drain: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
@@ -68,6 +69,7 @@ class Heartbeat:
         self._get_record = get_record
         self._renew_now = renew_now
         self._on_expired = on_expired
+        self._look_for_drain = look_for_drain
         self._clock = clock
         self._observation = Observation(clock)
         self._stopping = False
@@ -97,6 +99,8 @@ class Heartbeat:
         """
         self._watchdog.check()
         try:
+            # first, so that no record of a worker under drain says that it is ready
+            self._look_for_drain()
             if self._renew_now.is_set():
                 self._renew_now.clear()
                 self._renew_at = 0.0

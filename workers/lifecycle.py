@@ -58,11 +58,11 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker], *, json_logs
             install_controls(worker.runner.revoke)
             lifecycle = Lifecycle(worker, stop)
 
-            def on_ready(**_: object) -> None:
+            def on_ready(sender: Any, **_: object) -> None:
                 with _fatal("the worker could not begin to serve"):
                     # Celery has installed a handler of its own meanwhile
                     stop_at_hangup()
-                    lifecycle.serve()
+                    lifecycle.serve(sender)
 
             # weak=False: Celery would drop functions to which nothing else refers
             worker_ready.connect(on_ready, weak=False)
@@ -132,11 +132,11 @@ class Lifecycle:
             log.exception("the engine of %s could not be started", worker.entry.name)
             self._give_up(f"{type(error).__name__}: {error}", 1)
 
-    def serve(self) -> None:
-        """Celery takes requests from now on: register with the node."""
+    def serve(self, consumer: Any) -> None:
+        """Celery takes requests from now on: register with the node. `consumer`: Celery's of this process."""
         worker = self._worker
         if worker.status.set_ready():
-            worker.registrar.set_serving(True)
+            worker.operator_drain.serve(consumer)
             log.info("worker %s serves %s", worker.status.identity.cid, worker.entry.name)
 
     def shut_down(self) -> None:

@@ -98,6 +98,11 @@ class Runner:
         with self._lock:
             return list(self._runs)
 
+    def busy(self) -> bool:
+        """Whether a message is in hand: its request runs, or is about to be claimed."""
+        with self._lock:
+            return bool(self._tasks)
+
     def cancel(self, request_id: str, reason: CancelReason = "cancelled") -> None:
         """Stop a request of this process; unknown ids are ignored."""
         self._engine.cancel(request_id, reason)

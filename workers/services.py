@@ -16,6 +16,7 @@ from node.registrar import NoRegistrar, Registrar
 from node.registration import default_cid, registration_for
 from node.web_watch import http_probe
 from protocol.connections import RedisClient, connect_redis, namespace_of
+from protocol.drains import Drains
 from protocol.event_sender import EventSender
 from protocol.image_store import ImageStore
 from protocol.leases import Leases, WorkerRecord
@@ -26,6 +27,8 @@ from workers.engines import LazyEngine
 from workers.engines.base import Engine
 from workers.heartbeat import Heartbeat
 from workers.image_keeper import keep_image
+from workers.intake import Intake
+from workers.operator_drain import OperatorDrain
 from workers.runner import Runner
 from workers.status import WorkerStatus
 from workers.throughput import Throughput
@@ -42,6 +45,7 @@ class Worker:
     runner: Runner
     registrar: Registrar | NoRegistrar
     status: WorkerStatus
+    operator_drain: OperatorDrain
     watchdog: Watchdog
     heartbeat: Heartbeat
     leases: Leases
@@ -74,7 +78,9 @@ def build_worker(
     )
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
-    status = WorkerStatus(identity, engine, runner, registrar, throughput, record_changed)
+    intake = Intake(celery)
+    status = WorkerStatus(identity, engine, runner, registrar, throughput, intake, record_changed)
+    operator_drain = OperatorDrain(Drains(redis, keys), node_name, status, registrar, intake)
     watchdog = Watchdog(engine, settings.hang_s)
     heartbeat = Heartbeat(
         leases,
@@ -86,6 +92,7 @@ def build_worker(
         get_record=status.record,
         renew_now=record_changed,
         on_expired=registrar.lease_was_lost,
+        look_for_drain=operator_drain.look,
     )
     return Worker(
         entry=entry,
@@ -94,6 +101,7 @@ def build_worker(
         runner=runner,
         registrar=registrar,
         status=status,
+        operator_drain=operator_drain,
         watchdog=watchdog,
         heartbeat=heartbeat,
         leases=leases,
@@ -112,6 +120,7 @@ def identify(
     return WorkerRecord(
         cid=cid,
         incarnation_id=f"{cid}:{uuid.uuid4().hex[:12]}",
+        name=node_name,
         model=entry.name,
         tasks=entry.tasks,
         project=catalogue.project,

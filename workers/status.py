@@ -7,12 +7,13 @@ import msgspec
 from node.registrar import NoRegistrar, Registrar
 from protocol.leases import WorkerRecord, WorkerState
 from workers.engines.base import Engine
+from workers.intake import Intake
 from workers.runner import Runner
 from workers.throughput import Throughput
 
 
 class WorkerStatus:
-    """The state of this worker: loading, then ready unless it is draining already.
+    """The state of this worker: loading, then ready unless it stops or is under drain.
 
     `identity`: a record with the fields that never change. `changed` is set when the record has changed.
     """
@@ -24,6 +25,7 @@ class WorkerStatus:
         runner: Runner,
         registrar: Registrar | NoRegistrar,
         throughput: Throughput,
+        intake: Intake,
         changed: threading.Event,
     ) -> None:
         self.identity = identity
@@ -31,13 +33,16 @@ class WorkerStatus:
         self._runner = runner
         self._registrar = registrar
         self._throughput = throughput
+        self._intake = intake
         self._changed = changed
         self._lock = threading.Lock()
         self._state: WorkerState = "loading"
+        self._drained = False
+        self._shown: WorkerState = "loading"
         self._last_error = ""
 
     def set_ready(self) -> bool:
-        """The worker can serve. False if it is draining: then it must not be registered."""
+        """The worker can serve. False if it is stopping: then it must not be registered."""
         with self._lock:
             if self._state == "draining":
                 return False
@@ -45,8 +50,22 @@ class WorkerStatus:
         self._changed.set()
         return True
 
+    def set_drained(self, drained: bool) -> None:
+        """Whether an operator has put the worker under drain. Called again and again, since the state follows later."""
+        with self._lock:
+            self._drained = drained
+        state = self._shown_state()
+        if state != self._shown:
+            self._shown = state
+            self._changed.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the process is about to end."""
+        return self._state == "draining"
+
     def set_draining(self, last_error: str = "") -> None:
-        """The worker takes no more requests. `last_error`: why, if something failed."""
+        """The worker stops, and takes no more requests. `last_error`: why, if something failed."""
         with self._lock:
             self._state = "draining"
             self._last_error = last_error
@@ -59,7 +78,7 @@ class WorkerStatus:
         engine = self._engine.status()
         return msgspec.structs.replace(
             self.identity,
-            state=self._state,
+            state=self._shown_state(),
             running=running,
             registered=self._registrar.registered,
             last_error=self._last_error or self._registrar.last_error,
@@ -68,3 +87,10 @@ class WorkerStatus:
             slots=self._throughput.slots,
             rate=self._throughput.rate,
         )
+
+    def _shown_state(self) -> WorkerState:
+        with self._lock:
+            state, drained = self._state, self._drained
+        if state != "ready" or not drained:
+            return state
+        return "drained" if self._intake.closed and not self._runner.busy() else "draining"

@@ -129,13 +129,13 @@ def _operators_schemas() -> dict[str, Any]:
         },
     }
     worker = {
-        **dict.fromkeys(("cid", "model", "host", "last_error"), STRING),
+        **dict.fromkeys(("name", "cid", "model", "host", "last_error"), STRING),
         **dict.fromkeys(("pid", "running", "steps"), INTEGER),
         "tasks": _array(STRING),
         "gpus": _array(STRING),
         "state": {
             **STRING,
-            "description": "loading, ready, draining or lost; newer versions may have others",
+            "description": "loading, ready, draining, drained or lost; newer versions may have others",
         },
         "registered": _BOOLEAN,
     }

@@ -13,6 +13,7 @@ from catalogue import ModelEntry
 from config import VERSION
 
 WORKER_FIELDS = (
+    "name",
     "cid",
     "model",
     "tasks",

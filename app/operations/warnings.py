@@ -9,6 +9,7 @@ from catalogue import ModelEntry
 from config import Settings
 from protocol.alarms import Alarms
 from protocol.connections import RedisClient
+from protocol.drains import Drains
 
 
 class Warnings:
@@ -21,12 +22,14 @@ class Warnings:
         worker_view: WorkerView,
         client: RedisClient,
         alarms: Alarms,
+        drains: Drains,
     ) -> None:
         self._of_settings = settings.warnings()
         self._models = models
         self._worker_view = worker_view
         self._redis = client
         self._alarms = alarms
+        self._drains = drains
         self._eviction: str | None = None
 
     def __call__(self) -> list[str]:
@@ -47,11 +50,11 @@ class Warnings:
             )
 
     def _of_processes(self) -> list[str]:
-        """What the supervisors of all machines tell of processes that do not come up."""
+        """What the supervisors of all machines tell of processes that do not come up, and who is under drain."""
         if not self._worker_view.reachable:
             return []
         try:
-            return self._alarms.current()
+            return [*self._alarms.current(), *map(_drained, self._drains.names())]
         except RedisError:
             return []  # the status of /readyz says so from the next second on
 
@@ -67,6 +70,10 @@ class Warnings:
         for record in self._worker_view.records():
             if record.state == "ready" and not record.registered and record.last_error:
                 yield f"worker {record.cid} of {record.model} is not registered: {record.last_error}"
+
+
+def _drained(name: str) -> str:
+    return f"worker {name} is under drain; `flask --app wsgi workers resume {name}` lets it serve again"
 
 
 def _eviction_policy(client: RedisClient) -> str:

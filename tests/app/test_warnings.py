@@ -11,6 +11,7 @@ from app.operations.warnings import Warnings
 from catalogue import Catalogue
 from config import Settings
 from protocol.alarms import Alarms
+from protocol.drains import Drains
 from protocol.leases import Leases
 from protocol.names import Keys
 from tests.deployment import RedisServer
@@ -31,7 +32,10 @@ class Bench:
         self.leases = Leases(client, keys)
         self.view = WorkerView(self.leases)
         self.alarms = Alarms(client, keys)
-        self._warnings = Warnings(Settings(node_url=""), CATALOGUE.models, self.view, client, self.alarms)
+        self.drains = Drains(client, keys)
+        self._warnings = Warnings(
+            Settings(node_url=""), CATALOGUE.models, self.view, client, self.alarms, self.drains
+        )
 
     def worker(self, cid: str, **fields: Any) -> None:
         self.leases.renew_worker(worker_record(cid, **({"node": "n", "state": "ready"} | fields)))
@@ -70,6 +74,18 @@ def test_an_alarm_of_a_supervisor(bench: Bench) -> None:
     bench.worker("two")
     bench.alarms.renew({"echo-3 on gpu7 does not run: no such folder"})
     assert bench.warnings() == ["echo-3 on gpu7 does not run: no such folder"]
+
+
+def test_a_worker_under_drain(bench: Bench) -> None:
+    bench.worker("one")
+    bench.worker("two")
+    bench.drains.add(["echo-2@h"])
+    (warning,) = bench.warnings()
+    assert warning == (
+        "worker echo-2@h is under drain; `flask --app wsgi workers resume echo-2@h` lets it serve again"
+    )
+    bench.drains.remove(["echo-2@h"])
+    assert bench.warnings() == []
 
 
 def test_a_worker_that_has_ended(bench: Bench) -> None:

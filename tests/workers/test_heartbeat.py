@@ -39,6 +39,8 @@ class Bench:
         self.state = "loading"
         self.marked: set[str] = set()
         self.cancelled_requests: list[str] = []
+        self.drain_looks: list[int] = []
+        """For each look, how many renewals there were before it."""
         stand_in = cast(Any, self)
         self.heartbeat = Heartbeat(
             stand_in,
@@ -50,6 +52,7 @@ class Bench:
             get_record=lambda: worker_record(state=self.state),
             renew_now=self.renew_now,
             on_expired=self.on_expired,
+            look_for_drain=self.look_for_drain,
             clock=lambda: self.now,
         )
 
@@ -96,6 +99,9 @@ class Bench:
     def look(self, waiting: int) -> None:
         self.looks.append(waiting)
 
+    def look_for_drain(self) -> None:
+        self.drain_looks.append(self.renewals)
+
     def expire(self) -> None:
         self.client.delete(self.keys.web_lease("web"), self.keys.lease("cid"))
 
@@ -122,6 +128,15 @@ def test_the_lease_is_renewed_every_three_seconds_and_when_the_record_has_change
     bench.heartbeat.tick()
     bench.heartbeat.tick()
     assert bench.renewals == 4
+
+
+def test_a_drain_is_looked_for_in_each_tick_before_the_lease_is_renewed(bench: Bench) -> None:
+    bench.renewals = 0
+    bench.drain_looks.clear()
+    bench.renew_now.set()
+    bench.watch(2)
+    assert bench.renewals == 1
+    assert bench.drain_looks == [0, 1]
 
 
 def test_a_changed_record_is_written_when_redis_is_back(bench: Bench) -> None:

@@ -25,6 +25,7 @@ from tests.records import worker_record
 from workers.engines.base import Emit, EngineLoadError, EngineStatus, TemporaryLoadError
 from workers.heartbeat import WorkerReplaced
 from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
+from workers.operator_drain import OperatorDrain
 from workers.services import Worker
 from workers.status import WorkerStatus
 from workers.watchdog import EngineHung
@@ -33,6 +34,10 @@ IDENTITY = worker_record(model="m")
 CATALOGUE = Catalogue.model_validate(
     {"project": "P", "models": [{"name": "m", "tasks": ["chat"], "weights": "echo:"}]}
 )
+
+
+CONSUMER = object()
+"""Celery's consumer, which only the intake uses."""
 
 
 class Bench:
@@ -55,10 +60,19 @@ class Bench:
         parts.runner.running.side_effect = lambda: list(self.requests)
         parts.registrar.registered = parts.registrar.maybe_registered = False
         parts.registrar.last_error = ""
+        parts.drains.includes.return_value = False
+        parts.intake.closed = True
+        parts.runner.busy.side_effect = lambda: bool(self.requests)
         parts.heartbeat.run.side_effect = self.hold_lease
         parts.throughput.slots, parts.throughput.rate = 4, 2.5
         self.status = WorkerStatus(
-            IDENTITY, parts.engine, parts.runner, parts.registrar, parts.throughput, threading.Event()
+            IDENTITY,
+            parts.engine,
+            parts.runner,
+            parts.registrar,
+            parts.throughput,
+            parts.intake,
+            threading.Event(),
         )
         self.worker = Worker(
             entry=CATALOGUE.models[0],
@@ -67,6 +81,7 @@ class Bench:
             runner=parts.runner,
             registrar=parts.registrar,
             status=self.status,
+            operator_drain=OperatorDrain(parts.drains, "w@h", self.status, parts.registrar, parts.intake),
             watchdog=parts.watchdog,
             heartbeat=parts.heartbeat,
             leases=parts.leases,
@@ -95,7 +110,8 @@ class Bench:
     def calls(self) -> list[str]:
         """Names of the calls so far, without questions."""
         names = [call[0] for call in self.parts.mock_calls]
-        return [name for name in names if name not in ("engine.status", "runner.running", "heartbeat.run")]
+        questions = ("engine.status", "runner.running", "runner.busy", "drains.includes", "heartbeat.run")
+        return [name for name in names if name not in questions]
 
     def released(self) -> WorkerRecord:
         """The record with which the lease was released."""
@@ -126,8 +142,9 @@ def test_it_loads_generates_once_and_registers_when_celery_is_ready(bench: Bench
     assert bench.calls() == STARTED
     assert bench.status.record().state == "loading"
 
-    bench.lifecycle.serve()
-    assert bench.calls() == [*STARTED, "registrar.set_serving"]
+    bench.lifecycle.serve(CONSUMER)
+    assert bench.calls() == [*STARTED, "intake.connect", "registrar.set_serving"]
+    bench.parts.intake.connect.assert_called_once_with(CONSUMER, closed=False)
     bench.parts.registrar.set_serving.assert_called_once_with(True)
     record = bench.status.record()
     assert record.state == "ready"
@@ -144,7 +161,7 @@ def test_events_reach_clients_only_after_the_canary(bench: Bench) -> None:
 
 def test_at_a_stop_it_unregisters_then_waits_for_requests_then_ends(bench: Bench) -> None:
     bench.lifecycle.start()
-    bench.lifecycle.serve()
+    bench.lifecycle.serve(CONSUMER)
     before = bench.calls()
     bench.requests = ["a"]
 
@@ -165,6 +182,51 @@ def test_at_a_stop_it_unregisters_then_waits_for_requests_then_ends(bench: Bench
         "heartbeat.stop",
         "leases.release_worker",
     ]
+
+
+def test_a_worker_under_drain_is_not_registered_and_takes_nothing_until_it_is_resumed(bench: Bench) -> None:
+    bench.parts.drains.includes.return_value = True
+    bench.worker.operator_drain.look()
+    bench.lifecycle.start()
+    assert bench.status.record().state == "loading"
+    before = bench.calls()
+    bench.lifecycle.serve(CONSUMER)
+    bench.parts.intake.connect.assert_called_once_with(CONSUMER, closed=True)
+    bench.parts.registrar.set_serving.assert_called_once_with(False)
+    bench.worker.operator_drain.look()
+    assert bench.calls()[len(before) :] == ["intake.connect", "registrar.set_serving", "intake.close"]
+    assert bench.status.record().state == "drained"
+
+    before = bench.calls()
+    bench.parts.drains.includes.return_value = False
+    bench.worker.operator_drain.look()
+    assert bench.calls()[len(before) :] == ["registrar.set_serving", "intake.open"]
+    bench.parts.registrar.set_serving.assert_called_with(True)
+    assert bench.status.record().state == "ready"
+
+
+def test_it_is_drained_when_nothing_runs_and_no_message_can_come(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.lifecycle.serve(CONSUMER)
+    bench.requests, bench.parts.intake.closed = ["a"], False
+    bench.parts.drains.includes.return_value = True
+    bench.worker.operator_drain.look()
+    assert bench.status.record().state == "draining"
+    bench.requests = []
+    assert bench.status.record().state == "draining"
+    bench.parts.intake.closed = True
+    assert bench.status.record().state == "drained"
+
+
+def test_a_worker_that_stops_is_not_resumed(bench: Bench) -> None:
+    bench.lifecycle.start()
+    bench.parts.drains.includes.return_value = True
+    bench.worker.operator_drain.look()
+    bench.lifecycle.serve(CONSUMER)
+    bench.status.set_draining()
+    bench.parts.drains.includes.return_value = False
+    bench.worker.operator_drain.look()
+    assert "intake.open" not in bench.calls()
 
 
 def test_a_drain_has_an_end(caplog: pytest.LogCaptureFixture) -> None:
@@ -204,7 +266,7 @@ def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: B
     # the load has ended just before the process does, and Celery is ready
     go.set()
     starting.join(30)
-    bench.lifecycle.serve()
+    bench.lifecycle.serve(CONSUMER)
     assert "registrar.set_serving" not in bench.calls()
 
 
@@ -247,7 +309,7 @@ def test_a_failed_canary_is_a_model_that_cannot_be_loaded(
 
 def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
     bench.lifecycle.start()
-    bench.lifecycle.serve()
+    bench.lifecycle.serve(CONSUMER)
     before = bench.calls()
     bench.parts.registrar.maybe_registered = True
     bench.heartbeat_error = EngineHung("no progress")
@@ -269,7 +331,7 @@ def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
 
 def test_a_replaced_worker_leaves_lease_and_entry_to_the_new_one(bench: Bench) -> None:
     bench.lifecycle.start()
-    bench.lifecycle.serve()
+    bench.lifecycle.serve(CONSUMER)
     before = bench.calls()
     bench.heartbeat_error = WorkerReplaced()
     bench.heartbeat_ends.set()
