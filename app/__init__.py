@@ -8,6 +8,7 @@ import logging
 from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
+from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
@@ -80,6 +81,8 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     )
     app.cli.add_command(node_commands(services.deployment, leases=services.leases, lock=services.node_lock))
     app.cli.add_command(worker_commands(services.leases, services.drains))
+    names = [entry.name for entry in catalogue.models]
+    app.cli.add_command(request_commands(names, services.requests, services.leases))
     for warning in settings.warnings():
         log.warning("%s", warning)
     return app

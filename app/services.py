@@ -27,6 +27,7 @@ from protocol.event_router import EventRouter
 from protocol.image_store import ImageStore
 from protocol.leases import Leases
 from protocol.names import Keys
+from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue, claim_ttl_s
 
 
@@ -46,6 +47,7 @@ class Services:
     fetcher: ImageFetcher
     leases: Leases
     drains: Drains
+    requests: OpenRequests
     node_lock: NodeLock
 
 
@@ -60,6 +62,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     web_id = uuid.uuid4().hex
     leases = Leases(background, keys)
     drains = Drains(background, keys)
+    requests = OpenRequests(background, keys, mark_ttl_s=claim_ttl_s(settings))
     worker_view = WorkerView(leases)
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=claim_ttl_s(settings), background=background)
@@ -104,6 +107,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             queue=queue,
             router=router,
             worker_view=worker_view,
+            requests=requests,
             connected=process.connected,
             draining_for_s=process.draining_for_s,
         ),
@@ -120,6 +124,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         ),
         leases=leases,
         drains=drains,
+        requests=requests,
         node_lock=node_lock,
     )
 

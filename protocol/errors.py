@@ -5,7 +5,8 @@ ServiceError
 ├─ Unauthorized 401 · Forbidden 403 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405
 ├─ RequestTimeout 408 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429 · Cancelled 499
 ├─ InternalError 500 (EngineError, OutOfMemory, EngineStopped)
-├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, ShuttingDown)
+├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, CancelledByOperator,
+│                   ShuttingDown)
 └─ DeadlineExceeded 504
 
 A message says what was wrong and what would be right; it never holds a stack trace, a path or a prompt.
@@ -194,6 +195,14 @@ class Interrupted(Unavailable):
 
     code = "interrupted"
     default_message = "the request was interrupted; send it again"
+
+
+class CancelledByOperator(Unavailable):
+    """Raised by the web process for a request that an operator has cancelled."""
+
+    code = "cancelled_by_operator"
+    default_message = "an operator of this server cancelled the request"
+    may_retry = False
 
 
 class ShuttingDown(Unavailable):

@@ -28,7 +28,7 @@ class Keys(NamedTuple):
         return f"{self.prefix}claim:{request_id}"
 
     def cancel(self, request_id: str) -> str:
-        """String: exists when the request was cancelled."""
+        """String: exists when the request was cancelled; its value tells whether by an operator."""
         return f"{self.prefix}cancel:{request_id}"
 
     def replay(self, request_id: str) -> str:
@@ -68,6 +68,10 @@ class Keys(NamedTuple):
     def waiting(self, model: str) -> str:
         """Sorted set: ids of admitted, unclaimed requests, scored by deadline (Redis time, seconds)."""
         return f"{self.prefix}waiting:{model}"
+
+    def running(self, model: str) -> str:
+        """Sorted set: ids of claimed requests that have not ended, scored by deadline. Those of a lost worker stay."""
+        return f"{self.prefix}running:{model}"
 
     def youngest_claimed(self, model: str) -> str:
         """String: admission time of the youngest request that a worker has claimed."""

@@ -91,6 +91,7 @@ return 1
 # when there is nothing to do: claimed by another, ended, cancelled or past its deadline.
 _CLAIM = """
 local claim_key, job_key, cancel_key, waiting_key, youngest_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local running_key = KEYS[6]
 local request_id, incarnation_id, ttl = ARGV[1], ARGV[2], ARGV[3]
 
 local time = redis.call('TIME')
@@ -107,6 +108,10 @@ redis.call('SET', claim_key, incarnation_id, 'EX', ttl)
 if admitted > tonumber(redis.call('GET', youngest_key) or 0) then
   redis.call('SET', youngest_key, string.format('%.6f', admitted), 'EX', ttl)
 end
+-- for operators; what lost workers have left is removed
+redis.call('ZREMRANGEBYSCORE', running_key, '-inf', now - ttl)
+redis.call('ZADD', running_key, deadline, request_id)
+redis.call('EXPIRE', running_key, ttl)
 return {tostring(deadline - now), redis.call('HGETALL', job_key)}
 """
 
@@ -237,6 +242,7 @@ class JobQueue:
             key.cancel(request_id),
             key.waiting(model),
             key.youngest_claimed(model),
+            key.running(model),
         ]
         answer = self._claim(keys=names, args=[request_id, incarnation_id, self._claim_ttl_s])
         if not answer:
@@ -250,9 +256,12 @@ class JobQueue:
         except msgspec.MsgspecError as error:
             raise UnreadableJob(web_id, remaining_s, str(error)) from error
 
-    def end(self, request_id: str) -> None:
+    def end(self, request_id: str, model: str) -> None:
         """Delete a claimed job that has ended. A claim without a job and without a last event means a lost request."""
-        self._redis.delete(self._keys.job(request_id))
+        with self._redis.pipeline(transaction=False) as pipe:
+            pipe.delete(self._keys.job(request_id))
+            pipe.zrem(self._keys.running(model), request_id)
+            pipe.execute()
 
     def waiting(self, model: str) -> int:
         """Return how many admitted requests of `model` no worker has claimed."""

@@ -191,7 +191,9 @@ class Runner:
     def _end(self, request_id: str) -> None:
         """Delete the job: while it exists, the client of a request whose last event was lost goes on waiting."""
         try:
-            _until_answered(f"the end of request {request_id}", lambda: self._queue.end(request_id))
+            _until_answered(
+                f"the end of request {request_id}", lambda: self._queue.end(request_id, self._model)
+            )
         except RedisError as error:
             log.warning("the job of request %s was not deleted; it expires: %s", request_id, error)
 

@@ -14,6 +14,7 @@ from config import Settings
 from protocol.connections import MAX_CONNECTIONS
 from protocol.errors import (
     Cancelled,
+    CancelledByOperator,
     DeadlineExceeded,
     Interrupted,
     NoWorker,
@@ -26,6 +27,7 @@ from protocol.errors import (
 from protocol.event_router import EventRouter, Inbox
 from protocol.events import Event, Failed, Finished
 from protocol.jobs import Job
+from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue
 
 CHECK_S = 1.0
@@ -57,6 +59,7 @@ class EventReader:
     """
 
     __slots__ = (
+        "_cancelled_by_operator",
         "_check_at",
         "_client",
         "_draining_for_s",
@@ -75,13 +78,18 @@ class EventReader:
         ends_at: float,
         draining_for_s: Callable[[], float],
         on_close: Callable[[Inbox, bool], None],
+        cancelled_by_operator: Callable[[str], bool],
     ) -> None:
-        """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and `finished`."""
+        """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and `finished`.
+
+        `cancelled_by_operator` gets the request id and may raise redis.RedisError.
+        """
         self._inbox = inbox
         self._client = client
         self._ends_at = ends_at
         self._draining_for_s = draining_for_s
         self._on_close = on_close
+        self._cancelled_by_operator = cancelled_by_operator
         self._check_at = time.monotonic() + CHECK_S
         self._failure: Failed | None = None
         self.finished = False
@@ -129,6 +137,9 @@ class EventReader:
         process, the client is still there, and did not cancel anything.
         """
         if failure.code == Cancelled.code and not self._client.disconnected():
+            with suppress(RedisError):
+                if self._cancelled_by_operator(self._inbox.request_id):
+                    return CancelledByOperator()
             return Interrupted()
         return from_code(failure.code, failure.message, failure.param)
 
@@ -152,6 +163,7 @@ class Dispatcher:
         queue: JobQueue,
         router: EventRouter,
         worker_view: WorkerView,
+        requests: OpenRequests,
         connected: Callable[[], bool],
         draining_for_s: Callable[[], float],
     ) -> None:
@@ -161,6 +173,7 @@ class Dispatcher:
         self._queue = queue
         self._router = router
         self._worker_view = worker_view
+        self._requests = requests
         self._connected = connected
         self._draining_for_s = draining_for_s
         self._admissions = threading.BoundedSemaphore(ADMISSIONS)
@@ -185,7 +198,12 @@ class Dispatcher:
     def _admit(self, job: Job, client: Client, ends_at: float) -> EventReader:
         inbox = self._router.open(job.id, job.model)
         reader = EventReader(
-            inbox, client, ends_at=ends_at, draining_for_s=self._draining_for_s, on_close=self._close
+            inbox,
+            client,
+            ends_at=ends_at,
+            draining_for_s=self._draining_for_s,
+            on_close=self._close,
+            cancelled_by_operator=self._requests.cancelled_by_operator,
         )
         try:
             inbox.admitted = self._queue.admit(

@@ -14,7 +14,7 @@ from redis.exceptions import RedisError
 from app.dispatch.worker_view import WorkerView
 from protocol import events
 from protocol.connections import RedisClient
-from protocol.errors import NoWorker, QueueUnavailable, ServiceError, WorkerLost
+from protocol.errors import Cancelled, NoWorker, QueueUnavailable, ServiceError, WorkerLost
 from protocol.event_router import EventRouter, Inbox
 from protocol.leases import REFRESH_S, Leases
 from protocol.names import Keys
@@ -95,10 +95,10 @@ class RequestMonitor(threading.Thread):
         if not silent:
             return
         unclaimed = []
-        for inbox, claim, job_exists in self._look_up(silent):
+        for inbox, claim, job_exists, cancelled in self._look_up(silent):
             if inbox.ended or not _is_silent(inbox, time.monotonic()):
                 continue
-            if failure := self._find_failure(inbox, claim, job_exists):
+            if failure := self._find_failure(inbox, claim, job_exists, cancelled):
                 inbox.fail(events.Failed.of(failure))
             elif inbox.incarnation_id is None and claim is None:
                 unclaimed.append(inbox)
@@ -116,10 +116,11 @@ class RequestMonitor(threading.Thread):
             self._refusal = ""
             self._renew_at = now + REFRESH_S
 
-    def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool]]:
+    def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool, bool]]:
         """Feed the inboxes from the replay lists.
 
-        Returns for each request the incarnation id that claimed it, and whether its job still exists.
+        Returns for each request the incarnation id that claimed it, whether its job still exists, and whether it was
+        cancelled.
         """
         with self._redis.pipeline(transaction=True) as pipe:
             for inbox in silent:
@@ -127,19 +128,25 @@ class RequestMonitor(threading.Thread):
                 pipe.lrange(self._keys.replay(inbox.request_id), inbox.next_seq, -1)
                 pipe.get(self._keys.claim(inbox.request_id))
                 pipe.exists(self._keys.job(inbox.request_id))
+                pipe.exists(self._keys.cancel(inbox.request_id))
             replies = pipe.execute()
         found = []
-        for inbox, entries, claim, job_exists in zip(
-            silent, replies[::3], replies[1::3], replies[2::3], strict=True
+        for inbox, entries, claim, job_exists, cancelled in zip(
+            silent, replies[::4], replies[1::4], replies[2::4], replies[3::4], strict=True
         ):
             for envelope in sorted(events.decode_readable(entries), key=lambda envelope: envelope.seq):
                 inbox.feed(envelope)
-            found.append((inbox, claim.decode() if claim else None, bool(job_exists)))
+            found.append((inbox, claim.decode() if claim else None, bool(job_exists), bool(cancelled)))
         return found
 
-    def _find_failure(self, inbox: Inbox, claim: str | None, job_exists: bool) -> ServiceError | None:
+    def _find_failure(
+        self, inbox: Inbox, claim: str | None, job_exists: bool, cancelled: bool
+    ) -> ServiceError | None:
         """Return the reason why no more events can come, or None."""
         incarnation_id = inbox.incarnation_id or claim
+        if incarnation_id is None and cancelled:
+            # not by its client, for which this process waits
+            return Cancelled()
         if incarnation_id is None:
             return self._find_failure_of_waiting(inbox, job_exists)
         if claim is None:

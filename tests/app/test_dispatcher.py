@@ -18,6 +18,7 @@ from protocol.event_router import EventRouter
 from protocol.jobs import ChatJob, SamplingParams
 from protocol.leases import Leases
 from protocol.names import Keys
+from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue
 from tests.deployment import RedisServer, wait_until
 from tests.records import worker_record
@@ -47,6 +48,7 @@ class Web:
             queue=self.queue,
             router=EventRouter(client, keys, "w"),
             worker_view=worker_view,
+            requests=OpenRequests(client, keys, mark_ttl_s=100),
             connected=lambda: self.connected,
             draining_for_s=lambda: 0.0,
         )

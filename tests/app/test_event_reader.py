@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from app.dispatch.dispatcher import DEADLINE_GRACE_S, EventReader
-from protocol.errors import Cancelled, DeadlineExceeded, Interrupted, ShuttingDown, WorkerLost
+from protocol.errors import (
+    Cancelled,
+    CancelledByOperator,
+    DeadlineExceeded,
+    Interrupted,
+    ShuttingDown,
+    WorkerLost,
+)
 from protocol.event_router import Inbox
 from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
 
@@ -19,7 +26,7 @@ class Client:
 
 
 def reader_of(
-    *events: Event, late: bool = False, draining_for_s: float = 0.0
+    *events: Event, late: bool = False, draining_for_s: float = 0.0, by_operator: bool = False
 ) -> tuple[EventReader, Client, list[Any]]:
     """A reader whose inbox holds `events`; its next call checks client, deadline and server."""
     inbox = Inbox("r", "m")
@@ -33,6 +40,7 @@ def reader_of(
         ends_at=time.monotonic() - (DEADLINE_GRACE_S + 1 if late else -100),
         draining_for_s=lambda: draining_for_s,
         on_close=lambda inbox, finished: closed.append((inbox.request_id, finished)),
+        cancelled_by_operator=lambda request_id: by_operator and request_id == "r",
     )
     reader._check_at = 0.0
     return reader, client, closed
@@ -83,6 +91,14 @@ def test_a_cancelled_request_whose_client_is_still_there_was_interrupted() -> No
     client.left = True
     with pytest.raises(Cancelled):
         reader.next_events()
+
+
+def test_a_request_that_an_operator_cancelled_is_not_sent_again() -> None:
+    reader, _, _ = reader_of(Started("w"), Failed.of(Cancelled()), by_operator=True)
+    assert reader.next_events() == [Started("w")]
+    with pytest.raises(CancelledByOperator) as error:
+        reader.next_events()
+    assert not error.value.may_retry
 
 
 def test_a_gap_makes_the_stream_incomplete() -> None:

@@ -19,6 +19,7 @@ from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, U
 from protocol.jobs import ChatJob, SamplingParams
 from protocol.leases import Leases
 from protocol.names import Keys
+from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue
 from tests.deployment import RedisServer, wait_until
 from tests.records import worker_record
@@ -190,9 +191,18 @@ def test_a_request_whose_job_is_lost_fails(web: Web) -> None:
     assert found.code == "queue_unavailable" and "while this request was waiting" in found.message
 
 
+def test_a_waiting_request_that_an_operator_cancels_fails_without_being_lost(web: Web) -> None:
+    inbox, other = web.request(), web.request("other")
+    assert OpenRequests(web.redis, web.keys, mark_ttl_s=100).cancel("r", [MODEL])
+    web.lease(WORKER)
+    web.monitor.tick()
+    assert failure(inbox).code == "cancelled"
+    assert not other.ended
+
+
 def test_a_request_that_its_worker_has_given_up_fails(web: Web) -> None:
     inbox = web.running()
-    web.queue.end("r")
+    web.queue.end("r", MODEL)
     web.monitor.tick()
     found = failure(inbox)
     assert found.code == "queue_unavailable" and "could not deliver" in found.message

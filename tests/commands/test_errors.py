@@ -10,7 +10,12 @@ from config import EXIT_CONFIGURATION, EXIT_TEMPORARY
 from tests.commands.conftest import flask, succeeds
 from tests.deployment import ECHO_CATALOGUE, ROOT, Deployment, RedisServer
 
-COMMANDS = [("workers", "list"), ("workers", "drain", "--all"), ("workers", "resume", "--all")]
+COMMANDS = [
+    ("workers", "list"),
+    ("workers", "drain", "--all"),
+    ("workers", "resume", "--all"),
+    ("requests", "list"),
+]
 
 
 @pytest.fixture

@@ -85,7 +85,7 @@ def test_late_cancelled_and_ended_jobs_can_not_be_claimed(queue: JobQueue) -> No
     assert queue.cancelled(["left", "other"]) == {"left"}
     admit(queue, chat("over"))
     assert queue.claim("over", MODEL, "incarnation_id") is not None
-    queue.end("over")
+    queue.end("over", MODEL)
     assert queue.claim("over", MODEL, "incarnation_id") is None, (
         "a redelivered task must not be generated twice"
     )
@@ -165,7 +165,7 @@ def test_a_message_can_be_sent_again_while_its_job_waits(
     assert len(tags) == 2, "kombu keeps unacknowledged messages by their tags"
     queue.claim("a", MODEL, "w")
     assert not queue.send_again("a", MODEL)
-    queue.end("a")
+    queue.end("a", MODEL)
     assert not queue.send_again("a", MODEL)
     assert redis_client.llen(keys.queue_list(MODEL)) == 2
 

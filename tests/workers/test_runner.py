@@ -233,8 +233,8 @@ class LostAnswers:
         self._client = client
         self.failures = failures
 
-    def delete(self, name: str) -> None:
-        self._client.delete(name)
+    def pipeline(self, transaction: bool) -> Any:
+        return self._client.pipeline(transaction)
 
     def register_script(self, source: str) -> Callable[..., Any]:
         script = self._client.register_script(source)
