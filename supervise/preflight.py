@@ -4,9 +4,9 @@ from pathlib import Path
 
 from catalogue import Catalogue, ModelEntry
 from config import ConfigurationError, Settings
+from protocol.redis_check import RedisUnavailable, check_redis
 from supervise.listeners import Unavailable, check_free
 from supervise.plan import visible_gpus
-from supervise.redis_check import check_redis
 
 _ECHO = "echo:"  # the engine of tests and benchmarks, which has no weights
 _NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -22,7 +22,10 @@ def check(settings: Settings, catalogue: Catalogue, models_file: Path, *, own_re
         _check_gpus(model, settings, models_file)
     check_free(settings)
     if not own_redis:
-        check_redis(settings.redis_url, settings.namespace or catalogue.project)
+        try:
+            check_redis(settings.redis_url, settings.namespace or catalogue.project)
+        except RedisUnavailable as error:
+            raise Unavailable(str(error)) from error
 
 
 def _check_weights(model: ModelEntry, models_file: Path) -> None:

@@ -8,27 +8,31 @@ from redis.exceptions import NoPermissionError
 
 from addresses import without_password
 from config import ConfigurationError
-from supervise.listeners import Unavailable
 
 TIMEOUT_S = 3.0
 OLDEST_VERSION = (6, 2)
 """SET has GET together with EX since 6.2."""
 
 
-def check_redis(url: str, namespace: str) -> None:
-    """Check the server. Raises ConfigurationError, or Unavailable for what may pass."""
+class RedisUnavailable(Exception):
+    """Raised for what may pass: the server can't be reached, or refuses writes. The message is one line."""
+
+
+def check_redis(url: str, namespace: str) -> str:
+    """Check the server; returns its version. Raises ConfigurationError or RedisUnavailable."""
     shown = f"REDIS_URL: {without_password(url)}"
     client = redis.Redis.from_url(
         url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S, retry=None, protocol=2
     )
     with client:
         try:
-            _check_server(_hello(client), shown)
+            version = _check_server(_hello(client), shown)
             _check_write(client, namespace, shown)
+            return version
         except redis.AuthenticationError as error:
             raise ConfigurationError(f"{shown}: {error}") from error
         except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-            raise Unavailable(f"{shown} can't be reached: {error}") from error
+            raise RedisUnavailable(f"{shown} can't be reached: {error}") from error
         except redis.ResponseError as error:  # a database that it does not have, for example
             raise ConfigurationError(f"{shown}: {error}") from error
 
@@ -45,12 +49,13 @@ def _hello(client: redis.Redis) -> dict[str, str]:
     return dict(zip(texts[::2], texts[1::2], strict=False))
 
 
-def _check_server(hello: dict[str, str], shown: str) -> None:
+def _check_server(hello: dict[str, str], shown: str) -> str:
     version = hello.get("version", "below 6")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_VERSION:
         raise ConfigurationError(f"{shown}: its version is {version}; 6.2 or later is needed")
     if hello.get("mode") == "cluster":
         raise ConfigurationError(f"{shown} is a cluster; a single server is needed")
+    return version
 
 
 def _check_write(client: redis.Redis, namespace: str, shown: str) -> None:
@@ -60,4 +65,4 @@ def _check_write(client: redis.Redis, namespace: str, shown: str) -> None:
     except NoPermissionError:
         raise
     except redis.ResponseError as error:
-        raise Unavailable(f"{shown} refuses writes: {error}") from error
+        raise RedisUnavailable(f"{shown} refuses writes: {error}") from error

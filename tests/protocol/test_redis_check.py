@@ -9,8 +9,7 @@ import pytest
 import redis
 
 from config import ConfigurationError
-from supervise.listeners import Unavailable
-from supervise.redis_check import check_redis
+from protocol.redis_check import RedisUnavailable, check_redis
 from tests.deployment import RedisServer, free_port, wait_until
 
 
@@ -38,19 +37,19 @@ def test_a_server_that_takes_writes_passes_and_keeps_nothing(own: RedisServer) -
 
 def test_a_full_server_refuses(own: RedisServer, changed: redis.Redis) -> None:
     changed.config_set("maxmemory", "1")
-    with pytest.raises(Unavailable, match=r"refuses writes: .*maxmemory"):
+    with pytest.raises(RedisUnavailable, match=r"refuses writes: .*maxmemory"):
         check_redis(own.url, "Test")
 
 
 def test_a_replica_refuses(own: RedisServer, changed: redis.Redis) -> None:
     changed.execute_command("REPLICAOF", "127.0.0.1", str(free_port()))
-    with pytest.raises(Unavailable, match=r"refuses writes: .*read only replica"):
+    with pytest.raises(RedisUnavailable, match=r"refuses writes: .*read only replica"):
         check_redis(own.url, "Test")
 
 
 def test_a_server_without_enough_replicas_refuses(own: RedisServer, changed: redis.Redis) -> None:
     changed.config_set("min-replicas-to-write", "1")
-    with pytest.raises(Unavailable, match="refuses writes"):
+    with pytest.raises(RedisUnavailable, match="refuses writes"):
         check_redis(own.url, "Test")
 
 
