@@ -7,6 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+ToolFormat = Literal[
+    "none", "hermes", "llama3_json", "mistral", "harmony", "gemma4", "qwen3_coder", "glm", "invoke"
+]
+
+
 class Table(BaseModel):
     """A table of the file; a key that it does not know is an error."""
 
@@ -68,6 +73,11 @@ class ChatEngineOptions(EngineOptions):
         "the text stays the same. 0: none",
     )
     compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
+    tool_format: ToolFormat | None = Field(
+        default=None,
+        description="how the model writes calls of tools; `none`: it gets no tools. Default: as its chat template "
+        "shows it",
+    )
     torch_threads: int | None = Field(
         default=None,
         ge=1,

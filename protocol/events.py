@@ -57,7 +57,7 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """New text of choice `index`, made of `tokens` tokens. The choice's last delta has a `finish_reason`.
 
-    `finish_reason`: "stop" or "length". `stop_reason`: the id of the stop token, the stop string, or None.
+    `finish_reason`: "stop", "length" or "tool_calls". `stop_reason`: the id of the stop token, the stop string, or None.
     """
 
     text: str
@@ -75,6 +75,21 @@ class ReasoningDelta(msgspec.Struct, frozen=True, array_like=True, tag="r"):
     index: int = 0
     tokens: int = 1
     logprobs: list[TokenLogprob] | None = None
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True, array_like=True, tag="t"):
+    """A part of call number `call` of choice `index`, made of `tokens` tokens.
+
+    The first part of a call has `id` and `name`, the others add to its `arguments`, JSON as text.
+    """
+
+    call: int
+    index: int = 0
+    tokens: int = 1
+    logprobs: list[TokenLogprob] | None = None
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
 
 
 class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
@@ -114,7 +129,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
         return cls(error.code, error.message, error.param)
 
 
-Event = Started | Delta | ReasoningDelta | Progress | ImageReady | Finished | Failed
+Event = Started | Delta | ReasoningDelta | ToolCallDelta | Progress | ImageReady | Finished | Failed
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):

@@ -9,6 +9,9 @@ import msgspec
 
 from catalogue import CHAT, GENERATION
 
+FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
+"""The name of a tool, which requests send and models write."""
+
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one request are sampled. None: as the model's generation config says, if it does.
@@ -36,7 +39,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
-    """One chat completion. The `content` of each message is a string: the web process joins its parts."""
+    """One chat completion.
+
+    The `content` of each message is a string: the web process joins its parts. `tools` are OpenAI's objects, and
+    empty if the model must not call any.
+    """
 
     id: str
     model: str
@@ -45,6 +52,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     chat_template_kwargs: dict[str, Any] = {}
     continue_final_message: bool = False
     reasoning_effort: str | None = None
+    tools: list[dict[str, Any]] = []
+    parallel_tool_calls: bool = True
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):

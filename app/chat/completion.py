@@ -4,8 +4,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from app.chat.response import Reader, logprobs_body, usage_body
-from protocol.events import Delta, Finished, ReasoningDelta, TokenLogprob, Usage
+from protocol.events import Delta, Finished, ReasoningDelta, TokenLogprob, ToolCallDelta, Usage
 
 
 def completion(reader: Reader, request_id: str, model: str, *, n: int) -> dict[str, Any]:
@@ -14,7 +16,7 @@ def completion(reader: Reader, request_id: str, model: str, *, n: int) -> dict[s
     usage = Usage(0, 0)
     while not reader.finished:
         for event in reader.next_events():
-            if isinstance(event, Delta | ReasoningDelta):
+            if isinstance(event, Delta | ReasoningDelta | ToolCallDelta):
                 choices[event.index].add(event)
             elif isinstance(event, Finished):
                 usage = event.usage or usage
@@ -36,13 +38,16 @@ class _Choice:
 
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
+    calls: dict[int, "_Call"] = field(default_factory=dict)
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str = "length"
     stop_reason: int | str | None = None
 
-    def add(self, event: Delta | ReasoningDelta) -> None:
+    def add(self, event: Delta | ReasoningDelta | ToolCallDelta) -> None:
         if isinstance(event, ReasoningDelta):
             self.reasoning.append(event.text)
+        elif isinstance(event, ToolCallDelta):
+            self.calls.setdefault(event.call, _Call(event.id, event.name)).arguments.append(event.arguments)
         else:
             self.texts.append(event.text)
             if event.finish_reason:
@@ -51,9 +56,16 @@ class _Choice:
             self.logprobs = [*(self.logprobs or []), *event.logprobs]
 
     def body(self, index: int) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self.texts)}
+        made = list(self.calls.values())
+        # a call that max_tokens cut stays as it is
+        cut = made[-1:] if self.finish_reason == "length" else []
+        calls = [call.body() for call in made if call in cut or call.is_json]
+        text = "".join(self.texts)
+        message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if self.reasoning:
             message["reasoning_content"] = "".join(self.reasoning)
+        if calls:
+            message["tool_calls"] = calls
         return {
             "index": index,
             "message": message,
@@ -61,3 +73,24 @@ class _Choice:
             "finish_reason": self.finish_reason,
             "stop_reason": self.stop_reason,
         }
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """One call of a tool."""
+
+    id: str
+    name: str
+    arguments: list[str] = field(default_factory=list)
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the call is valid. The text of others is in the content."""
+        try:
+            return isinstance(msgspec.json.decode("".join(self.arguments)), dict)
+        except (msgspec.DecodeError, RecursionError):
+            return False
+
+    def body(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": "".join(self.arguments)}
+        return {"id": self.id, "type": "function", "function": function}

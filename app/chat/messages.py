@@ -14,11 +14,14 @@ from pydantic import (
 
 from app.http.validation import first_given
 from protocol.errors import InvalidRequest, UnsupportedParameter
+from protocol.jobs import FUNCTION_NAME
 
 MAX_PARTS = 4096
 MAX_TOOL_CALLS = 128
+MAX_DEPTH = 100
+"""Levels of a call's arguments, or of a tool's parameters. Templates write them by recursion."""
 
-FunctionName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+FunctionName = Annotated[StrictStr, Field(pattern=FUNCTION_NAME)]
 CallId = Annotated[StrictStr, Field(min_length=1, max_length=256)]
 
 OF_ONE_ROLE = {
@@ -160,13 +163,29 @@ class ChatMessage(BaseModel):
         return "".join(texts)
 
 
+def is_too_deep(value: Any) -> bool:
+    """Whether a value from JSON is nested more than MAX_DEPTH levels deep."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            item
+            for outer in level
+            for item in (
+                outer.values() if isinstance(outer, dict) else outer if isinstance(outer, list) else ()
+            )
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _arguments(text: str, place: str) -> dict[str, Any]:
     """Return a call's arguments as templates want them. No text stands for none, as some clients send it."""
     try:
         arguments = msgspec.json.decode(text) if text.strip() else {}
     except (msgspec.DecodeError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or is_too_deep(arguments):
         raise InvalidRequest(
             "arguments must be a JSON object as text, as in the answer that made the call",
             param=f"{place}.function.arguments",

@@ -7,7 +7,16 @@ from typing import Any, Protocol
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
-from protocol.events import Delta, Event, Finished, ReasoningDelta, Started, TokenLogprob, Usage
+from protocol.events import (
+    Delta,
+    Event,
+    Finished,
+    ReasoningDelta,
+    Started,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 _json = encode_json
 
@@ -35,6 +44,15 @@ def logprobs_body(logprobs: list[TokenLogprob] | None) -> dict[str, Any] | None:
 def _token_body(token: TokenLogprob) -> dict[str, Any]:
     top = [{"token": each.token, "logprob": each.logprob, "bytes": each.bytes} for each in token.top]
     return {"token": token.token, "logprob": token.logprob, "bytes": token.bytes, "top_logprobs": top}
+
+
+def _call_part(event: ToolCallDelta) -> dict[str, Any]:
+    """Return a part of a call: the first one has id, type and name."""
+    function = {"arguments": event.arguments}
+    if not event.id:
+        return {"index": event.call, "function": function}
+    named = {"name": event.name, **function}
+    return {"index": event.call, "id": event.id, "type": "function", "function": named}
 
 
 class Reader(Protocol):
@@ -87,7 +105,7 @@ class ChatEventReader:
             return [*ends, Finished(Usage(0, self._tokens))]
         self.finished = self._reader.finished
         for event in batch:
-            if isinstance(event, Delta | ReasoningDelta):
+            if isinstance(event, Delta | ReasoningDelta | ToolCallDelta):
                 self._tokens += event.tokens
                 self._arrived_at = self._clock()
                 if isinstance(event, Delta) and event.finish_reason:
@@ -132,6 +150,8 @@ class ChunkEncoder:
                 self._held = [self._finish(event)]
         elif isinstance(event, ReasoningDelta):
             yield self._delta(event, b'{"reasoning_content":%s}' % _json(event.text))
+        elif isinstance(event, ToolCallDelta):
+            yield self._delta(event, b'{"tool_calls":[%s]}' % _json(_call_part(event)))
         elif isinstance(event, Finished):
             usage = _json(usage_body(event.usage or Usage(0, 0)))
             for chunk in self._held:
@@ -145,7 +165,7 @@ class ChunkEncoder:
         choice = _json(delta.text) + b'},"logprobs":' + logprobs + b',"finish_reason":null}'
         return frame(head + choice + self._tail)
 
-    def _delta(self, event: ReasoningDelta, delta: bytes) -> bytes:
+    def _delta(self, event: ReasoningDelta | ToolCallDelta, delta: bytes) -> bytes:
         """Frame a chunk that has no content. `delta`: its delta as JSON."""
         logprobs = b"null" if event.logprobs is None else _json(logprobs_body(event.logprobs))
         choice = b'{"index":%d,"delta":%s,"logprobs":%s,"finish_reason":null}'

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from app.chat.messages import ChatMessage
+from app.chat.tools import ToolChoice, Tools, tools_for_job
 from app.http.validation import first_given
 from catalogue import ChatDefaults, ChatModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
@@ -49,8 +50,6 @@ def _stream_options_need_stream(schema: dict[str, Any]) -> None:
 
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
@@ -116,13 +115,14 @@ class ChatCompletionRequest(BaseModel):
     ) = None
     logprobs: StrictBool | None = None
     top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: Tools | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: StrictBool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: StrictBool | None = None
 
     # refused by `to_job` unless the value requests nothing
-    tools: Annotated[Any, _unsupported("tools")] = None
-    tool_choice: Annotated[Any, _unsupported("tool_choice")] = None
     functions: Annotated[Any, _unsupported("functions")] = None
     function_call: Annotated[Any, _unsupported("function_call")] = None
     response_format: Annotated[Any, _unsupported("response_format")] = None
@@ -148,6 +148,8 @@ class ChatCompletionRequest(BaseModel):
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
             continue_final_message=self._continues_final_message(),
             reasoning_effort=self.reasoning_effort,
+            tools=tools_for_job(self.tools, self.tool_choice, entry.name),
+            parallel_tool_calls=self.parallel_tool_calls is not False,
         )
 
     def _sampling(self, defaults: ChatDefaults) -> SamplingParams:

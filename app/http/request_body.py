@@ -161,7 +161,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def ignored_params(body: BaseModel, given: Mapping[str, Any]) -> str:
     """Return the value of the header X-Ignored-Params: the fields that were sent and that the models of `body` do not
-    have, as paths ("messages[1].tool_calls")."""
+    have, as paths ("messages[1].mood")."""
     paths = sorted(islice(_unknown(body, given, ""), MAX_IGNORED))
     return ", ".join(paths)
 

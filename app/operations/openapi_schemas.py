@@ -160,11 +160,19 @@ def _operators_schemas() -> dict[str, Any]:
 
 
 def _chat_completion() -> dict[str, Any]:
+    function = _object({"name": STRING, "arguments": STRING})
+    call = _object({"id": STRING, "type": {"const": "function"}, "function": function})
     message = _object(
-        {"role": STRING, "content": STRING, "reasoning_content": STRING}, required=["role", "content"]
+        {
+            "role": STRING,
+            "content": {**_NULLABLE_STRING, "description": "null beside tool_calls if there is no text"},
+            "reasoning_content": STRING,
+            "tool_calls": {"type": "array", "minItems": 1, "items": call},
+        },
+        required=["role", "content"],
     )
     choice = _object(
-        {"index": INTEGER, "message": message, "finish_reason": {"enum": ["stop", "length"]}},
+        {"index": INTEGER, "message": message, "finish_reason": {"enum": ["stop", "length", "tool_calls"]}},
         required=["index", "message", "finish_reason"],
     )
     counts = ["prompt_tokens", "completion_tokens", "total_tokens"]

@@ -10,7 +10,16 @@ from app.chat.completion import completion
 from app.chat.response import ARRIVING_S, ChatEventReader, ChunkEncoder, ChunkStream
 from app.http.sse import COMMENT, COMMENT_AFTER_S, DONE, EventStream
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
-from protocol.events import Delta, Event, Finished, ReasoningDelta, Started, TokenLogprob, Usage
+from protocol.events import (
+    Delta,
+    Event,
+    Finished,
+    ReasoningDelta,
+    Started,
+    TokenLogprob,
+    ToolCallDelta,
+    Usage,
+)
 
 END: list[Event] = [Delta("", tokens=0, finish_reason="stop"), Finished(Usage(3, 2))]
 
@@ -197,3 +206,63 @@ def test_an_answer_that_is_cut_inside_its_reasoning_at_the_deadline_is_a_length(
     )
     assert body["choices"][0]["finish_reason"] == "length" and body["usage"]["completion_tokens"] == 1
     assert body["choices"][0]["message"]["content"] == ""
+
+
+CALLS: list[Event] = [
+    Delta("Let me look."),
+    ToolCallDelta(0, id="abc123456", name="weather"),
+    ToolCallDelta(0, arguments='{"city": '),
+    ToolCallDelta(0, arguments='"Rome"}'),
+    ToolCallDelta(1, id="abc123457", name="now"),
+    ToolCallDelta(1, arguments="{}"),
+    Delta("", tokens=1, finish_reason="tool_calls"),
+    Finished(Usage(3, 7)),
+]
+
+
+def call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_calls_are_streamed_as_openai_streams_them() -> None:
+    found = events(stream(CALLS))
+    assert [event["choices"][0]["delta"] for event in found] == [
+        {"role": "assistant"},
+        {"content": "Let me look."},
+        {"tool_calls": [{"index": 0, **call("abc123456", "weather", "")}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"city": '}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '"Rome"}'}}]},
+        {"tool_calls": [{"index": 1, **call("abc123457", "now", "")}]},
+        {"tool_calls": [{"index": 1, "function": {"arguments": "{}"}}]},
+        {"content": ""},
+    ]
+    assert found[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def test_a_whole_answer_has_its_calls_beside_its_content() -> None:
+    choice = plain(CALLS)["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Let me look.",
+        "tool_calls": [call("abc123456", "weather", '{"city": "Rome"}'), call("abc123457", "now", "{}")],
+    }
+
+
+def test_calls_without_text_have_null_as_content() -> None:
+    assert plain(CALLS[1:])["choices"][0]["message"]["content"] is None
+
+
+def test_a_call_that_is_no_json_is_left_out_of_a_whole_answer() -> None:
+    broken: list[Event] = [ToolCallDelta(0, id="1", name="f"), ToolCallDelta(0, arguments='{"a"')]
+    good: list[Event] = [ToolCallDelta(1, id="2", name="g"), ToolCallDelta(1, arguments="{}")]
+    rest: list[Event] = [Delta('f({"a"'), *good, *CALLS[-2:]]
+    message = plain([*broken, *rest])["choices"][0]["message"]
+    assert message["tool_calls"] == [call("2", "g", "{}")] and message["content"] == 'f({"a"'
+
+
+def test_a_call_that_is_cut_at_the_end_stays_in_the_answer() -> None:
+    cut: list[Event] = [ToolCallDelta(0, id="1", name="f"), ToolCallDelta(0, arguments='{"a"')]
+    choice = plain([*cut, Delta("", tokens=0, finish_reason="length"), Finished(Usage(1, 2))])["choices"][0]
+    assert choice["message"]["tool_calls"] == [call("1", "f", '{"a"')]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] is None

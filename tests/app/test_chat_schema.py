@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.chat.messages import MAX_PARTS, MAX_TOOL_CALLS
+from app.chat.messages import MAX_DEPTH, MAX_PARTS, MAX_TOOL_CALLS
 from app.chat.schema import (
     MAX_LOGIT_BIAS,
     MAX_MESSAGES,
@@ -12,6 +12,7 @@ from app.chat.schema import (
     MAX_STOP_SEQUENCES,
     ChatCompletionRequest,
 )
+from app.chat.tools import MAX_TOOLS
 from app.http.validation import parse
 from catalogue import ChatModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
@@ -372,8 +373,6 @@ def test_a_refusal_is_the_text_of_its_message():
 @pytest.mark.parametrize(
     ("name", "neutral", "value"),
     [
-        ("tools", [[]], [{"type": "function"}]),
-        ("tool_choice", ["none", "auto"], "required"),
         ("functions", [[]], [{"name": "f"}]),
         ("function_call", ["none", "auto"], {"name": "f"}),
         ("response_format", [{"type": "text"}], {"type": "json_object"}),
@@ -389,6 +388,83 @@ def test_an_unsupported_field_is_refused_unless_it_requests_nothing(name, neutra
     found = refusal(**{name: value})
     assert isinstance(found, UnsupportedParameter) and found.param == name
     assert found.message == f"{name} is not supported by model 'chat'; leave it out"
+
+
+# tools
+
+
+def function(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "get_weather", **fields}}
+
+
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "additionalProperties": False}
+
+
+def test_tools_reach_the_worker_as_templates_expect_them():
+    given = function(description="Looks out of the window.", parameters=SCHEMA, strict=False)
+    assert job(tools=[given, {**function(), "x": 1}]).tools == [
+        function(description="Looks out of the window.", parameters=SCHEMA),
+        function(parameters={"type": "object", "properties": {}}),
+    ]
+
+
+@pytest.mark.parametrize(("choice", "count"), [(None, 1), ("auto", 1), ("none", 0)])
+def test_without_a_choice_the_model_gets_no_tools(choice, count):
+    assert len(job(tools=[function()], tool_choice=choice).tools) == count
+    assert job(tool_choice=choice).tools == [] == job(tools=[]).tools
+
+
+def test_parallel_calls_are_allowed_unless_the_request_forbids_them():
+    assert job().parallel_tool_calls and job(parallel_tool_calls=True).parallel_tool_calls
+    assert not job(parallel_tool_calls=False).parallel_tool_calls
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_forced_call_is_refused(choice):
+    found = refusal(tools=[function()], tool_choice=choice)
+    assert isinstance(found, UnsupportedParameter) and found.param == "tool_choice"
+    assert "'none' or 'auto'" in found.message
+
+
+def test_strict_is_refused_with_its_place():
+    found = refusal(tools=[function(), function(strict=True)])
+    assert isinstance(found, UnsupportedParameter) and found.param == "tools.1.function.strict"
+
+
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"items": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("tools", "param"),
+    [
+        ([{"type": "function"}], "tools.0.function"),
+        ([{"type": "custom", "custom": {"name": "f"}}], "tools.0.type"),
+        ([{"type": "custom", "function": {"name": "f"}}], "tools.0.type"),
+        ([{"function": {"name": "f"}}], "tools.0.type"),
+        ([function(name="")], "tools.0.function.name"),
+        ([function(name="a b")], "tools.0.function.name"),
+        ([function(name="a\n")], "tools.0.function.name"),
+        ([function(parameters=[])], "tools.0.function.parameters"),
+        ([function(parameters=nested(MAX_DEPTH))], "tools.0.function.parameters"),
+        ([function(description=1)], "tools.0.function.description"),
+        ([function()] * (MAX_TOOLS + 1), "tools"),
+        ({"name": "f"}, "tools"),
+        ("f", "tools"),
+    ],
+)
+def test_tools_are_validated_with_their_place(tools, param):
+    assert refusal(tools=tools).param == param
+
+
+def test_tools_up_to_the_bounds_are_accepted():
+    job(tools=[function()] * MAX_TOOLS)
+    job(tools=[function(parameters=nested(MAX_DEPTH - 1), name="x" * 128)])
+    assert refusal(tool_choice="sometimes").param == "tool_choice"
+    assert refusal(parallel_tool_calls=1).param == "parallel_tool_calls"
 
 
 def test_stream_options_need_a_stream() -> None:

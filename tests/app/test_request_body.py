@@ -90,11 +90,17 @@ def test_unknown_fields_are_reported_wherever_they_are() -> None:
     assert ignored(stream_options={"include_usage": True, "x": 1}) == "stream_options.x"
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "a", "cache_control": {}}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-        {"role": "tool", "content": "3", "tool_call_id": "1"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "x": 1}}
+            ],
+        },
+        {"role": "tool", "content": "3", "tool_call_id": "1", "mood": "good"},
     ]
     assert ignored(messages=messages) == (
-        "messages[0].content[0].cache_control, messages[1].tool_calls, messages[2].tool_call_id"
+        "messages[0].content[0].cache_control, messages[1].tool_calls[0].function.x, messages[2].mood"
     )
 
 

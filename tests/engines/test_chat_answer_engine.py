@@ -1,11 +1,12 @@
-"""The chat engine with a model that reasons: the events of its answers."""
+"""The chat engine with a model that reasons and calls tools: the events of its answers."""
 
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
-from protocol.events import Delta, ReasoningDelta
+from protocol.events import Delta, ReasoningDelta, ToolCallDelta
 from tests.engines import chat_templates as templates
 from tests.engines.tiny_chat import Collector, Result, chat_job, make_engine, run
 from tests.scripted_chat import save_scripted_model
@@ -15,6 +16,9 @@ SCRIPTS = {
     "think": "<think>\nIt's 4.\nSure.\n</think>\n\nThe answer is 4.",
     "plain": "No thought needed.",
     "stop": "<think>STOP is a word</think>So is STOP, said the parrot.",
+    "calls": 'Let me look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    "broken": '<tool_call>\n{"name": "weather", "arguments": {"city" "Rome"}}\n</tool_call>',
     "long": "<think>" + " ".join(map(str, range(100))) + "</think>never",
 }
 
@@ -110,5 +114,80 @@ def test_a_model_that_does_not_reason_has_deltas_alone(tmp_path):
         result = answer((engine, collector), "think")
         assert result.text() == SCRIPTS["think"] and result.usage.reasoning_tokens is None
         assert not any(isinstance(event, ReasoningDelta) for event in result.events)
+    finally:
+        engine.close()
+
+
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {}}}},
+}
+
+
+def call(
+    scripted: tuple[ChatEngine, Collector], script: str, parallel: bool = True, **sampling: Any
+) -> Result:
+    made = chat_job(f"{script} {next(_count)}", script, **{"max_tokens": 200, **sampling})
+    made = msgspec.structs.replace(made, tools=[WEATHER], parallel_tool_calls=parallel)
+    (result,) = run(*scripted, [made])
+    return result
+
+
+def calls(result: Result, index: int = 0) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for event in result.events:
+        if isinstance(event, ToolCallDelta) and event.index == index:
+            if event.id:
+                assert event.call == len(found) and not event.arguments
+                found.append((event.name, ""))
+            else:
+                found[event.call] = found[event.call][0], found[event.call][1] + event.arguments
+    return found
+
+
+TWO = [("weather", '{"city": "Rome"}'), ("now", "{}")]
+
+
+def test_calls_have_events_of_their_own(scripted):
+    result = call(scripted, "calls", n=2)
+    for index in range(2):
+        assert calls(result, index) == TWO
+        assert result.text(index) == "Let me look." and result.finish(index)[0] == "tool_calls"
+    kinds = Delta | ReasoningDelta | ToolCallDelta
+    tokens = sum(event.tokens for event in result.events if isinstance(event, kinds))
+    assert tokens == result.usage.completion_tokens
+    parts = [event for event in result.events if isinstance(event, ToolCallDelta) and event.arguments]
+    assert len(parts) > 4
+
+
+def test_without_parallel_calls_the_answer_ends_with_the_first(scripted):
+    result = call(scripted, "calls", parallel=False)
+    assert calls(result) == TWO[:1] and result.finish()[0] == "tool_calls"
+    assert result.usage.completion_tokens < call(scripted, "calls").usage.completion_tokens - 5
+
+
+def test_a_call_can_be_cut_by_max_tokens(scripted):
+    whole = call(scripted, "calls").usage.completion_tokens
+    ends = set()
+    for limit in range(1, whole):
+        result = call(scripted, "calls", max_tokens=limit)
+        ends.add(result.finish()[0])
+        for (name, text), (expected, whole_text) in zip(calls(result), TWO, strict=False):
+            assert name == expected and whole_text.startswith(text)
+    assert ends == {"length"}
+
+
+def test_a_call_that_is_no_json_is_content(scripted):
+    result = call(scripted, "broken")
+    assert result.text() == SCRIPTS["broken"] and result.finish()[0] == "stop"
+
+
+def test_a_model_that_knows_no_tools_refuses_them(tmp_path):
+    folder = save_scripted_model(tmp_path, templates.GEMMA_3, {"think": "Hello."})
+    engine, collector = make_engine(folder)
+    try:
+        result = call((engine, collector), "think")
+        assert (result.failed.code, result.failed.param) == ("unsupported_parameter", "tools")
+        assert "'tiny'" in result.failed.message
     finally:
         engine.close()

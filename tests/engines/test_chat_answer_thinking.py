@@ -13,8 +13,9 @@ from tests.engines import chat_templates as templates
 from tests.engines.tiny_chat import VOCABULARY, make_tokenizer
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.answer.parser import AnswerParser
-from workers.engines.chat.answer.pieces import Content, Piece, Reasoning
+from workers.engines.chat.answer.pieces import CallStart, Content, Piece, Reasoning
 from workers.engines.chat.answer.probe import TemplateProbe
+from workers.engines.chat.answer.template_inputs import TemplateInputs
 from workers.engines.chat.answer.thinking import ThinkDivider, ThinkTags
 from workers.engines.chat.prompt import PromptBuilder
 
@@ -37,7 +38,7 @@ def job(*messages: dict[str, Any], **fields: Any) -> ChatJob:
 def joined(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Return the pieces with neighbours of one kind joined."""
     return [
-        (kind.__name__, "".join(piece.text for piece in same))
+        (kind.__name__, "".join(piece.text for piece in same if not isinstance(piece, CallStart)))
         for kind, same in groupby(pieces, lambda piece: type(piece))
     ]
 
@@ -52,7 +53,7 @@ def every_cut(text: str, cuts: int = 2) -> Iterator[list[str]]:
 
 def divide(parts: list[str], **state: bool) -> list[Piece]:
     divider = ThinkDivider(THINK, **{"opened": False, **state})
-    return [*(piece for part in parts for piece in divider.feed(part)), *divider.finish()]
+    return [*(piece for part in parts for piece in divider.feed(part)), *divider.finish(cut=False)]
 
 
 # tags
@@ -143,7 +144,7 @@ def first_pieces(template: str, text: str, *messages: dict[str, Any], **fields: 
     answer = builder.build(job(*messages, **fields)).sequences[0].answer
     assert answer is not None
     pieces, stop = answer.feed(text)
-    rest, _ = answer.finish("")
+    rest, _ = answer.finish("", cut=False)
     assert stop is None
     return joined(pieces + rest)
 
@@ -195,30 +196,30 @@ def parse(answer: AnswerParser, parts: list[str]) -> tuple[list[tuple[str, str]]
         sent += pieces
         if stop is not None:
             return joined(sent), stop
-    pieces, stop = answer.finish("")
+    pieces, stop = answer.finish("", cut=False)
     return joined(sent + pieces), stop
 
 
 def test_stop_strings_end_the_content_and_not_the_reasoning():
     text = "<think>a STOP b</think>\n\nc STOP d"
     for parts in every_cut(text):
-        answer = AnswerParser(ThinkDivider(THINK, opened=False), ("STOP", "\n\n"))
+        answer = AnswerParser([ThinkDivider(THINK, opened=False)], ("STOP", "\n\n"))
         assert parse(answer, parts) == ([("Reasoning", "a STOP b"), ("Content", "c ")], "STOP"), parts
 
 
 def test_text_held_back_for_a_stop_string_is_sent_at_the_end():
-    answer = AnswerParser(ThinkDivider(THINK, opened=False), ("STOP",))
+    answer = AnswerParser([ThinkDivider(THINK, opened=False)], ("STOP",))
     assert parse(answer, ["<think>a</think>b S", "TO"]) == ([("Reasoning", "a"), ("Content", "b STO")], None)
 
 
 def test_before_min_tokens_stop_strings_are_text():
-    answer = AnswerParser(ThinkDivider(THINK, opened=False), ("STOP",))
+    answer = AnswerParser([ThinkDivider(THINK, opened=False)], ("STOP",))
     assert answer.feed("a STOP", may_stop=False) == ([Content("a STOP")], None)
     assert answer.feed("STOP") == ([], "STOP")
 
 
 def test_the_tokens_of_the_reasoning_and_its_tags_are_counted():
-    answer = AnswerParser(ThinkDivider(THINK, opened=False))
+    answer = AnswerParser([ThinkDivider(THINK, opened=False)])
     for part in ("<think>", "\n", "one", "", " two", "</thi", "nk>", "\n\n", "answer"):
         answer.feed(part)
     assert answer.reasoning_tokens == 7
@@ -239,6 +240,10 @@ def test_tags_that_are_special_tokens_are_seen():
 # what a request sends to the template
 
 
+def inputs(template: str) -> TemplateInputs:
+    return TemplateInputs(TemplateProbe(tokenizer(template)))
+
+
 @pytest.mark.parametrize(
     ("template", "effort", "expected"),
     [
@@ -250,22 +255,19 @@ def test_tags_that_are_special_tokens_are_seen():
     ],
 )
 def test_reasoning_effort_is_what_the_template_calls_it(template, effort, expected):
-    made = AnswerFormat(tokenizer(template))
-    assert made.template_arguments(job(reasoning_effort=effort)) == expected
+    assert inputs(template).variables(job(reasoning_effort=effort)) == expected
 
 
 def test_reasoning_effort_wins_over_the_catalogues_arguments():
     arguments = {"enable_thinking": False, "tone": "dry"}
-    made = AnswerFormat(tokenizer(templates.QWEN3)).template_arguments(
-        job(reasoning_effort="high", chat_template_kwargs=arguments)
-    )
+    made = inputs(templates.QWEN3).variables(job(reasoning_effort="high", chat_template_kwargs=arguments))
     assert made == {"enable_thinking": True, "tone": "dry"}
 
 
 @pytest.mark.parametrize("template", [templates.LLAMA_3_1, templates.DEEPSEEK_R1])
 def test_a_model_whose_reasoning_cannot_be_set_refuses_reasoning_effort(template):
     with pytest.raises(UnsupportedParameter, match="not supported by model 'tiny'") as caught:
-        AnswerFormat(tokenizer(template)).template_arguments(job(reasoning_effort="low"))
+        inputs(template).variables(job(reasoning_effort="low"))
     assert caught.value.param == "reasoning_effort"
 
 
@@ -279,5 +281,5 @@ def test_a_model_whose_reasoning_cannot_be_set_refuses_reasoning_effort(template
 )
 def test_earlier_reasoning_has_the_name_that_the_template_reads(template, name):
     message = {"role": "assistant", "content": "4", "reasoning_content": "2 + 2"}
-    made = AnswerFormat(tokenizer(template)).messages(job(QUESTION, message))
+    made = inputs(template).messages(job(QUESTION, message))
     assert made == [QUESTION, {"role": "assistant", "content": "4", name: "2 + 2"}]

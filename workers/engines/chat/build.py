@@ -106,7 +106,12 @@ def _build(
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost)
     scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
     prompts = PromptBuilder(
-        loaded.tokenizer, loaded.model.generation_config, rows, max_context, loaded.text_config
+        loaded.tokenizer,
+        loaded.model.generation_config,
+        rows,
+        max_context,
+        loaded.text_config,
+        options.tool_format,
     )
     sampler = Sampler(
         vocabulary,

@@ -67,6 +67,8 @@ class RequestOutputs:
             text = ""
         if stop is not None:
             self._finish(sequence, "stop", stop, text, flush=False)
+        elif sequence.answer is not None and sequence.answer.complete:
+            self._finish(sequence, "stop", flush=False)
         elif len(sequence.output) >= sampling.max_tokens:
             self._finish(sequence, "length", None, text)
         elif text:
@@ -86,11 +88,13 @@ class RequestOutputs:
             rest, stop = sequence.detokenizer.flush()
             text += rest
             if sequence.answer is not None:
-                pieces, stop = sequence.answer.finish(text)
+                pieces, stop = sequence.answer.finish(text, cut=finish_reason == "length")
                 self._send(sequence, pieces)
                 text = ""
             if stop is not None:
                 finish_reason, stop_reason = "stop", stop
+        if sequence.answer is not None and sequence.answer.calls and finish_reason == "stop":
+            finish_reason = "tool_calls"
         self._events.append((request.id, sequence.take_delta(text, finish_reason, stop_reason)))
         self._scheduler.remember(sequence)
         self._scheduler.finish([sequence])

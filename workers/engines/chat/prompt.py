@@ -36,17 +36,24 @@ class PromptBuilder:
     """Builds the requests for one model."""
 
     def __init__(
-        self, tokenizer: Any, generation: Any, vocabulary_size: int, max_context: int, config: Any = None
+        self,
+        tokenizer: Any,
+        generation: Any,
+        vocabulary_size: int,
+        max_context: int,
+        config: Any = None,
+        tool_format: str | None = None,
     ) -> None:
         """`generation` and `config`: the model's generation config and its config for text.
 
         `vocabulary_size`: number of rows of the embedding.
         `max_context`: limit of prompt and answer together, in tokens.
+        `tool_format`: the catalogue's, None: as the chat template shows it.
         """
         self._tokenizer = tokenizer
         self._generation = generation
         self._vocabulary = Vocabulary.of(tokenizer)
-        self._answers = AnswerFormat(tokenizer)
+        self._answers = AnswerFormat(tokenizer, tool_format)
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
         self._eos = end_tokens(generation, config, tokenizer)
@@ -96,7 +103,7 @@ class PromptBuilder:
             if answer is None:
                 detokenizer = self._vocabulary.detokenizer(sampling.stop)
             else:
-                detokenizer = self._answers.detokenizer(self._vocabulary)
+                detokenizer = self._answers.detokenizer(self._vocabulary, job)
             request.sequences.append(Sequence(request, index, detokenizer, answer=answer))
         return request
 
@@ -122,20 +129,21 @@ class PromptBuilder:
             raise InvalidRequest(
                 f"chat_template_kwargs can't set {', '.join(sorted(clash))}", param="chat_template_kwargs"
             )
-        arguments = self._answers.template_arguments(job)
+        self._answers.check(job)
+        variables = self._answers.inputs.variables(job)
         try:
             text: str = self._tokenizer.apply_chat_template(
-                self._answers.messages(job),
+                self._answers.inputs.messages(job),
                 tokenize=False,
                 add_generation_prompt=not job.continue_final_message,
                 continue_final_message=job.continue_final_message,
-                **arguments,
+                **variables,
             )
         except TemplateError as error:
             raise InvalidRequest(
                 f"the model's chat template rejects the messages: {str(error)[:200]}", param="messages"
             ) from error
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # the text of an error inside the template may quote the prompt, so only its type is named
             raise InvalidRequest(
                 f"the model's chat template can't be applied to the messages ({type(error).__name__})",

@@ -1,86 +1,134 @@
 """How a model writes its answers, found out from its tokenizer when it is loaded."""
 
+import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+from transformers.utils.chat_parsing.response_templates import load_response_template
+
 from protocol.errors import UnsupportedParameter
 from protocol.jobs import ChatJob
+from workers.engines.chat.answer.call_format import PROBE_TOOL, CallFormat, derive, render_calls, takes_text
+from workers.engines.chat.answer.calls import CallDivider
+from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of, without_calls
 from workers.engines.chat.answer.marked_stream import MarkedStream
 from workers.engines.chat.answer.parser import AnswerParser
+from workers.engines.chat.answer.pieces import Divider
 from workers.engines.chat.answer.probe import TemplateProbe
+from workers.engines.chat.answer.template_calls import CALLS, REASONING, TemplateDivider
+from workers.engines.chat.answer.template_inputs import TemplateInputs
 from workers.engines.chat.answer.thinking import ThinkDivider, ThinkTags
 from workers.engines.chat.detokenizer import Detokenizer, Vocabulary
 
-SWITCHES = ("enable_thinking", "thinking")
-"""Variables by which templates switch the reasoning on and off."""
-
-REASONING_NAMES = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which templates read the reasoning of a message, the most common one first."""
+log = logging.getLogger(__name__)
 
 
 class AnswerFormat:
-    """What a template reads of earlier answers, and how the model's own answers are divided."""
+    """What a template reads of a request, and how the model's answers are divided."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer`: a transformers tokenizer with a chat template."""
+    def __init__(self, tokenizer: Any, tool_format: str | None = None) -> None:
+        """`tokenizer`: a transformers tokenizer with a chat template.
+
+        `tool_format`: a name in FAMILIES or JSON_FORMATS, "none" for a model that gets no tools, None: as the
+        chat template shows it.
+        """
         probe = TemplateProbe(tokenizer)
         self._thinking = ThinkTags.of(probe)
-        self._has_effort = "reasoning_effort" in probe.variables
-        self._switches = [name for name in SWITCHES if name in probe.variables]
-        self._reasoning_name = next((name for name in REASONING_NAMES if name in probe.keys), None)
-        self._shown = self._special_tokens(tokenizer)
+        self._template: dict[str, Any] | None = None
+        """A response template of transformers."""
+        self._calls: CallFormat | None = None
+        if tool_format in JSON_FORMATS:
+            self._calls = JSON_FORMATS[tool_format]
+        elif tool_format in FAMILIES:
+            self._template = FAMILIES[tool_format].template
+        else:
+            self._find(probe, tokenizer)
+        known = self._calls is not None or CALLS in self._fields
+        self._takes_tools = known and tool_format != "none" and (bool(tool_format) or probe.shows(PROBE_TOOL))
+        text_arguments = self._calls.text_arguments if self._calls else known is False and takes_text(probe)
+        self.inputs = TemplateInputs(probe, text_arguments)
+        self._shown = {tools: self._special_tokens(tokenizer, tools) for tools in (False, True)}
 
-    def _special_tokens(self, tokenizer: Any) -> Mapping[int, str]:
+    def _find(self, probe: TemplateProbe, tokenizer: Any) -> None:
+        """Find the format in the tokenizer's own response template, or by the chat template."""
+        own = getattr(tokenizer, "response_template", None)
+        try:
+            self._template = own if own and load_response_template(own) else None
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("the tokenizer's response_template is not used: %s", error)
+        if self._template is not None and CALLS in self._fields:
+            return
+        if family := family_of(render_calls(probe, 1, as_text=False) or ""):
+            self._template = FAMILIES[family].template
+        elif calls := derive(probe, self._thinking):
+            self._calls, self._template = calls, None
+
+    @property
+    def _fields(self) -> frozenset[str]:
+        return frozenset(self._template["fields"]) if self._template else frozenset()
+
+    @property
+    def _template_reasons(self) -> bool:
+        return bool(self._fields & REASONING)
+
+    def _special_tokens(self, tokenizer: Any, tools: bool) -> Mapping[int, str]:
         """The special tokens that an answer is divided at, by id."""
-        texts = "\n".join(self._thinking or ())
+        texts = list(self._thinking or ())
+        if tools and self._calls is not None:
+            texts += [self._calls.opening, self._calls.closing, self._calls.separator or ""]
+            texts += [text for text in self._calls.syntax if isinstance(text, str)]
+        if self._template is not None and (tools or self._divides_always):
+            texts.append(json.dumps(self._template, ensure_ascii=False).replace("\\", ""))
         return {
             token: added.content
             for token, added in tokenizer.added_tokens_decoder.items()
-            if added.special and added.content in texts
+            if added.special and any(added.content in text for text in texts)
         }
 
-    def template_arguments(self, job: ChatJob) -> dict[str, Any]:
-        """Return the variables of the chat template for a job. Raises UnsupportedParameter."""
-        arguments = dict(job.chat_template_kwargs)
-        effort = job.reasoning_effort
-        if effort is None:
-            return arguments
-        if not self._has_effort and not self._switches:
-            raise UnsupportedParameter(
-                f"reasoning_effort is not supported by model {job.model!r}; leave it out",
-                param="reasoning_effort",
-            )
-        switches = dict.fromkeys(self._switches, effort != "none")
-        return {**arguments, **switches, **({"reasoning_effort": effort} if self._has_effort else {})}
+    @property
+    def _divides_always(self) -> bool:
+        """Whether the response template is needed to tell the reasoning."""
+        return self._template_reasons and self._thinking is None
 
-    def messages(self, job: ChatJob) -> list[dict[str, Any]]:
-        """Return the messages with the names that the template reads."""
-        name = self._reasoning_name
-        if name in (None, "reasoning_content"):
-            return job.messages
-        return [
-            {name if key == "reasoning_content" else key: value for key, value in message.items()}
-            if "reasoning_content" in message
-            else message
-            for message in job.messages
-        ]
+    def check(self, job: ChatJob) -> None:
+        """Raise UnsupportedParameter for what the model can't do."""
+        if job.tools and not self._takes_tools:
+            raise UnsupportedParameter(
+                f"tools are not supported by model {job.model!r}: its chat template doesn't show how it calls"
+                " them; leave them out",
+                param="tools",
+            )
 
     def parser(self, job: ChatJob, prompt: str) -> AnswerParser | None:
         """Make the parser of one choice; None for a model whose answers are content alone.
 
         `prompt`: the rendered text.
         """
-        if self._thinking is None:
+        has_tools = bool(job.tools)
+        template = self._template if has_tools or self._divides_always else None
+        dividers: list[Divider] = []
+        if self._thinking is not None and not (template and self._template_reasons):
+            if job.continue_final_message:
+                opened = self._thinking.is_open_in(job.messages[-1]["content"])
+            else:
+                opened = self._thinking.is_open(prompt)
+            dividers.append(ThinkDivider(self._thinking, opened=opened, started=job.continue_final_message))
+        if template is not None:
+            read = prompt if self._template_reasons else ""
+            dividers.append(
+                TemplateDivider(template if has_tools else without_calls(template), read, job.tools)
+            )
+        elif has_tools and self._calls is not None:
+            names = frozenset(tool["function"]["name"] for tool in job.tools)
+            dividers.append(CallDivider(self._calls, names))
+        if not dividers:
             return None
-        if job.continue_final_message:
-            opened = self._thinking.is_open_in(job.messages[-1]["content"])
-        else:
-            opened = self._thinking.is_open(prompt)
-        divider = ThinkDivider(self._thinking, opened=opened, started=job.continue_final_message)
-        return AnswerParser(divider, job.sampling.stop)
+        return AnswerParser(
+            dividers, job.sampling.stop, has_tools=has_tools, parallel=job.parallel_tool_calls
+        )
 
-    def detokenizer(self, vocabulary: Vocabulary) -> Detokenizer:
+    def detokenizer(self, vocabulary: Vocabulary, job: ChatJob) -> Detokenizer:
         """Make the detokenizer for a choice with a parser, which looks for stop strings itself."""
-        if not self._shown:
-            return vocabulary.detokenizer(())
-        return Detokenizer(MarkedStream(vocabulary.stream, self._shown))
+        shown = self._shown[bool(job.tools)]
+        return Detokenizer(MarkedStream(vocabulary.stream, shown)) if shown else vocabulary.detokenizer(())

@@ -8,8 +8,10 @@ from jinja2 import TemplateError
 _CODE = re.compile(r"\{[{%](.*?)[%}]\}", re.DOTALL)
 _STRING = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
 _KEY = re.compile(r"\.(\w+)|['\"](\w+)['\"]")
+_OPEN_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 _NAME = re.compile(r"(?<![.\w])\w+")
 
+CONTENT = "sentinel of content"
 QUESTION = {"role": "user", "content": "question"}
 ERRORS = (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 """What rendering a template raises for messages that it does not expect."""
@@ -32,6 +34,34 @@ class TemplateProbe:
         """Return the text of a question and an assistant's message. None if the template refuses the message."""
         return self._render([QUESTION, answer])
 
+    def answer(self, message: dict[str, Any], tools: list[dict[str, Any]]) -> str | None:
+        """Return what the template writes for an assistant's message, behind the prompt for an answer.
+
+        None if it refuses the message.
+        """
+        whole = self._render([QUESTION, message], tools)
+        if whole is None:
+            return None
+        # some templates write tools before the last question only: the prompt alone doesn't show where the
+        # answer begins
+        others = [
+            self._render([QUESTION], tools, add_generation_prompt=True),
+            self._render([QUESTION, {"role": "assistant", "content": CONTENT}], tools),
+        ]
+        return whole[max(_common_start(whole, other) for other in others) :]
+
+    @property
+    def turn_end(self) -> str:
+        """What the template writes after an assistant's message, without spaces around it."""
+        text = self.conversation({"role": "assistant", "content": CONTENT}) or ""
+        _, found, rest = text.rpartition(CONTENT)
+        return rest.strip() if found else ""
+
+    def shows(self, tool: dict[str, Any]) -> bool:
+        """Whether the template tells the model of a tool."""
+        text = self._render([QUESTION], [tool], add_generation_prompt=True)
+        return text is not None and tool["function"]["name"] in text
+
     def _render(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **options: Any
     ) -> str | None:
@@ -40,3 +70,13 @@ class TemplateProbe:
         except ERRORS:
             return None
         return text
+
+
+def _common_start(text: str, other: str | None) -> int:
+    """Return how many characters both begin with, and not a part of a tag: the next tags may begin alike."""
+    if other is None:
+        return 0
+    size = next((at for at, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1]), None)
+    if size is None:
+        return min(len(text), len(other))
+    return len(_OPEN_TAG.sub("", text[:size]))

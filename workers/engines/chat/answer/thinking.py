@@ -86,6 +86,7 @@ class ThinkDivider:
         self._tags = tags
         self._state = _State.OPENED if opened else _State.ANSWER if started else _State.START
         self._held = ""
+        self.calls = 0
 
     @property
     def thinking(self) -> bool:
@@ -98,7 +99,7 @@ class ThinkDivider:
             pass
         return pieces
 
-    def finish(self) -> list[Piece]:
+    def finish(self, cut: bool) -> list[Piece]:
         rest, self._held = self._held, ""
         if self.thinking:
             rest = rest.rstrip()
