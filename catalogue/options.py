@@ -72,6 +72,11 @@ class ChatEngineOptions(EngineOptions):
         description="draft tokens by n-gram lookup, for texts that repeat their prompt: summaries, code edits; "
         "the text stays the same. 0: none",
     )
+    control_tokens_in_content: bool = Field(
+        default=False,
+        description="encode control tokens such as `</s>` in messages as those that the chat template writes; "
+        "false: as text, so that a message can't end its turn or begin another",
+    )
     compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
     tool_format: ToolFormat | None = Field(
         default=None,

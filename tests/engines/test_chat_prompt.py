@@ -278,7 +278,7 @@ def test_other_threads_run_while_a_long_prompt_is_encoded():
 
     def encode() -> None:
         encoding.set()
-        made._encode("the quick brown fox " * 100_000)
+        made._encoder.encode("the quick brown fox " * 100_000)
 
     long = threading.Thread(target=encode)
     long.start()

@@ -112,6 +112,7 @@ def _build(
         max_context,
         loaded.text_config,
         options.tool_format,
+        options.control_tokens_in_content,
     )
     sampler = Sampler(
         vocabulary,

@@ -3,7 +3,6 @@
 Runs in the thread that submits, never in the engine thread.
 """
 
-import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,7 @@ from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
 from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
+from workers.engines.chat.encoding import PromptEncoder
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 from workers.engines.chat.text_bound import TextBound
 
@@ -31,6 +31,9 @@ RESERVED_TEMPLATE_NAMES = frozenset(
 )
 """Arguments of `apply_chat_template` that a request's `chat_template_kwargs` must not set."""
 
+TEXTS = frozenset({"tools", "documents"})
+"""Arguments of chat templates that hold texts of a conversation, as messages do."""
+
 
 class PromptBuilder:
     """Builds the requests for one model."""
@@ -43,12 +46,14 @@ class PromptBuilder:
         max_context: int,
         config: Any = None,
         tool_format: str | None = None,
+        control_tokens_in_content: bool = False,
     ) -> None:
         """`generation` and `config`: the model's generation config and its config for text.
 
         `vocabulary_size`: number of rows of the embedding.
         `max_context`: limit of prompt and answer together, in tokens.
         `tool_format`: the catalogue's, None: as the chat template shows it.
+        `control_tokens_in_content`: see PromptEncoder. Raises EngineLoadError.
         """
         self._tokenizer = tokenizer
         self._generation = generation
@@ -57,14 +62,7 @@ class PromptBuilder:
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
         self._eos = end_tokens(generation, config, tokenizer)
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        if self._backend is not None:
-            # nothing changes the tokenizer afterwards, so that any number of threads may encode at once
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            # in the pool of tokenizers, which has a thread for each core, short prompts would wait for long
-            # ones; tokenizers reads this at each call
-            os.putenv("TOKENIZERS_PARALLELISM", "false")
+        self._encoder = PromptEncoder(tokenizer, control_tokens_in_content)
         self._bound = TextBound(tokenizer)
 
     @property
@@ -78,11 +76,11 @@ class PromptBuilder:
         """
         # the text counts, and not the messages: a template may leave out parts of them, as earlier reasoning
         text = self._render(job)
-        if (tokens := self._bound.tokens(text)) > self._max_context:
+        if (tokens := self._bound.tokens(self._encoder.plain(text))) > self._max_context:
             raise self._too_long(f"at least {tokens}")
         if cancelled():
             raise Cancelled
-        prompt = self._encode(text)
+        prompt = self._encoder.encode(text)
         if not prompt:
             raise InvalidRequest(
                 "the model's chat template turns these messages into an empty prompt", param="messages"
@@ -115,25 +113,18 @@ class PromptBuilder:
             param="messages",
         )
 
-    def _encode(self, text: str) -> list[int]:
-        if self._backend is None:
-            slow: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-            return slow
-        # `encode` would hold the interpreter's lock, for 20 s with 8 MB: streams stop, and the lease expires
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-        ids: list[int] = encoding.ids
-        return ids
-
     def _render(self, job: ChatJob) -> str:
+        """Return the prompt as text, with the encoder's marks."""
         if clash := RESERVED_TEMPLATE_NAMES & job.chat_template_kwargs.keys():
             raise InvalidRequest(
                 f"chat_template_kwargs can't set {', '.join(sorted(clash))}", param="chat_template_kwargs"
             )
         self._answers.check(job)
         variables = self._answers.inputs.variables(job)
+        variables |= {name: self._encoder.protect(variables[name]) for name in TEXTS & variables.keys()}
         try:
             text: str = self._tokenizer.apply_chat_template(
-                self._answers.inputs.messages(job),
+                self._encoder.protect(self._answers.inputs.messages(job)),
                 tokenize=False,
                 add_generation_prompt=not job.continue_final_message,
                 continue_final_message=job.continue_final_message,
@@ -141,7 +132,8 @@ class PromptBuilder:
             )
         except TemplateError as error:
             raise InvalidRequest(
-                f"the model's chat template rejects the messages: {str(error)[:200]}", param="messages"
+                f"the model's chat template rejects the messages: {self._encoder.plain(str(error))[:200]}",
+                param="messages",
             ) from error
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
             # the text of an error inside the template may quote the prompt, so only its type is named
