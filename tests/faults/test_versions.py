@@ -20,8 +20,9 @@ CHANGES = [
     # a field more in each text that is sent, and in each job
     (
         "protocol/events.py",
-        "    logprobs: list[TokenLogprob] | None = None\n",
-        '    logprobs: list[TokenLogprob] | None = None\n    thought: str = "hm"\n',
+        "    stop_reason: int | str | None = None\n    logprobs: list[TokenLogprob] | None = None\n",
+        "    stop_reason: int | str | None = None\n    logprobs: list[TokenLogprob] | None = None\n"
+        '    thought: str = "hm"\n',
     ),
     ("protocol/jobs.py", "tag=CHAT.job, omit_defaults=True):", "tag=CHAT.job):"),
     (
