@@ -38,6 +38,15 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def check_free(address: str) -> None:
+    """Listen on host:port for a moment. Raises OSError, with EADDRINUSE where another program does."""
+    host, port = split_address(address)
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        # gunicorn sets this too: connections of an earlier run in TIME_WAIT don't matter
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
 def callable_address(address: str) -> str:
     """Return host:port at which this machine reaches a listener on `address`.
 

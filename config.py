@@ -294,6 +294,14 @@ def default_service_id(machine_id_file: Path = MACHINE_ID_FILE) -> str:
     return f"{host}-{digits}" if machine_id else host
 
 
+def hub_folder() -> Path:
+    """The folder to which the hub's library downloads weights, found as the library finds it."""
+    given = {name: os.environ.get(name) for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")}  # noqa: TID251
+    cache = Path(given["XDG_CACHE_HOME"] or "~/.cache")
+    home = Path(given["HF_HOME"] or cache / "huggingface")
+    return Path(given["HF_HUB_CACHE"] or home / "hub").expanduser()
+
+
 _RATE = re.compile(r"[1-9][0-9]{0,8}/([1-9][0-9]{0,4} )?(second|minute|hour|day)s?")
 _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 

@@ -3,11 +3,10 @@
 It never imports torch or workers.
 """
 
-import logging
-
 from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
+from app.commands.doctor import doctor_command
 from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
 from app.http.cors import Cors
@@ -22,8 +21,6 @@ from app.services import build_services
 from catalogue import Catalogue
 from config import Settings
 from node.cli import node_commands
-
-log = logging.getLogger(__name__)
 
 EXTENSION = "modelservice"
 
@@ -83,6 +80,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app.cli.add_command(worker_commands(services.leases, services.drains))
     names = [entry.name for entry in catalogue.models]
     app.cli.add_command(request_commands(names, services.requests, services.leases))
-    for warning in settings.warnings():
-        log.warning("%s", warning)
+    app.cli.add_command(
+        doctor_command(settings, catalogue, services.deployment, services.redis, services.leases)
+    )
     return app

@@ -1,6 +1,8 @@
 """What gunicorn starts and stops in a web process."""
 
+import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from app.dispatch.monitor import RequestMonitor
@@ -8,12 +10,17 @@ from app.dispatch.worker_view import WorkerView
 from node.reconciler import Reconciler
 from protocol.event_router import EventRouter
 
+log = logging.getLogger(__name__)
+
 START_S = 5.0
 """How long a start waits for Redis."""
 
 
 class WebProcess:
-    """The threads of a web process (greenlets under gunicorn), and whether it is connected or stopping."""
+    """The threads of a web process (greenlets under gunicorn), and whether it is connected or stopping.
+
+    `warnings`: those of the settings, which a start logs and a command doesn't.
+    """
 
     def __init__(
         self,
@@ -22,11 +29,13 @@ class WebProcess:
         worker_view: WorkerView,
         monitor: RequestMonitor,
         reconciler: Reconciler | None,
+        warnings: Sequence[str] = (),
     ) -> None:
         self._router = router
         self._worker_view = worker_view
         self._monitor = monitor
         self._reconciler = reconciler
+        self._warnings = warnings
         self._gunicorn_worker: Any = None
         self._stopping_since: float | None = None
 
@@ -37,6 +46,8 @@ class WebProcess:
         connections, and a process that can't serve them yet would get as many as one that can.
         """
         self._gunicorn_worker = gunicorn_worker
+        for warning in self._warnings:
+            log.warning("%s", warning)
         self._router.start()
         self._monitor.start()
         if self._reconciler is not None:

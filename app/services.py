@@ -45,6 +45,7 @@ class Services:
     warnings: Warnings
     image_store: ImageStore
     fetcher: ImageFetcher
+    redis: RedisClient
     leases: Leases
     drains: Drains
     requests: OpenRequests
@@ -92,6 +93,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             queue=queue,
         ),
         reconciler=reconciler,
+        warnings=settings.warnings(),
     )
     image_store = ImageStore(
         client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
@@ -122,6 +124,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             public_url=settings.public_url,
             read_own=image_store.get,
         ),
+        redis=background,
         leases=leases,
         drains=drains,
         requests=requests,

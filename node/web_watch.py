@@ -11,15 +11,20 @@ LONGEST_ANSWER = 1000
 
 
 def http_probe(
-    service_url: str, namespace: str, model: str, timeout_s: float = PROBE_TIMEOUT_S
+    service_url: str,
+    namespace: str,
+    model: str,
+    timeout_s: float = PROBE_TIMEOUT_S,
+    *,
+    setting: str = "SERVICE_URL",
 ) -> Callable[[], str]:
     """A probe that asks `GET {service_url}/healthz` for a web process of `namespace` that serves `model`.
 
-    It returns "" if one answers, or what is wrong in one line, and never raises. Another program at that
+    It returns "" if one answers, or what is wrong in one line that names the `setting`, and never raises. Another program at that
     address, or another deployment, would give the node's callers its 404 for every request.
     """
     stranger = (
-        f"SERVICE_URL {service_url} is not answered by a web process of namespace {namespace!r} "
+        f"{setting} {service_url} is not answered by a web process of namespace {namespace!r} "
         f"that serves {model!r}"
     )
 
@@ -37,7 +42,7 @@ def http_probe(
                 )
                 return "" if _is_served(answer) else f"{stranger} (HTTP {answer.status_code})"
         except (requests.RequestException, ValueError):
-            return f"SERVICE_URL {service_url} does not answer"
+            return f"{setting} {service_url} does not answer"
 
     return probe
 

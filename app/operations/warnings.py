@@ -40,7 +40,7 @@ class Warnings:
     def _of_redis(self) -> Iterator[str]:
         if self._eviction is None:
             try:
-                self._eviction = _eviction_policy(self._redis)
+                self._eviction = eviction_policy(self._redis)
             except RedisError:
                 return  # the status of /readyz says that it can't be reached
         if self._eviction not in ("", "noeviction"):
@@ -76,7 +76,7 @@ def _drained(name: str) -> str:
     return f"worker {name} is under drain; `flask --app wsgi workers resume {name}` lets it serve again"
 
 
-def _eviction_policy(client: RedisClient) -> str:
+def eviction_policy(client: RedisClient) -> str:
     """Return Redis' maxmemory-policy, "" if this user may not ask. Raises redis.RedisError."""
     try:
         found = client.config_get("maxmemory-policy")

@@ -422,9 +422,9 @@ def test_a_warning_for_listening_on_all_addresses_without_keys(
 
 
 def test_the_warning_is_logged_at_start(tmp_path: Path) -> None:
-    """The application is imported as gunicorn does it; nothing listens."""
+    """The application is imported and started as gunicorn does it; nothing listens, and there is no Redis."""
     service = Deployment(tmp_path, catalogue=CATALOGUE, redis_server=None, RATE_LIMIT="1/hour")
-    command = ["-c", "from wsgi import app"]
+    command = ["-c", "from wsgi import app; app.extensions['modelservice'].start()"]
     environment = service.environment(BIND="0.0.0.0:1")
     process = Process("wsgi", [sys.executable, *command], environment, tmp_path / "wsgi.log")
     assert process.popen.wait(60) == 0, process.tail()
