@@ -76,8 +76,10 @@ class WorkerAdmin:
         """Put workers under drain; returns their names."""
         records = self._leases.workers()
         names = _choose(wanted, every, [record.name for record in records])
-        if names:
-            self._drains.add(names)
+        if not names:
+            click.echo("no worker runs")
+            return []
+        self._drains.add(names)
         for name in names:
             click.echo(f"{name}: under drain until `workers resume {name}`")
         return names
@@ -87,8 +89,10 @@ class WorkerAdmin:
         drained = self._drains.names()
         known = drained if every else [*drained, *(record.name for record in self._leases.workers())]
         names = _choose(wanted, every, known)
-        if names:
-            self._drains.remove(names)
+        if not names:
+            click.echo("no worker is under drain")
+            return
+        self._drains.remove(names)
         for name in names:
             click.echo(f"{name}: resumed" if name in drained else f"{name}: was not under drain")
 

@@ -54,6 +54,8 @@ def test_with_wrong_settings(service: Deployment, variable: str, value: str, rea
 @pytest.mark.slow
 def test_no_worker_is_a_line(service: Deployment) -> None:
     assert succeeds(service, "workers", "list") == "no worker runs\n"
+    assert succeeds(service, "workers", "drain", "--all") == "no worker runs\n"
+    assert succeeds(service, "workers", "resume", "--all") == "no worker is under drain\n"
 
 
 @pytest.mark.slow
