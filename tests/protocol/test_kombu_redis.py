@@ -63,11 +63,11 @@ def test_no_more_messages_are_received_than_are_acknowledged(consumer: Consumer)
     assert consumer.received[-1].headers["id"] == "c"
 
 
-def test_a_received_message_is_nowhere_in_redis(consumer: Consumer, redis_client: Any) -> None:
+def test_a_received_message_is_nowhere_in_redis(consumer: Consumer, redis_client: Any, keys: Keys) -> None:
     consumer.send("a")
     consumer.drain()
     assert len(consumer.received) == 1
-    assert not [key for key in redis_client.keys("*") if b"_kombu.binding" not in key]
+    assert not [key for key in redis_client.keys(f"{keys.prefix}*") if b"_kombu.binding" not in key]
 
 
 def test_messages_of_running_tasks_do_not_return_when_the_connection_ends(consumer: Consumer) -> None:
