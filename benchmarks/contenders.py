@@ -29,6 +29,8 @@ class Workload(NamedTuple):
     """Makes so many different prompts."""
     parameters: dict[str, object]
     """Added to each request."""
+    dtype: str = "float32"
+    """Of the weights, as torch, vLLM and the catalogue name it."""
 
 
 Measure = Callable[[int], dict[str, float]]
@@ -73,7 +75,7 @@ name = "bench"
 tasks = ["chat"]
 weights = "{workload.weights}"
 [models.engine]
-dtype = "float32"
+dtype = "{workload.dtype}"
 max_batch_size = 64
 torch_threads = {threads}
 kv_cache_tokens = {KV_TOKENS}
@@ -96,7 +98,7 @@ def transformers_serve(folder: Path, workload: Workload) -> Iterator[Measure]:
 @contextmanager
 def vllm_serve(folder: Path, workload: Workload, program: str) -> Iterator[Measure]:
     """Run vLLM's server, `program`, from an environment of its own."""
-    command = [program, "serve", str(workload.weights), "--dtype", "float32", "--max-model-len", "4096"]
+    command = [program, "serve", str(workload.weights), "--dtype", workload.dtype, "--max-model-len", "4096"]
     command += ["--no-enable-prefix-caching", "--max-num-seqs", "64"]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
     with _server(folder / "vllm.log", command, environment, timeout_s=600) as port:
@@ -134,7 +136,7 @@ def _server(log_file: Path, command: list[str], own: dict[str, str], timeout_s: 
 @contextmanager
 def static_batch(workload: Workload) -> Iterator[Measure]:
     """Run `generate` on one padded batch, with all of torch's threads."""
-    model = AutoModelForCausalLM.from_pretrained(workload.weights, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(workload.weights, dtype=getattr(torch, workload.dtype))
     tokenizer = AutoTokenizer.from_pretrained(workload.weights)
     tokenizer.padding_side = "left"
 
