@@ -19,9 +19,10 @@ from gunicorn.glogging import Logger
 from gunicorn.http import errors
 from gunicorn.workers.ggevent import GeventWorker
 
-from logs import use_json
+from logs import Entry, use_json
 
 log = logging.getLogger("web")
+access = logging.getLogger("access")
 
 LINGER_S = 3.0
 """How long an error response waits for the client to take it, and an unread body to end."""
@@ -99,14 +100,16 @@ class Worker(GeventWorker):
     def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
         """Answer a request that gunicorn could not parse, or that failed outside of the application."""
         status, message = _status_and_message(exc)
+        request_id = f"req-{uuid.uuid4().hex}"
         if status == 500:
             log.error("a request failed outside of the application", exc_info=exc)
-        else:
-            # the exception's text may quote the request
-            log.info("refused with %d: %s", status, type(exc).__name__)
+        # the exception's text may quote the request
+        reason = type(exc).__name__
+        outcome = "invalid_request" if status < 500 else "internal_error"
+        access.info(Entry("request", status=status, outcome=outcome, reason=reason, request_id=request_id))
         with gevent.Timeout(LINGER_S, False):  # type: ignore[arg-type]  # False: ends the block silently
             try:
-                client.sendall(_json_response(status, message))
+                client.sendall(_json_response(status, message, request_id))
                 # A socket closed with unread bytes is reset, and the client may lose the response.
                 client.shutdown(socket.SHUT_WR)
                 while client.recv(65536):
@@ -161,7 +164,7 @@ def _status_and_message(exc: BaseException) -> tuple[int, str]:
     )
 
 
-def _json_response(status: int, message: str) -> bytes:
+def _json_response(status: int, message: str, request_id: str) -> bytes:
     # imported here: the master must not load the application
     from app.http.errors import error_body
     from protocol.errors import InternalError, InvalidRequest
@@ -173,7 +176,7 @@ def _json_response(status: int, message: str) -> bytes:
         f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         "Connection: close\r\n"
         "Content-Type: application/json\r\n"
-        f"X-Request-Id: req-{uuid.uuid4().hex}\r\n"
+        f"X-Request-Id: {request_id}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body

@@ -9,6 +9,7 @@ from app.chat.routes import blueprint as chat_blueprint
 from app.commands.doctor import doctor_command
 from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
+from app.http.access_log import log_accesses
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
 from app.http.origin import OriginCheck
@@ -42,7 +43,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     services.gate.init_app(app)
     add_request_ids(app)
     register_error_handlers(app)
-    app.wsgi_app = PlainPaths(app.wsgi_app)  # type: ignore[method-assign]
+    app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app))  # type: ignore[method-assign, assignment]
 
     app.register_blueprint(
         chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)

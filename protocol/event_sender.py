@@ -16,7 +16,7 @@ from redis.exceptions import NoPermissionError, RedisError
 
 from protocol import events
 from protocol.connections import RedisClient
-from protocol.events import Envelope, Event
+from protocol.events import Delta, Envelope, Event
 from protocol.names import Keys
 
 log = logging.getLogger(__name__)
@@ -61,16 +61,20 @@ OnEnd = Callable[[Event | None], None]
 """Called once for each request, in the sender's thread: with the terminal event that was written, or with
 None when the request's events can't be delivered."""
 
+Observe = Callable[[Event], None]
+"""Called in the thread that emits, with each event of a request but plain text after the first (`seq` 0 is Started)."""
+
 
 class _Outgoing:
     """One open request. `written`: its replay list exists."""
 
-    __slots__ = ("next_seq", "on_end", "ttl_s", "web_id", "written")
+    __slots__ = ("next_seq", "observe", "on_end", "ttl_s", "web_id", "written")
 
-    def __init__(self, web_id: str, ttl_s: int, on_end: OnEnd) -> None:
+    def __init__(self, web_id: str, ttl_s: int, on_end: OnEnd, observe: Observe) -> None:
         self.web_id = web_id
         self.ttl_s = ttl_s
         self.on_end = on_end
+        self.observe = observe
         self.next_seq = 0
         self.written = False
 
@@ -93,10 +97,17 @@ class EventSender(threading.Thread):
         self._pending: list[Envelope] = []
         self._stopping = False
 
-    def open(self, request_id: str, web_id: str, ttl_s: int, on_end: OnEnd) -> None:
+    def open(
+        self,
+        request_id: str,
+        web_id: str,
+        ttl_s: int,
+        on_end: OnEnd,
+        observe: Observe = lambda event: None,
+    ) -> None:
         """Begin a request's stream. Events of requests without one are dropped."""
         with self._lock:
-            self._open[request_id] = _Outgoing(web_id, ttl_s, on_end)
+            self._open[request_id] = _Outgoing(web_id, ttl_s, on_end, observe)
 
     def emit(self, new_events: Sequence[tuple[str, Event]]) -> None:
         """Number the events of one step, (request id, event), and queue them. Returns at once."""
@@ -105,8 +116,12 @@ class EventSender(threading.Thread):
                 outgoing = self._open.get(request_id)
                 if outgoing is None:
                     continue
-                self._pending.append(Envelope(request_id, outgoing.next_seq, event))
-                outgoing.next_seq += 1
+                seq = outgoing.next_seq
+                # a call for each token of a large batch would delay the engine
+                if seq < 2 or type(event) is not Delta or event.finish_reason is not None:
+                    outgoing.observe(event)
+                self._pending.append(Envelope(request_id, seq, event))
+                outgoing.next_seq = seq + 1
             self._wake.notify()
 
     def stop(self, timeout_s: float) -> None:

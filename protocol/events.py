@@ -145,6 +145,14 @@ def is_terminal(event: Event) -> bool:
     return isinstance(event, Finished | Failed)
 
 
+_WITHOUT_TOKENS = (Started, Progress, ImageReady, Finished, Failed)
+
+
+def has_tokens(event: Event) -> bool:
+    """Whether `event` carries tokens of a chat."""
+    return not isinstance(event, _WITHOUT_TOKENS)
+
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Envelope)
 _batch_decoder = msgspec.json.Decoder(list[Envelope])

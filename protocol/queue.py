@@ -122,11 +122,12 @@ def claim_ttl_s(settings: Settings) -> int:
 
 
 class Claimed(NamedTuple):
-    """A job that this worker has claimed, and no other can claim."""
+    """A job that this worker has claimed, and no other can claim. `queued_s`: since its admission."""
 
     job: Job
     web_id: str
     remaining_s: float
+    queued_s: float
 
 
 class UnreadableJob(Exception):
@@ -252,7 +253,9 @@ class JobQueue:
         web_id = fields[b"web"].decode()
         files = {name: fields[name.encode()] for name in ("image", "mask") if name.encode() in fields}
         try:
-            return Claimed(jobs.decode(fields[b"body"], files), web_id, remaining_s)
+            job = jobs.decode(fields[b"body"], files)
+            queued_s = float(fields[b"deadline"]) - float(fields[b"admitted"]) - remaining_s
+            return Claimed(job, web_id, remaining_s, queued_s)
         except msgspec.MsgspecError as error:
             raise UnreadableJob(web_id, remaining_s, str(error)) from error
 

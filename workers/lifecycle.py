@@ -23,10 +23,12 @@ from config import EXIT_CONFIGURATION, EXIT_TEMPORARY, ConfigurationError
 from protocol.errors import EngineStopped, ServiceError, WorkerLost
 from protocol.events import Failed
 from protocol.names import GENERATE_TASK
+from workers.buffered_log import buffer_lines, flush_lines
 from workers.canary import SwitchableEmit, run_canary
 from workers.control import check_options, install_controls, stop_at_hangup
 from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.heartbeat import NotConsuming, WorkerReplaced
+from workers.job_log import log as job_log
 from workers.json_logs import format_handlers
 from workers.services import Worker
 from workers.stop_signal import StopSignal
@@ -45,6 +47,7 @@ def connect_signals(celery: Celery, build: Callable[[str], Worker], *, json_logs
     def on_init(sender: Any, **_: object) -> None:
         # Celery does this after the signal, too late for what is logged while the model is loaded
         sender.setup_logging()
+        buffer_lines(job_log)
         if json_logs:
             format_handlers(str(sender))
         # until Celery installs its handler SIGTERM would end the process with its lease unreleased
@@ -185,6 +188,7 @@ class Lifecycle:
             log.warning("Celery did not end within %g s of the last request: ending without it", EXIT_S)
             worker.sender.stop(1.0)
         self._release()
+        flush_lines(job_log)
         self._end_process(0)
 
     def _finish_requests(self) -> None:
@@ -222,6 +226,7 @@ class Lifecycle:
         worker.sender.stop(2.0)
         if status != EXIT_CONFIGURATION:
             self._release()
+        flush_lines(job_log)
         self._end_process(status)
 
     def _release(self) -> None:

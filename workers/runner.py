@@ -14,6 +14,7 @@ from protocol.events import Event, Failed, Finished, Started
 from protocol.jobs import work_of
 from protocol.queue import Claimed, JobQueue, UnreadableJob
 from workers.engines.base import CancelReason, Engine
+from workers.job_log import UNDELIVERED, JobLog
 from workers.throughput import Throughput
 
 log = logging.getLogger(__name__)
@@ -29,8 +30,9 @@ REPLAY_GRACE_S = 60
 class _Run:
     """A claimed request while it runs in this process."""
 
-    def __init__(self, web_id: str) -> None:
+    def __init__(self, web_id: str, log: JobLog) -> None:
         self.web_id = web_id
+        self.log = log
         self.ended = threading.Event()
         self.finished = False
         """True once a Finished event was written."""
@@ -145,7 +147,8 @@ class Runner:
         )
 
     def _generate(self, claimed: Claimed) -> None:
-        request_id, run = claimed.job.id, _Run(claimed.web_id)
+        request_id = claimed.job.id
+        run = _Run(claimed.web_id, JobLog(request_id, self._model, claimed.job, claimed.queued_s))
         with self._lock:
             self._runs[request_id] = run
         self._throughput.started()
@@ -166,6 +169,9 @@ class Runner:
             with self._lock:
                 del self._runs[request_id]
             self._throughput.ended(work_of(claimed.job) if run.finished else 0)
+            if run.log.outcome == UNDELIVERED and self._was_cancelled(request_id):
+                run.log.outcome = Cancelled.code
+            run.log.write()
             self._end(request_id)
 
     def _open(self, request_id: str, web_id: str, remaining_s: float, run: _Run) -> None:
@@ -174,18 +180,28 @@ class Runner:
         def on_end(event: Event | None) -> None:
             run.finished = isinstance(event, Finished)
             if event is None:
+                run.log.outcome = UNDELIVERED
                 self.cancel(request_id)
             run.ended.set()
 
-        self._sender.open(request_id, web_id, int(remaining_s) + REPLAY_GRACE_S, on_end)
+        ttl_s = int(remaining_s) + REPLAY_GRACE_S
+        self._sender.open(request_id, web_id, ttl_s, on_end, run.log.observe)
         self._sender.emit([(request_id, Started(self._incarnation_id))])
+
+    def _was_cancelled(self, request_id: str) -> bool:
+        """Whether the web process has cancelled it, which also takes the list away that its events go to."""
+        try:
+            return bool(self._queue.cancelled([request_id]))
+        except RedisError:
+            return False
 
     def _refuse(self, request_id: str, web_id: str, remaining_s: float, error: ServiceError) -> None:
         """End a claimed job that is not handed to the engine."""
-        run = _Run(web_id)
+        run = _Run(web_id, JobLog(request_id, self._model, None, None))
         self._open(request_id, web_id, remaining_s, run)
         self._sender.emit([(request_id, Failed.of(error))])
         run.ended.wait()
+        run.log.write()
         self._end(request_id)
 
     def _end(self, request_id: str) -> None:

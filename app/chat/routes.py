@@ -10,12 +10,13 @@ from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.schema import ChatCompletionRequest
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
+from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.sse import EventStream
 from app.http.validation import parse
-from app.http.wsgi import set_request_id
+from app.http.wsgi import name_request
 from catalogue import CHAT, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -60,7 +61,7 @@ def _submit(
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
     body = parse(ChatCompletionRequest, raw)
     job = body.to_job(f"cmpl-{uuid.uuid4().hex}", find_model(catalogue, body.model, CHAT))
-    set_request_id(job.id)
+    name_request(job.id, job.model)
     params = _ResponseParams(
         job.id,
         job.model,
@@ -69,7 +70,9 @@ def _submit(
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignored=ignored_params(body, raw),
     )
-    return params, dispatcher.begin(job, CHAT, connection)
+    reader = dispatcher.begin(job, CHAT, connection)
+    current_access().times = reader.timings
+    return params, reader
 
 
 def _respond(params: _ResponseParams, reader: EventReader, connection: Connection) -> Response:
@@ -94,7 +97,7 @@ def _stream(chunks: ChunkStream, connection: Connection, reader: EventReader) ->
     # gunicorn keeps the environ until the stream ends, and would keep the request and its body with it
     request.environ.pop("werkzeug.request", None)
     return Response(
-        EventStream(chunks.next_frames, close),
+        EventStream(chunks.next_frames, close, current_access().fail),
         content_type="text/event-stream; charset=utf-8",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from redis.exceptions import RedisError
 
+from app.dispatch.timings import Timings
 from app.dispatch.worker_view import WorkerView
 from catalogue import ModelEntry, TaskSpec
 from config import Settings
@@ -68,6 +69,7 @@ class EventReader:
         "_inbox",
         "_on_close",
         "finished",
+        "timings",
     )
 
     def __init__(
@@ -79,10 +81,12 @@ class EventReader:
         draining_for_s: Callable[[], float],
         on_close: Callable[[Inbox, bool], None],
         cancelled_by_operator: Callable[[str], bool],
+        timings: Timings | None = None,
     ) -> None:
         """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and `finished`.
 
-        `cancelled_by_operator` gets the request id and may raise redis.RedisError.
+        `cancelled_by_operator` gets the request id and may raise redis.RedisError. `timings`: those that began with
+        the request; they are noted here.
         """
         self._inbox = inbox
         self._client = client
@@ -92,6 +96,7 @@ class EventReader:
         self._cancelled_by_operator = cancelled_by_operator
         self._check_at = time.monotonic() + CHECK_S
         self._failure: Failed | None = None
+        self.timings = timings or Timings()
         self.finished = False
         """True after the batch that ended with a Finished event."""
 
@@ -107,6 +112,7 @@ class EventReader:
             self._check_at = now + CHECK_S
             self._check(now)
         batch = self._inbox.next_events(CHECK_S) if self._failure is None else []
+        self.timings.note(batch)
         last = batch[-1] if batch else None
         if isinstance(last, Failed):
             self._failure = last
@@ -183,6 +189,7 @@ class Dispatcher:
 
         Raises a ServiceError if the job is refused. A job that may or may not have been queued is cancelled.
         """
+        timings = Timings()
         deadline_s = task.deadline_s(self._settings)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
@@ -191,11 +198,11 @@ class Dispatcher:
         try:
             # a request that had to wait for its turn must not find out by a timeout that Redis is gone
             self._refuse_early(job.model)
-            return self._admit(job, client, ends_at)
+            return self._admit(job, client, ends_at, timings)
         finally:
             self._admissions.release()
 
-    def _admit(self, job: Job, client: Client, ends_at: float) -> EventReader:
+    def _admit(self, job: Job, client: Client, ends_at: float, timings: Timings) -> EventReader:
         inbox = self._router.open(job.id, job.model)
         reader = EventReader(
             inbox,
@@ -204,6 +211,7 @@ class Dispatcher:
             draining_for_s=self._draining_for_s,
             on_close=self._close,
             cancelled_by_operator=self._requests.cancelled_by_operator,
+            timings=timings,
         )
         try:
             inbox.admitted = self._queue.admit(

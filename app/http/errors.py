@@ -12,6 +12,7 @@ from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
 from werkzeug.exceptions import MethodNotAllowed as WrongMethod
 
+from app.http.access_log import current_access
 from app.http.json import encode_json
 from protocol.connections import QUEUE_ERRORS
 from protocol.errors import (
@@ -62,20 +63,21 @@ def register_error_handlers(app: Flask) -> None:
     """Answer every exception that leaves a route with an error body."""
 
     def service_error(error: ServiceError) -> Response:
+        current_access().fail(error)
         return error_response(error)
 
     def http_exception(error: HTTPException) -> Response:
-        response = error_response(_translate(error))
+        response = service_error(_translate(error))
         if isinstance(error, WrongMethod) and error.valid_methods:
             response.headers["Allow"] = ", ".join(sorted(error.valid_methods))
         return response
 
     def queue_error(error: Exception) -> Response:
-        return error_response(QueueUnavailable())
+        return service_error(QueueUnavailable())
 
     def unexpected(error: Exception) -> Response:
         log_unexpected(log, "unexpected error", error)
-        return error_response(InternalError())
+        return service_error(InternalError())
 
     app.register_error_handler(ServiceError, service_error)
     app.register_error_handler(HTTPException, http_exception)

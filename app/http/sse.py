@@ -29,17 +29,22 @@ class EventStream:
     """
 
     # an iterator instead of a generator: see docs/adr/0007-open-streams.md
-    __slots__ = ("_clock", "_ended", "_last_sent", "_next_frames", "close")
+    __slots__ = ("_clock", "_ended", "_last_sent", "_next_frames", "_on_failure", "close")
 
     def __init__(
         self,
         next_frames: Callable[[], bytes | None],
         close: Callable[[], None],
+        on_failure: Callable[[ServiceError], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`next_frames` returns frames, b"" after a second of silence, and None after a complete response."""
+        """`next_frames` returns frames, b"" after a second of silence, and None after a complete response.
+
+        `on_failure` is told why a response ends before it is complete.
+        """
         self._next_frames = next_frames
         self.close = close
+        self._on_failure = on_failure
         self._clock = clock
         self._last_sent = clock()
         self._ended = False
@@ -54,18 +59,21 @@ class EventStream:
             frames = self._next_frames()
             while frames == b"" and self._clock() - self._last_sent < COMMENT_AFTER_S:
                 frames = self._next_frames()
-        except Cancelled:
+        except Cancelled as error:
+            self._on_failure(error)
             raise StopIteration from None
         except ServiceError as error:
-            self._ended = True
-            return frame(encode_json(error_body(error)))
+            return self._fail(error)
         except Exception as error:
-            self._ended = True
             log_unexpected(log, "unexpected error in a stream", error)
-            failure = InternalError()
-            return frame(encode_json(error_body(failure)))
+            return self._fail(InternalError())
         self._last_sent = self._clock()
         if frames is None:
             self._ended = True
             return DONE
         return frames or COMMENT
+
+    def _fail(self, error: ServiceError) -> bytes:
+        self._ended = True
+        self._on_failure(error)
+        return frame(encode_json(error_body(error)))

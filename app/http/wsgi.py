@@ -1,14 +1,13 @@
 """What is done with every request and every response."""
 
-import logging
 import re
 import uuid
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 
-log = logging.getLogger(__name__)
+from app.http.access_log import current_access
 
 _SLASHES = re.compile("/{2,}")
 _VALID_ID = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -32,27 +31,30 @@ class PlainPaths:
         return self._app(environ, start_response)
 
 
-def set_request_id(request_id: str) -> None:
-    """Name the current request in its response, unless its client has named it.
+def name_request(request_id: str, model: str) -> None:
+    """Name the current request, in the log and in its response, by its job and that job's model.
 
     Called before anything can fail that the log tells by this id.
     """
-    g.request_id = request_id
+    access = current_access()
+    access.request_id, access.model = request_id, model
 
 
 def add_request_ids(app: Flask) -> None:
     """Give every response, errors too, the header X-Request-Id: the client's own if it is valid, else ours.
 
-    Jobs, and what workers log, have our id in any case. If a job fails, the log has both.
+    Jobs, and what workers log, have our id in any case. The access log has both, and the route and status.
     """
 
     @app.after_request
     def add(response: Response) -> Response:
-        given, ours = request.headers.get("X-Request-Id", ""), g.get("request_id")
-        if not _VALID_ID.fullmatch(given):
-            response.headers["X-Request-Id"] = ours or f"req-{uuid.uuid4().hex}"
-            return response
-        response.headers["X-Request-Id"] = given
-        if ours and response.status_code >= 400:
-            log.info("request %s, to its client %s, was answered with %d", ours, given, response.status_code)
+        access = current_access()
+        access.request_id = access.request_id or f"req-{uuid.uuid4().hex}"
+        access.status = response.status_code
+        if request.url_rule is not None:
+            access.route = request.url_rule.rule
+        given = request.headers.get("X-Request-Id", "")
+        if _VALID_ID.fullmatch(given):
+            access.client_id = given
+        response.headers["X-Request-Id"] = access.client_id or access.request_id
         return response

@@ -9,11 +9,12 @@ from flask import Blueprint, Response, request
 
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.models import find_model, only_model
+from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params
 from app.http.validation import parse
-from app.http.wsgi import set_request_id
+from app.http.wsgi import name_request
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
 from app.images.fetch import ImageFetcher
 from app.images.file_response import image_file_response
@@ -48,8 +49,9 @@ def blueprint(
             entry = find_model(catalogue, params.model, body.task)
             # everything is validated before an image is downloaded for this request
             job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
-            set_request_id(job.id)
+            name_request(job.id, job.model)
         with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
+            current_access().times = reader.timings
             # The images are in Redis now; kept here too, each waiting edit would take up to 50 MiB.
             del content
             job = msgspec.structs.replace(job, image=None, mask=None)

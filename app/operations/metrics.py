@@ -4,13 +4,14 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.dispatch.worker_view import WorkerView
+from app.http.access_log import current_access
 from protocol.event_router import EventRouter
 
 
@@ -51,7 +52,6 @@ class Metrics:
 
     def init_app(self, app: Flask) -> None:
         """Count the responses of `app`. Call this first, to count those of other hooks too."""
-        app.before_request(_start_clock)
         app.after_request(self._count)
 
     def render(self) -> bytes:
@@ -62,12 +62,8 @@ class Metrics:
     def _count(self, response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "(none)"
         self._requests.labels(route, response.status_code).inc()
-        self._seconds.labels(route).observe(time.monotonic() - g.get("started", time.monotonic()))
+        self._seconds.labels(route).observe(time.monotonic() - current_access().began_at)
         return response
-
-
-def _start_clock() -> None:
-    g.started = time.monotonic()
 
 
 class _Registered(Collector):

@@ -1,13 +1,15 @@
 """What web process and workers log of requests, as text and as JSON."""
 
+import http.client
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.deployment import ECHO_CATALOGUE, Deployment, Process
+from tests.deployment import ECHO_CATALOGUE, Deployment, Process, wait_until
 from tests.security.conftest import converse
 
 pytestmark = pytest.mark.slow
@@ -58,3 +60,63 @@ def test_a_process_that_ends_for_its_configuration_says_so_in_json(service: Depl
     web = service.launch_web(MODELS_FILE="/absent.toml")
     assert web.popen.wait(60) == 78
     assert "absent.toml" in lines_of(web)[-1]["message"]
+
+
+def entries(process: Process, name: str) -> dict[str, dict[str, Any]]:
+    """The lines of a process about requests or jobs, by their ids."""
+    found = [line for line in lines_of(process) if line["message"] == name]
+    assert len({line["request_id"] for line in found}) == len(found), "one line for each"
+    return {line["request_id"]: line for line in found}
+
+
+def test_a_request_has_one_line_in_web_and_one_in_its_worker(service: Deployment) -> None:
+    web = service.web
+    assert web is not None
+    (worker,) = service.workers.values()
+    path, body = "/v1/chat/completions", {"model": "echo", "messages": [{"role": "user", "content": "Hi"}]}
+    plain = service.post(path, {**body, "max_tokens": 2}, {"X-Request-Id": "mine"})[1]["id"]
+    stream = service.stream("Hi", "echo", max_tokens=3)
+    streamed = next(stream.events())["id"]
+    stream.text()
+    hung_up = service.stream("Hi", "echo", max_tokens=100_000)
+    left = next(hung_up.events())["id"]
+    hung_up.close()
+    assert service.chat("raise", "echo")[0] == 500
+    assert service.chat("Hi", "unknown")[0] == 404
+    wait_until(lambda: len(entries(web, "request")) == 5, timeout_s=20, what="all requests are logged")
+    wait_until(lambda: len(entries(worker, "job")) == 4, timeout_s=20, what="all jobs are logged")
+    requests, jobs = entries(web, "request"), entries(worker, "job")
+    (failed,) = jobs.keys() - {plain, streamed, left}
+
+    def shown(rows: dict[str, dict[str, Any]], *names: str) -> dict[str, tuple[Any, ...]]:
+        return {request_id: tuple(row.get(name) for name in names) for request_id, row in rows.items()}
+
+    (unknown,) = requests.keys() - jobs.keys()
+    assert shown(requests, "status", "outcome", "model", "client_request_id") == {
+        plain: (200, "completed", "echo", "mine"),
+        streamed: (200, "completed", "echo", None),
+        left: (200, "cancelled", "echo", None),
+        failed: (500, "engine_error", "echo", None),
+        unknown: (404, "model_not_found", None, None),
+    }
+    assert shown(jobs, "outcome", "finish_reason", "prompt_tokens", "completion_tokens") == {
+        plain: ("completed", "length", 1, 2),
+        streamed: ("completed", "length", 1, 3),
+        left: ("cancelled", None, None, None),
+        failed: ("engine_error", None, None, None),
+    }
+    for request_id in (plain, streamed):
+        request, job = requests[request_id], jobs[request_id]
+        assert 0 <= request["queued_s"] <= request["first_token_s"] <= request["seconds"]
+        assert 0 <= job["queued_s"] <= job["first_token_s"] <= job["total_s"]
+
+
+def test_a_plain_answer_that_nobody_received_says_so(service: Deployment) -> None:
+    web = service.web
+    assert web is not None
+    body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400}
+    with closing(http.client.HTTPConnection("127.0.0.1", service.port)) as connection:
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        wait_until(lambda: service.running_tasks(), timeout_s=20, what="it runs")
+    found = wait_until(lambda: entries(web, "request"), timeout_s=20, what="it is logged")
+    assert [row["outcome"] for row in found.values()] == ["cancelled"]

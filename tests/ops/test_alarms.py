@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from logs import json_line
 from supervise.alarms import FAILED_STARTS, REPEAT_S, ProcessAlarms
 from supervise.process import Process
 from tests.ops.stand_ins import retry_all_but_78, stand_in
@@ -41,6 +42,13 @@ class Bench:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path / "log")
+
+
+def test_the_reason_of_a_worker_that_logs_json_is_its_message(bench: Bench) -> None:
+    bench.worker.last_line = json_line("m-1", "no room")
+    bench.fail(FAILED_STARTS)
+    bench.alarms.tell(0)
+    assert bench.printed == [f"ALARM: {AGAIN}"]
 
 
 def test_a_worker_that_fails_again_and_again_is_an_alarm_until_it_is_ready(bench: Bench) -> None:

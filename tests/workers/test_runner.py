@@ -1,5 +1,6 @@
 """workers.runner on a real Redis, with an engine that a test drives by hand."""
 
+import logging
 import queue
 import signal
 import threading
@@ -14,12 +15,13 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from config import Settings
+from logs import Entry
 from protocol import events
 from protocol.celery_app import create_celery
 from protocol.connections import RedisClient
 from protocol.errors import Cancelled, EngineError
 from protocol.event_sender import EventSender
-from protocol.events import Delta, Event, Failed, Finished, Started
+from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Started, Usage
 from protocol.jobs import ChatJob, Job, SamplingParams
 from protocol.names import Keys
 from protocol.queue import JobQueue
@@ -411,3 +413,83 @@ def test_a_revoke_leaves_alone_what_is_not_its_own(bench: Bench) -> None:
         assert bench.replay(name) == []
     assert bench.untouched()
     assert not bench.redis.exists(bench.keys.claim("other"), bench.keys.claim("unknown"))
+
+
+def job_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The fields of what was logged of jobs."""
+    found: list[Any] = [record.msg for record in caplog.records]
+    return [entry.fields for entry in found if isinstance(entry, Entry) and entry.name == "job"]
+
+
+def test_a_chat_is_logged_when_it_has_ended(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench.admit("a")
+    task = bench.start_and_submit("a")
+    bench.emit(
+        "a", Delta("text"), Delta("", finish_reason="stop"), Delta("", index=1, finish_reason="length")
+    )
+    bench.emit("a", Finished(Usage(7, 3, 2)))
+    join(task)
+    (found,) = job_lines(caplog)
+    assert 0 <= found.pop("queued_s") <= found.pop("first_token_s") <= found.pop("total_s")
+    assert found == {
+        "request_id": "a",
+        "model": MODEL,
+        "task": "chat",
+        "outcome": "completed",
+        "finish_reason": "stop,length",
+        "prompt_tokens": 7,
+        "cached_tokens": 2,
+        "completion_tokens": 3,
+    }
+
+
+def test_images_are_logged_with_steps_and_size(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    bench.admit("a")
+    task = bench.start_and_submit("a")
+    bench.emit("a", Progress(1, 8), Progress(8, 8))
+    bench.emit("a", *[ImageReady(index, 0, 64, 96) for index in range(2)], Finished())
+    join(task)
+    (found,) = job_lines(caplog)
+    assert {name: found[name] for name in ("images", "steps", "width", "height")} == {
+        "images": 2,
+        "steps": 8,
+        "width": 64,
+        "height": 96,
+    }
+    assert "first_token_s" not in found and "prompt_tokens" not in found
+
+
+def test_the_outcome_says_how_a_job_failed(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for name in ("fails", "another's", "lost", "cancelled"):
+        bench.admit(name, model="another" if name == "another's" else MODEL)
+    task = bench.start_and_submit("fails")
+    bench.emit("fails", Failed.of(EngineError()))
+    join(task)
+    join(bench.start("another's"))
+    for name in ("lost", "cancelled"):
+        task = bench.start_and_submit(name)
+        wait_until(lambda: bench.replay(name), timeout_s=60, what="the first event is written")  # noqa: B023
+        if name == "lost":
+            bench.redis.delete(bench.keys.replay(name))
+        else:
+            bench.queue.cancel(name, MODEL)
+        bench.emit(name, Delta("text"))
+        join(task)
+    outcomes = {found["request_id"]: found["outcome"] for found in job_lines(caplog)}
+    assert outcomes == {
+        "fails": "engine_error",
+        "another's": "engine_error",
+        "lost": "undelivered",
+        "cancelled": "cancelled",
+    }
+
+
+def test_the_time_in_the_queue_is_that_before_the_claim(bench: Bench) -> None:
+    bench.admit("a", deadline_s=60)
+    bench.redis.hincrbyfloat(bench.keys.job("a"), "admitted", -5)
+    claimed = bench.queue.claim("a", MODEL, ME)
+    assert claimed is not None
+    assert claimed.queued_s + claimed.remaining_s == pytest.approx(65, abs=0.01)

@@ -1,0 +1,42 @@
+"""When a request was claimed by a worker and when its first token arrived."""
+
+import time
+from collections.abc import Callable, Iterable
+
+from protocol.events import Event, Started, has_tokens
+
+
+class Timings:
+    """The times of one request, from when it was validated. Each is None until it is known."""
+
+    __slots__ = ("_began_at", "_clock", "_first_token_at", "_started_at")
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began_at = clock()
+        self._started_at: float | None = None
+        self._first_token_at: float | None = None
+
+    def note(self, batch: Iterable[Event]) -> None:
+        """Look at events that have just arrived."""
+        if self._first_token_at is not None:
+            return
+        for event in batch:
+            if isinstance(event, Started):
+                self._started_at = self._clock()
+            elif has_tokens(event):
+                self._first_token_at = self._clock()
+                return
+
+    @property
+    def queued_s(self) -> float | None:
+        """Seconds until a worker had claimed the request."""
+        return self._since_begin(self._started_at)
+
+    @property
+    def first_token_s(self) -> float | None:
+        """Seconds until the first token of a chat."""
+        return self._since_begin(self._first_token_at)
+
+    def _since_begin(self, at: float | None) -> float | None:
+        return None if at is None else round(at - self._began_at, 3)

@@ -1,0 +1,127 @@
+"""The access log: one line for each request, when its response has ended. It has no prompts, keys or query strings."""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+from flask import request
+
+from app.http.connection import Connection
+from logs import Entry
+from protocol.errors import Cancelled, InternalError, ServiceError
+
+log = logging.getLogger("access")
+
+QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/health", "/ping", "/metrics", "/v1/workers"})
+"""What health checks, scrapes and scripts/run ask for again and again: their lines have the level DEBUG."""
+COMPLETED = "completed"
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_KEY = "modelservice.access"
+
+Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+
+
+class Durations(Protocol):
+    """What is known of a job's times (app.dispatch.timings.Timings), in seconds."""
+
+    @property
+    def queued_s(self) -> float | None: ...
+
+    @property
+    def first_token_s(self) -> float | None: ...
+
+
+class Access:
+    """What the line of one request will tell. Whoever learns of something sets it here."""
+
+    __slots__ = ("began_at", "client_id", "code", "method", "model", "request_id", "route", "status", "times")
+
+    def __init__(self, method: str) -> None:
+        self.began_at = time.monotonic()
+        self.method = method if method in _METHODS else "(other)"
+        self.route = "(none)"
+        """The rule that matched, not the path: that may hold anything."""
+        self.status = 0
+        self.request_id = ""
+        self.client_id: str | None = None
+        """The client's own id of the request."""
+        self.model: str | None = None
+        """Of a job; a model that isn't in the catalogue may hold anything."""
+        self.code: str | None = None
+        """The code of the error (protocol.errors) that ended it."""
+        self.times: Durations | None = None
+
+    def fail(self, error: ServiceError) -> None:
+        """Note the error that has ended the request."""
+        self.code = error.code
+
+    def write(self) -> None:
+        """Write the line."""
+        level = logging.DEBUG if self.route in QUIET_ROUTES else logging.INFO
+        if not log.isEnabledFor(level):
+            return
+        times = self.times
+        entry = Entry(
+            "request",
+            method=self.method,
+            route=self.route,
+            status=self.status,
+            outcome=self.code or COMPLETED,
+            seconds=round(time.monotonic() - self.began_at, 3),
+            queued_s=times and times.queued_s,
+            first_token_s=times and times.first_token_s,
+            model=self.model,
+            request_id=self.request_id,
+            client_request_id=self.client_id,
+        )
+        log.log(level, entry)
+
+
+def current_access() -> Access:
+    """Return what the current request's line will tell."""
+    access: Access = request.environ.get(_KEY) or request.environ.setdefault(_KEY, Access(request.method))
+    return access
+
+
+def log_accesses(app: Application) -> Application:
+    """WSGI middleware that writes the lines.
+
+    A function and not an object that is called: a call through C keeps more of the stack for each open stream
+    (docs/adr/0007-open-streams.md).
+    """
+
+    def serve(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        access = environ[_KEY] = Access(environ["REQUEST_METHOD"])
+        body = app(environ, start_response)
+        # nobody will notice any more, if the response fits into the kernel's buffers
+        if access.model is not None and access.code is None and Connection(environ).disconnected():
+            access.code = Cancelled.code
+        return _LoggedBody(body, access)
+
+    return serve
+
+
+class _LoggedBody:
+    """A response's body, whose end is logged. The server iterates over the body itself, and then closes this."""
+
+    __slots__ = ("_access", "_body")
+
+    def __init__(self, body: Iterable[bytes], access: Access) -> None:
+        self._body = body
+        self._access = access
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._body)
+
+    def close(self) -> None:
+        failure = sys.exc_info()[1]  # the server calls this also when writing to the client has failed
+        try:
+            if close := getattr(self._body, "close", None):
+                close()
+        finally:
+            access = self._access
+            if failure is not None and access.code is None:
+                access.code = Cancelled.code if isinstance(failure, OSError) else InternalError.code
+            access.write()

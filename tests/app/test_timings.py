@@ -1,0 +1,32 @@
+"""app.dispatch.timings: what the events of a request tell of its times."""
+
+from app.dispatch.timings import Timings
+from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, ReasoningDelta, Started
+
+
+def timings_of(*batches: list[Event]) -> Timings:
+    """A clock that goes on by a second with each batch."""
+    now = 0.0
+    timings = Timings(lambda: now)
+    for batch in batches:
+        now += 1
+        timings.note(batch)
+    return timings
+
+
+def test_nothing_is_known_before_a_worker_has_the_request() -> None:
+    timings = timings_of([], [])
+    assert timings.queued_s is None and timings.first_token_s is None
+
+
+def test_the_queue_ends_with_the_claim_and_the_first_token_counts() -> None:
+    timings = timings_of([Started("w")], [], [Delta("one")], [Delta("two"), Finished()])
+    assert (timings.queued_s, timings.first_token_s) == (1, 3)
+    timings = timings_of([], [Started("w"), ReasoningDelta("one")])
+    assert (timings.queued_s, timings.first_token_s) == (2, 2)
+
+
+def test_images_and_failures_have_no_first_token() -> None:
+    image = ImageReady(0, 0, 64, 64)
+    for events in ([Progress(1, 2), image, Finished()], [Failed("engine_error", "no")]):
+        assert timings_of([Started("w")], [*events]).first_token_s is None

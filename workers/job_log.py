@@ -1,0 +1,103 @@
+"""The line that a worker logs of each job, when it has ended."""
+
+import logging
+import time
+
+from catalogue import CHAT
+from logs import Entry
+from protocol.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    Progress,
+    Usage,
+    has_tokens,
+)
+from protocol.jobs import ImageJob, Job
+
+log = logging.getLogger(__name__)
+
+COMPLETED = "completed"
+UNDELIVERED = "undelivered"
+"""The outcome of a job whose events could not be written."""
+
+
+class JobLog:
+    """What the line of one job will tell, gathered from its events. It has nothing that a client has sent."""
+
+    __slots__ = (
+        "_began_at",
+        "_finish_reasons",
+        "_first_token_at",
+        "_height",
+        "_images",
+        "_model",
+        "_queued_s",
+        "_request_id",
+        "_steps",
+        "_task",
+        "_usage",
+        "_width",
+        "outcome",
+    )
+
+    def __init__(self, request_id: str, model: str, job: Job | None, queued_s: float | None) -> None:
+        """`job`: None if it could not be read. `queued_s`: seconds from its admission to its claim."""
+        self._request_id = request_id
+        self._model = model
+        self._task = job.task if isinstance(job, ImageJob) else CHAT.name if job is not None else None
+        self._queued_s = queued_s
+        self._began_at = time.monotonic()
+        self._first_token_at: float | None = None
+        self._finish_reasons: dict[int, str] = {}
+        self._usage: Usage | None = None
+        self._steps: int | None = None
+        self._images = 0
+        self._width: int | None = None
+        self._height: int | None = None
+        self.outcome = ""
+
+    def observe(self, event: Event) -> None:
+        """Take an event that the engine has made. Of plain text only the first one is needed."""
+        if self._first_token_at is None and has_tokens(event):
+            self._first_token_at = time.monotonic()
+        if isinstance(event, Delta):
+            if event.finish_reason is not None:
+                self._finish_reasons[event.index] = event.finish_reason
+        elif isinstance(event, Finished):
+            self._usage, self.outcome = event.usage, COMPLETED
+        elif isinstance(event, Failed):
+            self.outcome = event.code
+        elif isinstance(event, Progress):
+            self._steps = event.total
+        elif isinstance(event, ImageReady):
+            self._images += 1
+            self._width, self._height = event.width, event.height
+
+    def write(self) -> None:
+        """Write the line."""
+        usage = self._usage
+        entry = Entry(
+            "job",
+            request_id=self._request_id,
+            model=self._model,
+            task=self._task,
+            outcome=self.outcome,
+            finish_reason=",".join(dict.fromkeys(self._finish_reasons.values())) or None,
+            prompt_tokens=usage and usage.prompt_tokens,
+            cached_tokens=usage and usage.cached_tokens,
+            completion_tokens=usage and usage.completion_tokens,
+            images=self._images or None,
+            steps=self._steps,
+            width=self._width,
+            height=self._height,
+            queued_s=None if self._queued_s is None else round(self._queued_s, 3),
+            first_token_s=self._since_admission(self._first_token_at),
+            total_s=self._since_admission(time.monotonic()),
+        )
+        log.info(entry)
+
+    def _since_admission(self, at: float | None) -> float | None:
+        return None if at is None else round(at - self._began_at + (self._queued_s or 0.0), 3)
