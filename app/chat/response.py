@@ -116,9 +116,19 @@ class ChatEventReader:
 class ChunkEncoder:
     """Encodes events as SSE frames. What all chunks of a response have in common is encoded once."""
 
-    def __init__(self, request_id: str, model: str, *, n: int, include_usage: bool) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        model: str,
+        *,
+        n: int,
+        include_usage: bool,
+        timings: Callable[[], dict[str, int]],
+    ) -> None:
+        """`timings`: those of the response if it ended now (app.dispatch.timings.Timings.milliseconds)."""
         self._n = n
         self._include_usage = include_usage
+        self._timings = timings
         head = {
             "id": request_id,
             "object": "chat.completion.chunk",
@@ -154,10 +164,11 @@ class ChunkEncoder:
             yield self._delta(event, b'{"tool_calls":[%s]}' % _json(_call_part(event)))
         elif isinstance(event, Finished):
             usage = _json(usage_body(event.usage or Usage(0, 0)))
+            tail = b'],"usage":' + usage + b',"timings":' + _json(self._timings()) + b"}"
             for chunk in self._held:
-                yield frame(chunk + (self._tail if self._include_usage else b'],"usage":' + usage + b"}"))
+                yield frame(chunk + (self._tail if self._include_usage else tail))
             if self._include_usage:
-                yield frame(self._head + b'],"usage":' + usage + b"}")
+                yield frame(self._head + tail)
 
     def _text(self, delta: Delta) -> bytes:
         logprobs = b"null" if delta.logprobs is None else _json(logprobs_body(delta.logprobs))

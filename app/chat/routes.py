@@ -16,7 +16,7 @@ from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.sse import EventStream
 from app.http.validation import parse
-from app.http.wsgi import name_request
+from app.http.wsgi import add_timings, name_request
 from catalogue import CHAT, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -79,9 +79,16 @@ def _respond(params: _ResponseParams, reader: EventReader, connection: Connectio
     """Wait for the first token of a stream, or for the whole completion."""
     events = ChatEventReader(reader, params.n)
     if params.stream:
-        encoder = ChunkEncoder(params.id, params.model, n=params.n, include_usage=params.include_usage)
+        encoder = ChunkEncoder(
+            params.id,
+            params.model,
+            n=params.n,
+            include_usage=params.include_usage,
+            timings=reader.timings.milliseconds,
+        )
         return _stream(ChunkStream(events, encoder), connection, reader)
     response = json_response(completion(events, params.id, params.model, n=params.n))
+    add_timings(response, reader.timings.milliseconds())
     reader.close()
     return response
 

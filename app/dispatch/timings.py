@@ -38,5 +38,14 @@ class Timings:
         """Seconds until the first token of a chat."""
         return self._since_begin(self._first_token_at)
 
+    def milliseconds(self) -> dict[str, int]:
+        """Return what is known of queued_ms, first_token_ms and total_ms, which ends now. For clients."""
+        times = {
+            "queued_ms": self.queued_s,
+            "first_token_ms": self.first_token_s,
+            "total_ms": self._since_begin(self._clock()),
+        }
+        return {name: round(seconds * 1000) for name, seconds in times.items() if seconds is not None}
+
     def _since_begin(self, at: float | None) -> float | None:
         return None if at is None else round(at - self._began_at, 3)

@@ -11,7 +11,9 @@ ANY = "*"
 ALLOW_METHODS = "GET, HEAD, POST"
 ALLOW_HEADERS = "Authorization, Content-Type, X-Api-Key, Api-Key, X-Request-Id, *"
 """`*` stands for what else clients send, OpenAI's their X-Stainless headers. It never covers Authorization."""
-EXPOSE_HEADERS = "X-Request-Id, X-Ignored-Params, X-Should-Retry, Retry-After"
+EXPOSE_HEADERS = (
+    "X-Request-Id, X-Ignored-Params, X-Should-Retry, Retry-After, X-Queued-Ms, X-First-Token-Ms, X-Total-Ms"
+)
 MAX_AGE_S = 3600
 """How long a browser may keep the answer to a preflight request."""
 

@@ -40,6 +40,12 @@ def name_request(request_id: str, model: str) -> None:
     access.request_id, access.model = request_id, model
 
 
+def add_timings(response: Response, milliseconds: dict[str, int]) -> None:
+    """Tell the client the times of its job: queued_ms becomes the header X-Queued-Ms."""
+    for name, value in milliseconds.items():
+        response.headers["X-" + name.replace("_", "-").title()] = str(value)
+
+
 def add_request_ids(app: Flask) -> None:
     """Give every response, errors too, the header X-Request-Id: the client's own if it is valid, else ours.
 

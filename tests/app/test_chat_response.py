@@ -41,7 +41,7 @@ class Batches:
 
 
 def stream(*batches: list[Event] | Exception, n: int = 1, clock: Any = lambda: 0.0) -> list[bytes]:
-    encoder = ChunkEncoder("cmpl-1", "m", n=n, include_usage=False)
+    encoder = ChunkEncoder("cmpl-1", "m", n=n, include_usage=False, timings=dict)
     chunks = ChunkStream(ChatEventReader(Batches(batches), n), encoder)
     return list(EventStream(chunks.next_frames, lambda: None, lambda error: None, clock))
 

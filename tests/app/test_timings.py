@@ -30,3 +30,9 @@ def test_images_and_failures_have_no_first_token() -> None:
     image = ImageReady(0, 0, 64, 64)
     for events in ([Progress(1, 2), image, Finished()], [Failed("engine_error", "no")]):
         assert timings_of([Started("w")], [*events]).first_token_s is None
+
+
+def test_a_client_gets_whole_milliseconds_of_what_is_known() -> None:
+    timings = timings_of([Started("w")], [Delta("one")])
+    assert timings.milliseconds() == {"queued_ms": 1000, "first_token_ms": 2000, "total_ms": 2000}
+    assert timings_of([Started("w")], [Finished()]).milliseconds() == {"queued_ms": 1000, "total_ms": 2000}

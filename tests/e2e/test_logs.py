@@ -111,6 +111,26 @@ def test_a_request_has_one_line_in_web_and_one_in_its_worker(service: Deployment
         assert 0 <= job["queued_s"] <= job["first_token_s"] <= job["total_s"]
 
 
+def test_clients_get_the_times_of_complete_answers(service: Deployment) -> None:
+    names = ["X-Queued-Ms", "X-First-Token-Ms", "X-Total-Ms"]
+    body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    response, connection = service.request("POST", "/v1/chat/completions", json.dumps(body).encode())
+    with closing(connection):
+        assert response.status == 200
+    queued, first, total = (int(response.headers[name]) for name in names)
+    assert 0 <= queued <= first <= total
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        stream = service.stream("Hi", "echo", max_tokens=3, **options)
+        *others, last = stream.events()
+        assert stream.done and "usage" in last
+        assert not any("timings" in chunk for chunk in others)
+        times = last["timings"]
+        assert 0 <= times["queued_ms"] <= times["first_token_ms"] <= times["total_ms"]
+    response, connection = service.request("GET", "/v1/models")
+    with closing(connection):
+        assert not any(name in response.headers for name in names)
+
+
 def test_a_plain_answer_that_nobody_received_says_so(service: Deployment) -> None:
     web = service.web
     assert web is not None
