@@ -38,6 +38,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
 
 
+class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """What the text of an answer must be. `param` is the field of the request that asked for it.
+
+    `text`, by `kind`: a JSON Schema, a regular expression, a JSON list of strings, or a grammar in the syntax of
+    Lark.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "grammar"]
+    text: str
+    param: str
+
+
 class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
     """One chat completion.
 
@@ -54,6 +66,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     reasoning_effort: str | None = None
     tools: list[dict[str, Any]] = []
     parallel_tool_calls: bool = True
+    output_format: OutputFormat | None = None
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 
 from app.chat.messages import ChatMessage
+from app.chat.output_format import OutputFormatFields
 from app.chat.tools import ToolChoice, Tools, tools_for_job
 from app.http.validation import first_given
 from catalogue import ChatDefaults, ChatModelEntry
@@ -52,7 +53,6 @@ def _stream_options_need_stream(schema: dict[str, Any]) -> None:
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "audio": (),
     "modalities": (["text"],),
     "prediction": (),
@@ -76,7 +76,7 @@ class StreamOptions(BaseModel):
     include_usage: StrictBool = False
 
 
-class ChatCompletionRequest(BaseModel):
+class ChatCompletionRequest(OutputFormatFields):
     """The body. None means not given: the catalogue's default applies, then the model's generation config."""
 
     model_config = ConfigDict(
@@ -125,7 +125,6 @@ class ChatCompletionRequest(BaseModel):
     # refused by `to_job` unless the value requests nothing
     functions: Annotated[Any, _unsupported("functions")] = None
     function_call: Annotated[Any, _unsupported("function_call")] = None
-    response_format: Annotated[Any, _unsupported("response_format")] = None
     audio: Annotated[Any, _unsupported("audio")] = None
     modalities: Annotated[Any, _unsupported("modalities")] = None
     prediction: Annotated[Any, _unsupported("prediction")] = None
@@ -138,6 +137,12 @@ class ChatCompletionRequest(BaseModel):
         Raises InvalidRequest and UnsupportedParameter.
         """
         self._refuse_unsupported(entry.name)
+        tools, output_format = tools_for_job(self.tools, self.tool_choice, entry.name), self.output_format()
+        if tools and output_format is not None:
+            raise UnsupportedParameter(
+                f"{output_format.param} is not supported beside tools; leave one of them out",
+                param=output_format.param,
+            )
         return ChatJob(
             id=request_id,
             model=entry.name,
@@ -148,8 +153,9 @@ class ChatCompletionRequest(BaseModel):
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
             continue_final_message=self._continues_final_message(),
             reasoning_effort=self.reasoning_effort,
-            tools=tools_for_job(self.tools, self.tool_choice, entry.name),
+            tools=tools,
             parallel_tool_calls=self.parallel_tool_calls is not False,
+            output_format=output_format,
         )
 
     def _sampling(self, defaults: ChatDefaults) -> SamplingParams:

@@ -168,12 +168,12 @@ def ignored_params(body: BaseModel, given: Mapping[str, Any]) -> str:
 
 def _unknown(model: BaseModel, given: Mapping[str, Any], prefix: str) -> Iterator[str]:
     """The paths of unknown fields. Looks at no more than MAX_LOOKED_AT fields of each object or list."""
-    known = type(model).model_fields
+    known = {field.alias or name: name for name, field in type(model).model_fields.items()}
     for name in islice(given, MAX_LOOKED_AT):
         if name not in known and _HEADER_SAFE.fullmatch(name):
             yield prefix + name
-    for name in known:
-        value, raw = getattr(model, name), given.get(name)
+    for name, attribute in known.items():
+        value, raw = getattr(model, attribute), given.get(name)
         if isinstance(value, BaseModel) and isinstance(raw, Mapping):
             yield from _unknown(value, raw, f"{prefix}{name}.")
         elif isinstance(value, list) and isinstance(raw, list):

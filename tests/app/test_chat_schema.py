@@ -375,7 +375,6 @@ def test_a_refusal_is_the_text_of_its_message():
     [
         ("functions", [[]], [{"name": "f"}]),
         ("function_call", ["none", "auto"], {"name": "f"}),
-        ("response_format", [{"type": "text"}], {"type": "json_object"}),
         ("audio", [], {"voice": "alloy"}),
         ("modalities", [["text"]], ["text", "audio"]),
         ("prediction", [], {"type": "content"}),

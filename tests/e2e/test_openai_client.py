@@ -1,10 +1,12 @@
 """The OpenAI Python client, unmodified, against the demo service."""
 
 import base64
+import json
 from io import BytesIO
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 from PIL import Image
 from tokenizers import Tokenizer
@@ -63,6 +65,57 @@ def test_a_message_cannot_begin_another_turn(client: openai.OpenAI) -> None:
     )
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == text + 4, "the template writes begin, user, end and assistant"
+
+
+POINT = {
+    "type": "object",
+    "properties": {
+        "colour": {"enum": ["red", "green"]},
+        "at": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
+    "required": ["colour", "at"],
+    "additionalProperties": False,
+}
+
+
+class Point(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    colour: Literal["red", "green"]
+    at: Annotated[int, pydantic.Field(ge=0, le=99)]
+
+
+def test_an_answer_has_the_format_that_was_asked_for(client: openai.OpenAI) -> None:
+    ask: Any = {
+        "model": CHAT,
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "temperature": 1.0,
+        "seed": 3,
+    }
+    point: Any = {"type": "json_schema", "json_schema": {"name": "point", "schema": POINT, "strict": True}}
+    answer = client.chat.completions.create(**ask, response_format=point, n=2)
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        Point.model_validate_json(choice.message.content or "")
+    chunks = client.chat.completions.create(**ask, response_format=point, stream=True)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == answer.choices[0].message.content
+    parsed = client.chat.completions.parse(**ask, response_format=Point).choices[0].message.parsed
+    assert parsed is not None and parsed.colour in ("red", "green")
+    thing = client.chat.completions.create(
+        **ask, response_format={"type": "json_object"}, max_tokens=200
+    ).choices[0]
+    assert (thing.message.content or "").startswith("{")
+    if thing.finish_reason == "stop":
+        assert isinstance(json.loads(thing.message.content or ""), dict)
+    chosen = client.chat.completions.create(
+        **ask, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}
+    )
+    assert chosen.choices[0].message.content in ("yes", "no")
+    with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+        point["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
+        client.chat.completions.create(**ask, response_format=point)
+    assert caught.value.param == "response_format"
 
 
 def test_images_generate_and_edit(client: openai.OpenAI) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
+from workers.engines.chat.sampling.masks import Masks
 from workers.engines.chat.sampling.parameters import seed_states, uniforms
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 
@@ -36,13 +37,24 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class OnlyEvery:
-    """A mask that allows multiples of a number that changes with the output, and in between everything."""
+    """A grammar that allows multiples of a number that changes with the output, and in between everything."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
 
-    def allowed(self, output: list[int]) -> list[int] | None:
-        return None if len(output) % 3 == 1 else list(range(0, self._vocabulary, 2 + len(output)))
+    def allowed(self, output: list[int]) -> list[int]:
+        return list(range(0, self._vocabulary, 1 if len(output) % 3 == 1 else 2 + len(output)))
+
+
+def masks_of(rows: list[Sequence], vocabulary: int) -> Masks | None:
+    """The masks of a step's rows that have an OnlyEvery."""
+    grammars: list[Any] = [row.grammar for row in rows]
+    places = [at for at, grammar in enumerate(grammars) if grammar is not None]
+    bits = np.zeros((len(places), -(-vocabulary // 32) * 32), np.bool_)
+    for own, at in zip(bits, places, strict=True):
+        own[grammars[at].allowed(rows[at].output)] = True
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    return Masks(np.array(places), words) if places else None
 
 
 def row(
@@ -58,7 +70,7 @@ def row_of(kind: str, slot: int, vocabulary: int) -> Sequence:
     """A row of KINDS with a prompt and a seed of its own."""
     made = row(slot, (slot, slot, slot + 1, 90 + slot), seed=slot, **KINDS[kind])
     if kind == "mask":
-        made.mask = OnlyEvery(vocabulary)
+        made.grammar = OnlyEvery(vocabulary)  # type: ignore[assignment]
     return made
 
 
@@ -76,9 +88,9 @@ def expected_token(logits: torch.Tensor, row: Sequence) -> int:
         scores[token] += bias
     if len(row.output) < own.min_tokens:
         scores[list(own.stop_token_ids)] = -np.inf
-    allowed = row.mask.allowed(row.output) if row.mask else None
-    if allowed is not None:
-        scores[np.setdiff1d(np.arange(len(scores)), allowed)] = -np.inf
+    grammar: Any = row.grammar
+    if grammar is not None:
+        scores[np.setdiff1d(np.arange(len(scores)), grammar.allowed(row.output))] = -np.inf
     if own.greedy:
         return int(scores.argmax())
     weights = np.exp((scores - scores.max()) / own.temperature)

@@ -6,7 +6,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -434,7 +434,8 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
     """Choices that were just forked are computed again and have the text they would have had."""
 
     class Broken:
-        def allowed(self, output: list[int]) -> list[int] | None:
+        @property
+        def first(self) -> Any:
             raise KeyError("broken")
 
     engine, collector = make_engine(weights)
@@ -446,7 +447,7 @@ def test_a_failing_mask_ends_its_request_and_no_other(weights, monkeypatch):
         def masked(job, is_cancelled):
             request = build(job, is_cancelled)
             if job.id == "bad":
-                request.sequences[0].mask = Broken()
+                request.sequences[0].grammar = cast(Any, Broken())
             return request
 
         monkeypatch.setattr(engine.parts.prompts, "build", masked)

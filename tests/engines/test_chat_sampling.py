@@ -17,11 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tests.engines.sampling_cases import FILTERS, KINDS, expected_token, row, row_of
+from tests.engines.sampling_cases import FILTERS, KINDS, expected_token, masks_of, row, row_of
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
 from workers.engines.chat.sampling.draw import Filters, _bound, compiled_draw, draw
+from workers.engines.chat.sampling.masks import Masks, exclude
 from workers.engines.chat.sampling.parameters import SlotParameters, seed_states, uniforms
 from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.sequence import Sequence
@@ -103,12 +104,13 @@ def test_tokens_are_those_of_float64_and_a_sorted_vocabulary(way, monkeypatch):
     sampler = Sampler(1000, len(rows), CPU)
     if way == "torch":
         monkeypatch.setattr(sampler, "_draw", draw)
+        monkeypatch.setattr(sampler, "_exclude", exclude)
     for _ in range(4):
         logits = (
             torch.randn(len(rows), 1000) * torch.logspace(-1, 1, len(rows))[torch.randperm(len(rows)), None]
         )
         expected = [expected_token(own, one) for own, one in zip(logits, rows, strict=True)]
-        tokens = sampler.sample(logits, rows).tokens
+        tokens = sampler.sample(logits, rows, masks=masks_of(rows, 1000)).tokens
         assert tokens == expected
         for one, token in zip(rows, tokens, strict=True):
             one.append(token)
@@ -283,17 +285,17 @@ def test_penalties_are_those_of_transformers_and_openai():
 
 
 def test_a_mask_restricts_the_next_token():
-    class OnlyEven:
-        def allowed(self, output: list[int]) -> list[int] | None:
-            return [2, 4] if len(output) < 2 else None
-
     torch.manual_seed(4)
-    logits = torch.randn(2, VOCABULARY)
-    free, guided = row(0, temperature=0.0), row(1, seed=3)
-    guided.mask = OnlyEven()
-    tokens = Sampler(VOCABULARY, 2, CPU).sample(logits.clone(), [free, guided]).tokens
+    logits = torch.randn(3, VOCABULARY)
+    rows = [row(0, temperature=0.0), row(1, seed=3), row(2, temperature=0.0)]
+    # words of the bitmask that allow nothing or everything, and a last one of which 12 bits count
+    allowed = np.zeros((2, -(-VOCABULARY // 32)), np.int32)
+    allowed[0, 1] = allowed[1, -1] = -1
+    masks = Masks(np.array([1, 2]), allowed)
+    tokens = Sampler(VOCABULARY, 3, CPU).sample(logits.clone(), rows, masks=masks).tokens
     assert tokens[0] == logits[0].argmax()
-    assert tokens[1] in (2, 4)
+    assert 32 <= tokens[1] < 64
+    assert tokens[2] == 288 + logits[2, 288:].argmax()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from tests.engines.sampling_cases import KINDS, row_of
+from tests.engines.sampling_cases import KINDS, masks_of, row_of
 from tests.gpu_stand_ins import StandInGpu
 from workers.engines.chat.sampling.sampler import Sampler, Samples
 from workers.engines.chat.sequence import Sequence
@@ -39,8 +39,9 @@ def test_a_step_waits_once_and_gives_the_tokens_of_a_cpu(kinds):
                 rows[7], same[7] = (row_of(kinds[1 % len(kinds)], 7, vocabulary) for _ in range(2))
             logits = torch.randn(len(rows[running]), vocabulary) * 3
             on_gpu = logits.to("cuda")
-            cost = gpu.measure(partial(sampler.sample, on_gpu, rows[running]))
-            expected = on_cpu.sample(logits, same[running])
+            masks = masks_of(rows[running], vocabulary)
+            cost = gpu.measure(partial(sampler.sample, on_gpu, rows[running], masks=masks))
+            expected = on_cpu.sample(logits, same[running], masks=masks)
             assert len(cost.waits) == 1, cost.waits
             assert cost.result.tokens == expected.tokens
             assert cost.result.logprobs.keys() == expected.logprobs.keys()
@@ -60,6 +61,7 @@ def test_a_step_waits_once_and_gives_the_tokens_of_a_cpu(kinds):
         ("greedy", 3, 32),
         ("temperature", 40, 96),
         ("all filters", 260, 132),
+        ("mask", 60, 164),
         ("repetition penalty", 180, 164),
         ("logprobs of 20", 170, 164),
     ],
@@ -71,8 +73,10 @@ def test_a_step_of_64_rows_and_a_large_vocabulary_stays_small(kind, operations, 
         sampler = Sampler(LARGE, 64, torch.device("cuda"))
         rows = rows_of([kind], 64, LARGE)
         logits = torch.randn(64, LARGE).to("cuda")
-        advance(rows, gpu.measure(lambda: sampler.sample(logits, rows)).result)
-        cost = gpu.measure(lambda: sampler.sample(logits, rows))
+        for _ in range(2):
+            masks = masks_of(rows, LARGE)
+            cost = gpu.measure(partial(sampler.sample, logits, rows, masks=masks))
+            advance(rows, cost.result)
         assert len(cost.waits) == 1
         assert cost.operations <= operations
         assert cost.peak_bytes <= peak * MIB

@@ -1,36 +1,14 @@
 """A model whose only tokenizer is a SentencePiece file, trained here by the sentencepiece package."""
 
-import io
-import json
 from pathlib import Path
 
 import pytest
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
-from tests.engines.tiny_chat import CONFIGS, SPECIAL, TEMPLATE, chat_job, make_engine, run, save_model
+from tests.engines.tiny_chat import SPECIAL, chat_job, make_engine, run
+from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.model import tokenizer as tokenizer_module
-
-TEXT = Path(__file__).parents[2] / "demo" / "dialogues.txt"
-
-
-def train(kind: str) -> bytes:
-    """Train as Llama's was: byte fallback, no normalization, spaces are kept."""
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT.read_text(encoding="utf-8").splitlines()),
-        model_writer=model,
-        vocab_size=500,
-        hard_vocab_limit=False,
-        model_type=kind,
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols=SPECIAL,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +18,7 @@ def bpe() -> bytes:
 
 @pytest.fixture
 def weights(tmp_path, bpe) -> Path:
-    save_model(tmp_path, CONFIGS["llama"]())
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "tokenizer.model").write_bytes(bpe)
-    config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|end|>", "chat_template": TEMPLATE}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return tmp_path
+    return save_sentencepiece_model(tmp_path, bpe)
 
 
 def refusal(weights: Path) -> str:

@@ -26,9 +26,13 @@ from tests.security.conftest import HI, Answer, check_error_body
 CASES = int(os.environ.get("FUZZ_CASES", "2000"))
 GUIDED = CASES // 4
 
+FORMATS = {"response_format", "structured_outputs", "guided_json", "guided_regex"}
+FORMATS |= {"guided_choice", "guided_grammar"}
+"""Of these a request may have one."""
+
 SEMANTIC = {
     # Fields with rules that JSON Schema cannot express: another field or the model limits them.
-    "/v1/chat/completions": {"min_tokens", "top_logprobs", "continue_final_message", "tool_choice"},
+    "/v1/chat/completions": {"min_tokens", "top_logprobs", "continue_final_message", "tool_choice"} | FORMATS,
     "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
     "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
 }

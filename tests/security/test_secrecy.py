@@ -229,6 +229,8 @@ def refused(service: Deployment) -> list[Answer]:
         {**ok, "stop": ""},
         {**ok, "tools": [{"function": PROMPT}]},
         {**ok, "response_format": {"type": PROMPT}},
+        {**ok, "guided_json": PROMPT},
+        {**ok, "structured_outputs": {"regex": "a", "structural_tag": PROMPT}},
         {**ok, "max_tokens": 1, "min_tokens": 5},
         {**ok, "chat_template_kwargs": [PROMPT]},
         {**ok, PROMPT: 1, "n": 0},
@@ -244,6 +246,9 @@ def refused(service: Deployment) -> list[Answer]:
             {**demo, "messages": messages(f"{PROMPT} " * 9000)},
             {**demo, "chat_template_kwargs": {"chat_template": PROMPT}},
             {**demo, "logit_bias": {"999999999": 1}},
+            {**demo, "guided_json": {"type": PROMPT}},
+            {**demo, "guided_regex": f"{PROMPT}("},
+            {**demo, "guided_grammar": f"start: {PROMPT}"},
         ]
     answers = [call(service, "/v1/chat/completions", body) for body in chats]
     draw = {"model": "echo-images", "prompt": PROMPT}

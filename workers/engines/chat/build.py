@@ -12,6 +12,7 @@ from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.backend import Backend, build_backend
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.cache.prefix_cache import PrefixCache
+from workers.engines.chat.grammar.filler import MaskFiller
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
 from workers.engines.chat.model.likelihood import refuse_nonsense
@@ -32,6 +33,9 @@ PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
 """Prompt tokens of a step without `prefill_chunk`. A GPU computes fewer hardly faster."""
 
 
+MAX_MASK_THREADS = 16
+
+
 @dataclass(slots=True)
 class EngineParts:
     """The engine's collaborators."""
@@ -43,6 +47,7 @@ class EngineParts:
     scheduler: BatchScheduler
     sampler: Sampler
     prompts: PromptBuilder
+    masks: MaskFiller
     outputs: RequestOutputs
     drafter: NgramDrafter | None
     pipeline: DecodePipeline | None
@@ -68,6 +73,7 @@ class EngineParts:
         """Return the memory of weights and cache. The parts can't be used afterwards."""
         self.attention.unregister()
         self.pipeline = None
+        self.masks.close()
         del self.attention, self.runner, self.cache.pool
         free_memory()
 
@@ -113,6 +119,7 @@ def _build(
         loaded.text_config,
         options.tool_format,
         options.control_tokens_in_content,
+        vocabulary,
     )
     sampler = Sampler(
         vocabulary,
@@ -132,6 +139,7 @@ def _build(
         sampler=sampler,
         pipeline=DecodePipeline(cache, scheduler, backend.runner, sampler) if pipelined else None,
         prompts=prompts,
+        masks=MaskFiller(prompts.grammars.words, _mask_threads(torch_threads)),
         outputs=RequestOutputs(scheduler, prompts.vocabulary, metrics, on_end),
         drafter=NgramDrafter(cache, options.num_speculative_tokens, options.max_batch_size)
         if options.num_speculative_tokens
@@ -146,6 +154,12 @@ def _default_threads() -> int:
         return torch.get_num_threads()
     # web, Redis and other threads need a core: an engine on all cores waits for them at every barrier
     return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def _mask_threads(torch_threads: int) -> int:
+    """Masks are filled while the model computes: with the cores that it leaves."""
+    cores = len(os.sched_getaffinity(0))
+    return min(max(1, cores if torch.cuda.is_available() else cores - torch_threads), MAX_MASK_THREADS)
 
 
 def _attention_cost(loaded: LoadedModel) -> float:

@@ -5,7 +5,7 @@ Used by the engine thread only.
 
 from collections.abc import Callable
 
-from protocol.errors import Cancelled, DeadlineExceeded
+from protocol.errors import Cancelled, DeadlineExceeded, EngineError
 from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
 from workers.engines.chat.answer.pieces import Piece
@@ -48,13 +48,17 @@ class RequestOutputs:
         return events
 
     def advance(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
-        """Give a choice its token: text, stop conditions, events. logprobs: None if they aren't wanted."""
+        """Give a choice its token: text, stop conditions, events. logprobs: None if they aren't wanted.
+
+        Raises what Grammar.accept does, and EngineError if reasoning and content can't be told apart.
+        """
         if sequence.status is SequenceStatus.FINISHED:
             return  # another choice of its request failed in this step
         sampling = sequence.sampling
         sequence.append(token)
         self._metrics.output_tokens += 1
-        may_stop = len(sequence.output) > sampling.min_tokens
+        complete = sequence.grammar is not None and sequence.grammar.accept(token)
+        may_stop = complete or len(sequence.output) > sampling.min_tokens
         if may_stop and token in sampling.stop_token_ids:
             self._finish(sequence, "stop", token)
             return
@@ -65,10 +69,15 @@ class RequestOutputs:
             pieces, stop = sequence.answer.feed(text, may_stop)
             self._send(sequence, pieces)
             text = ""
+            if sequence.grammar is not None and sequence.grammar.thinking and not sequence.answer.thinking:
+                # the rest would be sent as content, and the grammar takes it for reasoning
+                raise EngineError("the model wrote the end of its reasoning as ordinary text")
         if stop is not None:
             self._finish(sequence, "stop", stop, text, flush=False)
         elif sequence.answer is not None and sequence.answer.complete:
             self._finish(sequence, "stop", flush=False)
+        elif complete:
+            self._finish(sequence, "stop", None, text)
         elif len(sequence.output) >= sampling.max_tokens:
             self._finish(sequence, "length", None, text)
         elif text:

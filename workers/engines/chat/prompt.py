@@ -14,6 +14,7 @@ from protocol.jobs import ChatJob, SamplingParams
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.encoding import PromptEncoder
+from workers.engines.chat.grammar.compiler import GrammarCompiler
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 from workers.engines.chat.text_bound import TextBound
 
@@ -47,10 +48,11 @@ class PromptBuilder:
         config: Any = None,
         tool_format: str | None = None,
         control_tokens_in_content: bool = False,
+        logits: int | None = None,
     ) -> None:
         """`generation` and `config`: the model's generation config and its config for text.
 
-        `vocabulary_size`: number of rows of the embedding.
+        `vocabulary_size`: number of rows of the embedding. `logits`: that of the logits, if it differs.
         `max_context`: limit of prompt and answer together, in tokens.
         `tool_format`: the catalogue's, None: as the chat template shows it.
         `control_tokens_in_content`: see PromptEncoder. Raises EngineLoadError.
@@ -63,6 +65,7 @@ class PromptBuilder:
         self._max_context = max_context
         self._eos = end_tokens(generation, config, tokenizer)
         self._encoder = PromptEncoder(tokenizer, control_tokens_in_content)
+        self.grammars = GrammarCompiler(tokenizer, max(vocabulary_size, logits or 0), self._eos)
         self._bound = TextBound(tokenizer)
 
     @property
@@ -72,7 +75,7 @@ class PromptBuilder:
     def build(self, job: ChatJob, cancelled: Callable[[], bool] = lambda: False) -> Request:
         """Build the request of a job. `cancelled` is asked before the prompt is encoded.
 
-        Raises InvalidRequest, ContextLengthExceeded or Cancelled.
+        Raises InvalidRequest, ContextLengthExceeded, Overloaded or Cancelled.
         """
         # the text counts, and not the messages: a template may leave out parts of them, as earlier reasoning
         text = self._render(job)
@@ -96,13 +99,19 @@ class PromptBuilder:
             )
         sampling = self._resolve(job.sampling, self._max_context - len(prompt))
         request = Request(job.id, prompt, sampling)
+        grammar = None
+        if job.output_format is not None:
+            reasoning = self._answers.before_content(job, text)
+            grammar = self.grammars.compile(job.output_format, job.model, reasoning)
         for index in range(sampling.n):
             answer = self._answers.parser(job, text)
             if answer is None:
                 detokenizer = self._vocabulary.detokenizer(sampling.stop)
             else:
                 detokenizer = self._answers.detokenizer(self._vocabulary, job)
-            request.sequences.append(Sequence(request, index, detokenizer, answer=answer))
+            sequence = Sequence(request, index, detokenizer, answer=answer)
+            sequence.grammar = grammar and grammar.copy()
+            request.sequences.append(sequence)
         return request
 
     def _too_long(self, tokens: str) -> ContextLengthExceeded:

@@ -5,7 +5,7 @@ Tokens are plain integers; torch is not imported here.
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from protocol.events import Delta, Event, TokenLogprob, Usage
 from workers.engines.chat.answer.parser import AnswerParser
@@ -13,14 +13,8 @@ from workers.engines.chat.answer.pieces import Piece, to_event
 from workers.engines.chat.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
+    from workers.engines.chat.grammar.matcher import Grammar
     from workers.engines.chat.speculation import NgramIndex
-
-
-class TokenMask(Protocol):
-    """Constrains the tokens of a choice. The sampler asks before each token."""
-
-    def allowed(self, output: list[int]) -> list[int] | None:
-        """Return the token ids that may follow `output`; None: all."""
 
 
 GREEDY_BELOW = 1e-5
@@ -128,7 +122,8 @@ class Sequence:
     """Its slot in the KV cache while RUNNING."""
     arrival: int = 0
     """Order of admission: the sequence admitted last is preempted first."""
-    mask: TokenMask | None = None
+    grammar: "Grammar | None" = None
+    """What its text must be, and where it is in that."""
     answer: AnswerParser | None = None
     """None: the text is content alone."""
     ngrams: "NgramIndex | None" = None
@@ -149,7 +144,7 @@ class Sequence:
     @property
     def independent(self) -> bool:
         """Whether its next token can be chosen before the host has read the one before."""
-        return self.request.sampling.logprobs is None and self.mask is None
+        return self.request.sampling.logprobs is None and self.grammar is None
 
     @property
     def uncomputed(self) -> int:

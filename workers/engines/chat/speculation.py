@@ -67,8 +67,8 @@ class NgramDrafter:
 
     def _propose(self, sequence: Sequence, room: int) -> list[int]:
         sampling = sequence.sampling
-        # penalties and masks depend on the tokens before, which are not known yet
-        if sampling.penalised or sequence.mask is not None or not sequence.output:
+        # penalties and grammars depend on the tokens before, which are not known yet
+        if sampling.penalised or sequence.grammar is not None or not sequence.output:
             return []
         index = sequence.ngrams = sequence.ngrams or NgramIndex()
         index.extend(sequence.tokens(len(index), sequence.length))

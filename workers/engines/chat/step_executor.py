@@ -109,9 +109,15 @@ class StepExecutor:
         """Compute the batch, and give each sequence that is then fully computed its next token."""
         chunks = batch.chunks()
         try:
-            rows, logits = self._forward(batch, chunks)
+            pending = self._parts.masks.start(_with_grammar(batch, chunks))
+            try:
+                rows, logits = self._forward(batch, chunks)
+            finally:
+                if pending is not None:
+                    pending.wait()
+            masks = pending.of(rows) if pending is not None else None
             ahead, drafted = _ahead(batch, chunks)
-            tokens, logprobs = self._parts.sampler.sample(logits, rows, ahead) if rows else ([], {})
+            tokens, logprobs = self._parts.sampler.sample(logits, rows, ahead, masks) if rows else ([], {})
         except BaseException:
             # no token was added: restore the state before the step, so that its parts can be tried one by one
             for sequence, chunk in zip(reversed(batch.sequences()), reversed(chunks), strict=True):
@@ -189,6 +195,16 @@ class StepExecutor:
                 else:
                     scheduler.add(sibling)
         return all_rows, logits if len(all_rows) == len(rows) else logits[sources]
+
+
+def _with_grammar(batch: ScheduledBatch, chunks: list[Chunk]) -> list[Sequence]:
+    """The sequences that a grammar constrains and that get a token in this step."""
+    sequences = batch.sequences()
+    return [
+        sequence
+        for sequence, chunk in zip(sequences, chunks, strict=True)
+        if sequence.grammar is not None and chunk.wants_logits
+    ]
 
 
 def _ahead(batch: ScheduledBatch, chunks: list[Chunk]) -> tuple[list[int] | None, dict[int, Chunk]]:

@@ -20,6 +20,7 @@ from workers.engines.chat.answer.template_calls import CALLS, REASONING, Templat
 from workers.engines.chat.answer.template_inputs import TemplateInputs
 from workers.engines.chat.answer.thinking import ThinkDivider, ThinkTags
 from workers.engines.chat.detokenizer import Detokenizer, Vocabulary
+from workers.engines.chat.grammar.reasoning import Reasoning
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,22 @@ class AnswerFormat:
                 param="tools",
             )
 
+    def before_content(self, job: ChatJob, prompt: str) -> Reasoning | None:
+        """Return the reasoning that may come before an answer's content; None: there is none.
+
+        `prompt`: the rendered text. Raises UnsupportedParameter if content isn't the rest of the text.
+        """
+        if self._divides_always:
+            raise UnsupportedParameter(
+                f"structured output is not supported by model {job.model!r}: its answers have several channels",
+                param=job.output_format.param if job.output_format else None,
+            )
+        if self._thinking is None:
+            return None
+        opened = _is_opened(self._thinking, job, prompt)
+        closed = job.continue_final_message or prompt[-1000:].rstrip().endswith(self._thinking.close)
+        return None if closed and not opened else Reasoning(*self._thinking, opened)
+
     def parser(self, job: ChatJob, prompt: str) -> AnswerParser | None:
         """Make the parser of one choice; None for a model whose answers are content alone.
 
@@ -109,10 +126,7 @@ class AnswerFormat:
         template = self._template if has_tools or self._divides_always else None
         dividers: list[Divider] = []
         if self._thinking is not None and not (template and self._template_reasons):
-            if job.continue_final_message:
-                opened = self._thinking.is_open_in(job.messages[-1]["content"])
-            else:
-                opened = self._thinking.is_open(prompt)
+            opened = _is_opened(self._thinking, job, prompt)
             dividers.append(ThinkDivider(self._thinking, opened=opened, started=job.continue_final_message))
         if template is not None:
             read = prompt if self._template_reasons else ""
@@ -132,3 +146,10 @@ class AnswerFormat:
         """Make the detokenizer for a choice with a parser, which looks for stop strings itself."""
         shown = self._shown[bool(job.tools)]
         return Detokenizer(MarkedStream(vocabulary.stream, shown)) if shown else vocabulary.detokenizer(())
+
+
+def _is_opened(tags: ThinkTags, job: ChatJob, prompt: str) -> bool:
+    """Whether the text before the answer ends inside the reasoning."""
+    if job.continue_final_message:
+        return tags.is_open_in(job.messages[-1]["content"])
+    return tags.is_open(prompt)

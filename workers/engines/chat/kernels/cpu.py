@@ -38,6 +38,28 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
+def exclude_tokens(logits: Any, places: Any, allowed: Any) -> None:
+    """Set logits[places] to -inf where a bit of `allowed` is 0.
+
+    logits [rows, vocabulary]; allowed int32 [places, words].
+    """
+    vocabulary = logits.shape[1]
+    for row in range(len(places)):
+        own = logits[places[row]]
+        for word in range(-(-vocabulary // 32)):
+            bits = allowed[row, word]
+            if bits == -1:
+                continue
+            start, end = 32 * word, min(32 * word + 32, vocabulary)
+            if bits == 0:
+                own[start:end] = -np.inf
+                continue
+            for token in range(start, end):
+                if not (bits >> (token - start)) & 1:
+                    own[token] = -np.inf
+
+
+@compiled
 def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, values: Any) -> None:
     """Write key, value [tokens, kv_heads, head_dim] to keys, values[pages[token], :, offsets[token]]."""
     tokens, kv_heads, head_dim = key.shape

@@ -29,7 +29,7 @@ class Batch:
         self.rows = rows
         self.slots = slots
         values = parameters.of(rows, slots)
-        drawn, penalised, biased, with_logprobs, min_tokens, masked = (
+        drawn, penalised, biased, with_logprobs, min_tokens = (
             np.flatnonzero(asked)
             for asked in (
                 ~values["greedy"],
@@ -37,7 +37,6 @@ class Batch:
                 values["biased"],
                 values["logprobs"] >= 0,
                 values["min_tokens"],
-                values["masked"],
             )
         )
         arrays: dict[str, np.ndarray] = {}
@@ -50,7 +49,7 @@ class Batch:
         if len(with_logprobs):
             arrays["logprobs"] = with_logprobs
         sent = uploads.named(arrays)
-        self.plain = not (arrays or len(min_tokens) or len(masked))
+        self.plain = not (arrays or len(min_tokens))
         """Whether all rows are greedy and ask for nothing else."""
         self._drawn: list[int] = drawn.tolist()
         self.drawn = [rows[at] for at in drawn]
@@ -63,15 +62,13 @@ class Batch:
         self.logprob_places = sent.get("logprobs")
         self.most_logprobs = max(0, int(values["logprobs"].max()))
         self._min_tokens: list[int] = min_tokens.tolist()
-        self._masked: list[int] = masked.tolist()
 
-    def news(self, vocabulary: int, ahead: list[int]) -> dict[str, np.ndarray]:
+    def news(self, ahead: list[int]) -> dict[str, np.ndarray]:
         """Return what changes with each step, for the device.
 
         ahead: as for Sampler.sample.
 
-        uniforms: float64 [drawn rows]. banned: int64 [2, any number], places and tokens. masked: int64 [rows
-        with a mask], places, and allowed: a bit for each token, uint8 [rows with a mask, vocabulary / 8].
+        uniforms: float64 [drawn rows]. banned: int64 [2, any number], places and tokens.
         """
         news = {}
         if self.drawn:
@@ -82,8 +79,6 @@ class Batch:
             news["uniforms"] = uniforms(self._seed_states, positions)
         if self._min_tokens and (banned := list(self._banned(ahead))):
             news["banned"] = np.array(banned).T.copy()
-        if self._masked:
-            news |= self._masks(vocabulary)
         return news
 
     def _banned(self, ahead: list[int]) -> Iterable[tuple[int, int]]:
@@ -92,18 +87,6 @@ class Batch:
             row = self.rows[at]
             if len(row.output) + (ahead[at] if at < len(ahead) else 0) < row.sampling.min_tokens:
                 yield from ((at, token) for token in row.sampling.stop_token_ids)
-
-    def _masks(self, vocabulary: int) -> dict[str, np.ndarray]:
-        places, bits = [], []
-        for at in self._masked:
-            mask = self.rows[at].mask
-            tokens = mask.allowed(self.rows[at].output) if mask else None
-            if tokens is not None:
-                allowed = np.zeros(vocabulary, np.bool_)
-                allowed[tokens] = True
-                places.append(at)
-                bits.append(np.packbits(allowed, bitorder="little"))
-        return {"masked": np.array(places), "allowed": np.stack(bits)} if places else {}
 
 
 def _columns(values: np.ndarray, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -21,11 +21,12 @@ ROW = np.dtype(
         ("biased", np.bool_),
         ("min_tokens", np.int64),
         ("logprobs", np.int64),
-        ("masked", np.bool_),
         ("seed_state", np.uint64),
-    ]
+    ],
+    # torch wants strides that are multiples of the elements' size
+    align=True,
 )
-"""One row's parameters. min_tokens is 0 without stop ids, logprobs -1 if none are wanted."""
+"""One row's parameters. min_tokens is 0 without stop ids and with a grammar, logprobs -1 if none are wanted."""
 
 
 class SlotParameters:
@@ -62,9 +63,9 @@ def _values(row: Sequence) -> tuple[float, ...]:
         own.presence_penalty,
         own.frequency_penalty,
         bool(own.logit_bias),
-        own.min_tokens if own.stop_token_ids else 0,
+        # a row with a grammar: grammar/filler.py
+        own.min_tokens if own.stop_token_ids and row.grammar is None else 0,
         -1 if own.logprobs is None else own.logprobs,
-        row.mask is not None,
         seed_states([own.seed], [row.index])[0],
     )
 

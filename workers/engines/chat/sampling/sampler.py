@@ -16,6 +16,7 @@ from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
 from workers.engines.chat.sampling.device import LaterTokens, pieces, to_host
 from workers.engines.chat.sampling.draw import compiled_draw, draw
+from workers.engines.chat.sampling.masks import Masks, compiled_exclude, exclude
 from workers.engines.chat.sampling.parameters import SlotParameters
 from workers.engines.chat.sampling.penalties import Penalties
 from workers.engines.chat.sequence import Sequence
@@ -53,16 +54,24 @@ class Sampler:
         self._penalties = Penalties(vocabulary, slots, device)
         self._batch: Batch | None = None
         self._draw = compiled_draw() if device.type == "cpu" else draw
+        self._exclude = compiled_exclude() if device.type == "cpu" else exclude
         self._never = torch.full((), -torch.inf, device=device)
 
     @torch.inference_mode()
-    def sample(self, logits: torch.Tensor, rows: list[Sequence], ahead: list[int] | None = None) -> Samples:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        rows: list[Sequence],
+        ahead: list[int] | None = None,
+        masks: Masks | None = None,
+    ) -> Samples:
         """Choose one token for each row. logits float32 [rows, vocabulary]; they are overwritten.
 
         `ahead`: for each of the first rows, how many tokens its place is after the end of its output.
+        `masks`: the tokens that rows with a grammar may have.
         """
         batch = self._batch_of(rows)
-        chosen, raw = self._chosen(logits, batch, ahead)
+        chosen, raw = self._chosen(logits, batch, ahead, masks=masks)
         if raw is None or batch.logprob_places is None:
             return Samples(chosen.tolist(), {})
         return _with_logprobs(chosen, chosen[batch.logprob_places], raw, batch)
@@ -85,13 +94,16 @@ class Sampler:
         batch: Batch,
         ahead: list[int] | None,
         unread: torch.Tensor | None = None,
+        masks: Masks | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the rows' tokens, int64 [rows], and the model's logits of the rows that want logprobs."""
         if self._padding.start < self._padding.stop:
             logits[:, self._padding] = -torch.inf
-        if batch.plain:
+        if batch.plain and masks is None:
             return _argmax(logits), None
-        news = batch.news(self._vocabulary, ahead or [])
+        news = batch.news(ahead or [])
+        if masks is not None:
+            news |= masks._asdict()
         if batch.penalised:
             news |= self._penalties.news(batch.penalised)
         sent = self._uploads.named(news)
@@ -124,8 +136,8 @@ class Sampler:
         if "banned" in sent:
             places, tokens = sent["banned"]
             logits.index_put_((places, tokens), self._never)
-        if "masked" in sent:
-            _mask(logits, sent["masked"], sent["allowed"])
+        if "allowed" in sent:
+            self._exclude(logits, sent["masked"], sent["allowed"])
 
     def _choose(self, logits: torch.Tensor, batch: Batch, sent: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the rows' tokens, int64 [rows]."""
@@ -142,15 +154,6 @@ def _argmax(logits: torch.Tensor) -> torch.Tensor:
         return logits.argmax(-1)
     # numpy uses vector instructions here and takes a tenth of torch's time
     return torch.from_numpy(logits.numpy().argmax(-1))
-
-
-def _mask(logits: torch.Tensor, places: torch.Tensor, allowed: torch.Tensor) -> None:
-    """Exclude in place what the rows' bits don't allow: uint8 [places, vocabulary / 8], lowest bit first."""
-    bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
-    for at in pieces(len(places), 11 * logits.shape[-1]):
-        bits = (allowed[at, :, None] >> bit) & 1
-        excluded = bits.flatten(1)[:, : logits.shape[-1]] == 0
-        logits[places[at]] = logits[places[at]].masked_fill(excluded, -torch.inf)
 
 
 def _with_logprobs(

@@ -1,0 +1,412 @@
+"""Structured output: what random models write at a high temperature has the format that was asked for."""
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from datetime import datetime, time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from jsonschema import Draft202012Validator
+
+from protocol.jobs import ChatJob, OutputFormat
+from tests.engines.tiny_chat import CONFIGS, VOCABULARY, Collector, chat_job, make_engine, run, save_model
+from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
+from workers.engines.chat import ChatEngine
+from workers.engines.chat.pipeline import DecodePipeline
+
+TEXT = {"type": "string", "maxLength": 6}
+INTEGER = {"type": "integer"}
+SMALL = {"type": "integer", "minimum": 0, "maximum": 9}
+
+
+def closed(**properties: Any) -> dict[str, Any]:
+    """A schema of objects with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def array(items: Any, most: int = 4, **rest: Any) -> dict[str, Any]:
+    return {"type": "array", "items": items, "maxItems": most, **rest}
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "boolean": {"type": "boolean"},
+    "null": {"type": "null"},
+    "integer with bounds": {"type": "integer", "minimum": -20, "maximum": 120},
+    "integer with exclusive bounds": {"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 17},
+    "number with bounds": {"type": "number", "minimum": -1.5, "maximum": 2.25},
+    "multiple of an integer": {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 500},
+    "multiple of a fraction": {"type": "number", "multipleOf": 0.25, "minimum": 0, "maximum": 10},
+    "string with lengths": {"type": "string", "minLength": 2, "maxLength": 5},
+    "several types": {"type": ["boolean", "null", "integer"], "minimum": 0, "maximum": 9},
+    "enum of strings": {"enum": ["red", "green", "quick brown", 'with "quotes"', "naïve"]},
+    "enum of all types": {"enum": [1, -2.5, None, True, "x", [1, 2], {"a": [False]}]},
+    "const": {"const": {"kind": "fox", "legs": 4, "tags": ["quick", None]}},
+    "pattern": {"type": "string", "pattern": "^[a-c]{2,4}-[0-9]{3}$"},
+    "pattern without anchors": {"type": "string", "pattern": "[0-9]x", "maxLength": 8},
+    "pattern with alternatives": {"type": "string", "pattern": "^(the|lazy|dog)( fox){0,2}$"},
+    "date": {"type": "string", "format": "date"},
+    "date-time": {"type": "string", "format": "date-time"},
+    "time": {"type": "string", "format": "time"},
+    "date with a pattern": {"type": "string", "format": "date", "pattern": "^(19|20)"},
+    "uuid": {"type": "string", "format": "uuid"},
+    "ipv4": {"type": "string", "format": "ipv4"},
+    "ipv6": {"type": "string", "format": "ipv6"},
+    "email": {"type": "string", "format": "email"},
+    "array with bounds": array(SMALL, 5, minItems=2),
+    "array of arrays": array(array({"type": "boolean"}, 2), 3, minItems=1),
+    "tuple": {
+        "type": "array",
+        "prefixItems": [{"type": "boolean"}, TEXT, SMALL],
+        "items": False,
+        "minItems": 3,
+    },
+    "tuple and more": {
+        "type": "array",
+        "prefixItems": [{"type": "null"}],
+        "items": SMALL,
+        "minItems": 1,
+        "maxItems": 4,
+    },
+    "object": closed(name=TEXT, age=SMALL, ok={"type": "boolean"}),
+    "optional properties": {**closed(a=TEXT, b=SMALL, c={"type": "boolean"}), "required": ["b"]},
+    "no properties": {"type": "object", "additionalProperties": False},
+    "additional properties": {
+        "type": "object",
+        "properties": {"a": SMALL},
+        "additionalProperties": {"type": "boolean"},
+    },
+    "required without a schema": {"type": "object", "required": ["fox"], "additionalProperties": SMALL},
+    "pattern properties": {
+        "type": "object",
+        "patternProperties": {"^n[0-9]{1,3}$": SMALL},
+        "additionalProperties": False,
+    },
+    "numbers of properties": {
+        "type": "object",
+        "minProperties": 1,
+        "maxProperties": 2,
+        "additionalProperties": {"type": "boolean"},
+    },
+    "nested objects": closed(
+        user=closed(name=TEXT, home=closed(zip={"type": "string", "pattern": "^[0-9]{5}$"}))
+    ),
+    "definitions": {
+        "$defs": {"point": closed(x=SMALL, y=SMALL)},
+        **closed(start={"$ref": "#/$defs/point"}, others=array({"$ref": "#/$defs/point"}, 2)),
+    },
+    "definitions of draft 7": {
+        "$schema": "http://json-schema.org/draft-07/schema#",
+        "definitions": {"a": {"enum": ["one", "two"]}},
+        "title": "a title",
+        **closed(pick={"$ref": "#/definitions/a", "description": "one of two"}),
+    },
+    "recursive": {
+        "$defs": {"node": closed(v=SMALL, next={"anyOf": [{"type": "null"}, {"$ref": "#/$defs/node"}]})},
+        "$ref": "#/$defs/node",
+    },
+    "anyOf": {"anyOf": [closed(kind={"const": "a"}, n=SMALL), closed(kind={"const": "b"}, t=TEXT), INTEGER]},
+    "oneOf of different types": {"oneOf": [{"type": "boolean"}, TEXT]},
+    "allOf": {"allOf": [{"type": "integer", "minimum": 3}, {"maximum": 40}]},
+    "allOf of objects": {
+        "allOf": [
+            {"type": "object", "properties": {"a": SMALL}, "required": ["a"]},
+            {"properties": {"b": {"type": "boolean"}}, "required": ["b"]},
+        ],
+    },
+    "any object": {"type": "object"},
+    "anything": {},
+}
+
+
+def schema_job(id: str, schema: dict[str, Any], **sampling: Any) -> ChatJob:
+    return format_job(id, "json_schema", json.dumps(schema), **sampling)
+
+
+def format_job(id: str, kind: Any, text: str, **sampling: Any) -> ChatJob:
+    job = chat_job(id, **{"temperature": 1.5, "max_tokens": 300, **sampling})
+    return msgspec.structs.replace(
+        job, output_format=OutputFormat(kind=kind, text=text, param="response_format")
+    )
+
+
+def check(schema: dict[str, Any], text: str) -> None:
+    """Fail unless the text is JSON that the schema allows."""
+    value = json.loads(text)
+    Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(value)
+    if schema.get("format") == "date-time":
+        datetime.fromisoformat(value)
+    if schema.get("format") == "time":
+        time.fromisoformat(value)
+    # no whitespace between the parts of JSON
+    assert not re.search(r"\s", re.sub(r'"(\\.|[^"\\])*"', "", text))
+
+
+@pytest.fixture(scope="module", params=["byte-level", "sentencepiece"])
+def served(request, tmp_path_factory) -> Iterator[tuple[ChatEngine, Collector]]:
+    folder = tmp_path_factory.mktemp("model")
+    if request.param == "byte-level":
+        save_model(folder, CONFIGS["llama"]())
+    else:
+        save_sentencepiece_model(folder, train("bpe"))
+    engine, collector = make_engine(folder, max_batch_size=64)
+    yield engine, collector
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("llama"), CONFIGS["llama"]())
+
+
+def closing(engine: ChatEngine) -> dict[int, float]:
+    """A bias towards the tokens that end a text, which a random model seldom chooses."""
+    vocabulary = engine.parts.prompts.vocabulary
+    wanted = (b'"', b"}", b"]", b'"}', b'"]')
+    return {token: 4.0 for token in vocabulary.pieces if vocabulary.token_bytes(token) in wanted}
+
+
+def test_every_answer_is_valid(served):
+    engine, collector = served
+    bias = closing(engine)
+    jobs = {
+        f"{name} {seed}": (schema, schema_job(f"{name} {seed}", schema, seed=seed, n=2, logit_bias=bias))
+        for name, schema in SCHEMAS.items()
+        for seed in range(4)
+    }
+    results = run(engine, collector, [job for _, job in jobs.values()])
+    ended: dict[str, int] = {}
+    for (schema, job), result in zip(jobs.values(), results, strict=True):
+        if not hasattr(result.events[-1], "usage"):
+            print("BAD", job.id, result.events[-1])
+            continue
+        for index in range(2):
+            if result.finish(index)[0] == "stop":
+                try:
+                    check(schema, result.text(index))
+                except Exception as e:
+                    print("BAD", job.id, result.text(index)[:200], type(e), str(e)[:80].split("\n")[0])
+                ended[job.id[:-2]] = ended.get(job.id[:-2], 0) + 1
+    # the rest were cut off by max_tokens
+    assert ended.keys() == SCHEMAS.keys()
+    assert sum(ended.values()) > 7 * len(SCHEMAS), ended
+
+
+def test_all_options_of_sampling_go_with_it(weights):
+    """Plain and in a batch, with n, logprobs, penalties, a bias, stop tokens, and with drafts in the engine."""
+    schema = SCHEMAS["nested objects"]
+    options: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"n": 3},
+        {"logprobs": 3, "n": 2},
+        {"top_k": 5, "top_p": 0.9, "min_p": 0.01},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"logit_bias": dict.fromkeys(range(20, 60), -100.0)},
+        {"min_tokens": 250},
+        {"ignore_eos": True},
+    ]
+    jobs = [schema_job(f"o{at}", schema, seed=at, **option) for at, option in enumerate(options)]
+    free = chat_job("free", max_tokens=60, ignore_eos=True, temperature=0.7, seed=1)
+    texts = []
+    for engine_options in ({}, {"num_speculative_tokens": 6}, {"max_batch_size": 2, "prefix_cache": False}):
+        engine, collector = make_engine(weights, **engine_options)
+        try:
+            *results, unbound = run(engine, collector, [*jobs, free])
+        finally:
+            engine.close()
+        for job, result in zip(jobs, results, strict=True):
+            for index in range(job.sampling.n):
+                # without a token to end, nothing can follow
+                assert result.finish(index) == ("stop", None)
+                check(schema, result.text(index))
+                if job.sampling.logprobs is not None:
+                    logprobs = [entry for delta in result.deltas(index) for entry in delta.logprobs or []]
+                    assert len(logprobs) == sum(delta.tokens for delta in result.deltas(index))
+        texts.append([r.text(i) for r, j in zip(results, jobs, strict=True) for i in range(j.sampling.n)])
+        assert unbound.usage.completion_tokens == 60
+    assert texts[0] == texts[1] == texts[2]
+    assert len(set(texts[0][1:4])) == 3
+
+
+def test_preempted_answers_go_on_unchanged(weights):
+    schema = closed(items=array(SCHEMAS["nested objects"], 3, minItems=3))
+    jobs = [schema_job(f"p{at}", schema, seed=at, n=1 + at % 2, max_tokens=250) for at in range(12)]
+    texts = []
+    for tokens in (None, 600):
+        engine, collector = make_engine(weights, kv_cache_tokens=tokens, max_batch_size=16)
+        try:
+            results = run(engine, collector, jobs)
+        finally:
+            engine.close()
+        assert (engine.metrics.preemptions > 0) == (tokens is not None)
+        texts.append(
+            [
+                (r.text(i), r.finish(i))
+                for r, j in zip(results, jobs, strict=True)
+                for i in range(j.sampling.n)
+            ]
+        )
+    assert texts[0] == texts[1]
+    for text, finish in texts[0]:
+        assert finish[0] == "stop"
+        check(schema, text)
+
+
+def test_an_answer_that_is_cut_off_says_so(weights):
+    engine, collector = make_engine(weights)
+    try:
+        cut, stopped, cancelled = [
+            schema_job("cut", array(SMALL, 200, minItems=200), max_tokens=9),
+            schema_job("stopped", array(SMALL, 200, minItems=200), stop=("1,",), seed=3),
+            schema_job("cancelled", array(SMALL, 10**6, minItems=10**6), max_tokens=900),
+        ]
+        engine.submit(cancelled)
+        collector.wait_first("cancelled")
+        engine.cancel("cancelled", "deadline")
+        assert collector.result("cancelled").finish()[0] == "length"
+        results = run(engine, collector, [cut, stopped])
+        assert results[0].finish() == ("length", None) and results[0].usage.completion_tokens == 9
+        assert re.fullmatch(r"\[([0-9],?)+", results[0].text())
+        # the client's own stop string cuts JSON off too, and is named
+        assert results[1].finish() == ("stop", "1,")
+        assert re.fullmatch(r"\[([02-9],)*", results[1].text())
+    finally:
+        engine.close()
+
+
+def test_a_complete_answer_ends_with_max_tokens_to_spare_or_not(weights):
+    engine, collector = make_engine(weights)
+    try:
+        (free,) = run(engine, collector, [schema_job("a", {"const": "the fox"})])
+        tokens = free.usage.completion_tokens
+        exact, short = run(
+            engine,
+            collector,
+            [
+                schema_job("b", {"const": "the fox"}, max_tokens=tokens),
+                schema_job("c", {"const": "the fox"}, max_tokens=tokens - 1),
+            ],
+        )
+        assert free.finish() == exact.finish() == ("stop", None)
+        assert free.text() == exact.text() == '"the fox"'
+        assert short.finish() == ("length", None)
+        # a text that is complete and may go on ends by an end token
+        (word,) = run(engine, collector, [format_job("d", "regex", "[a-z]+", logit_bias={0: 100.0})])
+        assert word.finish() == ("stop", 0)
+        assert re.fullmatch("[a-z]+", word.text())
+    finally:
+        engine.close()
+
+
+def test_a_text_that_becomes_too_complex_ends_its_request_and_no_other(weights):
+    engine, collector = make_engine(weights)
+    try:
+        grammar = 'start: s\ns: s s s | s s | "a" | "aa"'
+        good = schema_job("good", SCHEMAS["nested objects"], seed=1)
+        bad = format_job("bad", "grammar", grammar, max_tokens=900, n=2, logit_bias={0: -100.0})
+        refused = format_job("refused", "regex", "a(?=b)")
+        (expected,) = run(engine, collector, [msgspec.structs.replace(good, id="alone")])
+        result, failed, free, early = run(
+            engine, collector, [good, bad, chat_job("free", max_tokens=200, ignore_eos=True), refused]
+        )
+        assert (failed.failed.code, failed.failed.param) == ("invalid_request", "response_format")
+        assert "too complex" in failed.failed.message
+        assert (early.failed.code, early.failed.param) == ("invalid_request", "response_format")
+        assert result.text() == expected.text()
+        assert free.usage.completion_tokens == 200
+        assert engine.parts.cache.num_active == 0
+    finally:
+        engine.close()
+
+
+def test_steps_with_a_grammar_are_not_launched_before_their_tokens_are_read(weights):
+    """The others are, and all texts are those of an engine that never does it."""
+    jobs = [schema_job(f"s{at}", SCHEMAS["nested objects"], seed=at) for at in range(3)]
+    jobs += [chat_job(f"f{at}", max_tokens=150, ignore_eos=True, temperature=0.9, seed=at) for at in range(3)]
+    texts, launched = [], 0
+    for pipelined in (False, True):
+        engine, collector = make_engine(weights)
+        try:
+            if pipelined:
+                parts = engine.parts
+                parts.pipeline = DecodePipeline(parts.cache, parts.scheduler, parts.runner, parts.sampler)
+                launch = parts.pipeline.launch
+
+                def counted(batch, launch=launch):
+                    nonlocal launched
+                    launched += 1
+                    assert all(sequence.grammar is None for sequence in batch.decode)
+                    return launch(batch)
+
+                parts.pipeline.launch = counted  # type: ignore[method-assign]
+            texts.append([result.text() for result in run(engine, collector, jobs)])
+        finally:
+            engine.close()
+    assert launched
+    assert texts[0] == texts[1]
+
+
+def test_rows_without_a_grammar_fill_no_masks(weights):
+    engine, collector = make_engine(weights)
+    try:
+        run(engine, collector, [chat_job("free")])
+        assert engine.parts.masks._executor is None
+        (result,) = run(engine, collector, [format_job("guided", "choice", '["yes", "no"]')])
+        assert result.text() in ("yes", "no")
+        assert engine.parts.masks._executor is not None
+    finally:
+        engine.close()
+
+
+def test_masks_are_filled_while_the_model_computes(weights):
+    engine, collector = make_engine(weights)
+    filled = threading.Event()
+    try:
+        parts = engine.parts
+        start, forward = parts.masks.start, parts.runner.forward
+        overlaps = 0
+
+        def started(sequences):
+            pending = start(sequences)
+            if pending is not None and pending._future is not None:
+                pending._future.add_done_callback(lambda _: filled.set())
+            return pending
+
+        def waits_for_the_mask(chunks):
+            nonlocal overlaps
+            if len(chunks) == 1 and len(chunks[0].tokens) == 1:
+                assert filled.wait(60)
+                filled.clear()
+                overlaps += 1
+            return forward(chunks)
+
+        parts.masks.start = started  # type: ignore[method-assign]
+        parts.runner.forward = waits_for_the_mask  # type: ignore[method-assign, assignment]
+        (result,) = run(engine, collector, [format_job("a", "regex", "[0-9]{20}")])
+        assert re.fullmatch("[0-9]{20}", result.text())
+        assert overlaps > 5
+    finally:
+        engine.close()
+
+
+def test_a_model_with_padded_logits_and_several_end_tokens(tmp_path):
+    """The embedding has more rows than the tokenizer has tokens; a token of the config ends answers too."""
+    weights = save_model(tmp_path, CONFIGS["llama"]())
+    config = json.loads((weights / "generation_config.json").read_text())
+    (weights / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [0, 1]}))
+    engine, collector = make_engine(weights)
+    try:
+        assert engine.parts.prompts.grammars.words == VOCABULARY // 32
+        for end, bias in ((0, {0: 100.0}), (1, {1: 100.0})):
+            (result,) = run(engine, collector, [format_job(f"e{end}", "regex", "ab?", logit_bias=bias)])
+            assert result.finish() == ("stop", end) and result.text() == "a"
+    finally:
+        engine.close()

@@ -1,0 +1,1 @@
+"""Structured output: answers that a JSON Schema, a regular expression or a grammar describes (llguidance)."""
