@@ -7,6 +7,7 @@ because the speed of a shared machine varies. Prints
 - tokens/s at 1, 16 and 64 requests and the ratio to the static batch, by the clock and by CPU time, which
   other processes don't disturb (with one torch thread, engine and static batch are one thread's work each),
 - the share of a step that passes outside the model, greedy and sampled,
+- tokens/s of 64 requests whose answers must follow a JSON Schema, relative to 64 that are free,
 - the speed of 31 short requests beside one of 3,000 tokens, relative to 31 of them beside a short one,
 - the p99 gap between tokens of 16 running streams while a prompt of 2,000 tokens is computed.
 """
@@ -30,11 +31,28 @@ from transformers.utils import logging as transformers_logging
 
 from catalogue import ChatModelEntry
 from protocol.events import Delta, Event, is_terminal
-from protocol.jobs import ChatJob, SamplingParams
+from protocol.jobs import ChatJob, OutputFormat, SamplingParams
 from workers.engines.chat import ChatEngine
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "models" / "chat"
 NEW_TOKENS = 128
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
+        "home": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^[A-Z][a-z]{2,12}$"}]},
+    },
+    "required": ["name", "age", "tags", "home"],
+    "additionalProperties": False,
+}
+PEOPLE = OutputFormat(
+    kind="json_schema",
+    # no answer is complete before it is cut off
+    text=json.dumps({"type": "array", "items": PERSON, "minItems": 1000}),
+    param="response_format",
+)
 WORDS = [
     "red",
     "circle",
@@ -96,14 +114,19 @@ class EngineBench:
         self.engine.load(self.timeline)
         self._serial = 0
 
-    def submit(self, words: int, tokens: int = NEW_TOKENS, **sampling: Any) -> str:
+    def submit(
+        self, words: int, tokens: int = NEW_TOKENS, output_format: OutputFormat | None = None, **sampling: Any
+    ) -> str:
         """Submit a request with a prompt of its own. Returns its id."""
         self._serial += 1
         text = [str(self._serial)] + [WORDS[(self._serial * 7 + at * at) % len(WORDS)] for at in range(words)]
         params = SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **sampling})
         messages = [{"role": "user", "content": " ".join(text)}]
-        self.engine.submit(ChatJob(id=f"r{self._serial}", model="bench", messages=messages, sampling=params))
-        return f"r{self._serial}"
+        name = f"r{self._serial}"
+        self.engine.submit(
+            ChatJob(id=name, model="bench", messages=messages, sampling=params, output_format=output_format)
+        )
+        return name
 
     def wait(self, ids: list[str]) -> None:
         self.timeline.wait(lambda: all(request_id in self.timeline.ended for request_id in ids))
@@ -171,6 +194,20 @@ def outside_share(bench: Bench, rounds: int, **sampling: Any) -> float:
         steps = after.step_seconds - before.step_seconds
         shares.append(1 - (after.model_seconds - before.model_seconds) / steps)
     return statistics.median(shares)
+
+
+def structured(bench: Bench, rounds: int) -> dict[str, float]:
+    """64 requests, sampled: tokens/s without and with a JSON Schema, and the median ratios."""
+    pairs = [
+        [bench.burst(64, temperature=0.7, seed=1, output_format=wanted)[:2] for wanted in (None, PEOPLE)]
+        for _ in range(rounds)
+    ]
+    return {
+        "free_tokens_per_s": 64 * NEW_TOKENS / min(free[0] for free, _ in pairs),
+        "structured_tokens_per_s": 64 * NEW_TOKENS / min(bound[0] for _, bound in pairs),
+        "ratio": statistics.median(free[0] / bound[0] for free, bound in pairs),
+        "ratio_cpu_time": statistics.median(free[1] / bound[1] for free, bound in pairs),
+    }
 
 
 def long_among_short(bench: Bench, rounds: int) -> dict[str, float]:
@@ -262,6 +299,7 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
                 "throughput": throughput(bench, rounds),
                 "outside_model_greedy": outside_share(bench, rounds),
                 "outside_model_sampled": outside_share(bench, rounds, temperature=0.7, top_p=0.9, seed=1),
+                "structured": structured(bench, rounds),
                 "long_among_short": long_among_short(bench, rounds),
                 "prefill_gaps": prefill_gaps(bench),
                 "preemptions": bench.engine.metrics.preemptions,
@@ -280,6 +318,11 @@ def show(result: dict[str, Any]) -> None:
         )
     print(f"outside the model at 64 requests, greedy: {result['outside_model_greedy']:.1%} of a step")
     print(f"outside the model at 64 requests, temperature and top_p: {result['outside_model_sampled']:.1%}")
+    bound = result["structured"]
+    print(
+        f"64 requests: {bound['free_tokens_per_s']:.0f} tok/s free, {bound['structured_tokens_per_s']:.0f} with a"
+        f" JSON Schema: {bound['ratio']:.2f}, {bound['ratio_cpu_time']:.2f} by CPU time"
+    )
     long = result["long_among_short"]
     print(
         f"31 short requests: {long['beside_a_short_one']:.0f} tok/s beside a short one,"
