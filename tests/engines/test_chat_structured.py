@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
@@ -16,6 +17,7 @@ from protocol.jobs import ChatJob, OutputFormat
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, Collector, chat_job, make_engine, run, save_model
 from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.chat import ChatEngine
+from workers.engines.chat.grammar.filler import exclude
 from workers.engines.chat.pipeline import DecodePipeline
 
 TEXT = {"type": "string", "maxLength": 6}
@@ -410,3 +412,34 @@ def test_a_model_with_padded_logits_and_several_end_tokens(tmp_path):
             assert result.finish() == ("stop", end) and result.text() == "a"
     finally:
         engine.close()
+
+
+def test_end_tokens_wait_for_min_tokens_and_ignore_eos_where_a_text_may_go_on(weights):
+    engine, collector = make_engine(weights)
+    ending: dict[str, Any] = {"logit_bias": {0: 100.0}, "max_tokens": 40}
+    try:
+        at_once, later, never, forced = run(
+            engine,
+            collector,
+            [
+                format_job("a", "regex", "[a-z]*", **ending),
+                format_job("b", "regex", "[a-z]*", **ending, min_tokens=9),
+                format_job("c", "regex", "[a-z]*", **ending, ignore_eos=True),
+                format_job("d", "regex", "[a-z]?", **ending, min_tokens=9, ignore_eos=True),
+            ],
+        )
+        assert (at_once.text(), at_once.finish()) == ("", ("stop", 0))
+        assert (later.finish(), later.usage.completion_tokens) == (("stop", 0), 10)
+        assert (never.finish(), never.usage.completion_tokens) == (("length", None), 40)
+        assert forced.finish() == ("stop", None) and forced.usage.completion_tokens == 1
+    finally:
+        engine.close()
+
+
+def test_tokens_are_removed_from_a_mask_that_allows_others():
+    mask = np.array([-1, 0, -1], np.int32)
+    exclude(mask, frozenset([0, 31, 95]))
+    assert mask.view(np.uint32).tolist() == [0x7FFFFFFE, 0, 0x7FFFFFFF]
+    only = np.array([1, 0, -(2**31)], np.int32)
+    exclude(only, frozenset([0, 95, 40]))
+    assert only.tolist() == [1, 0, -(2**31)]

@@ -28,7 +28,7 @@ class MaskFiller:
             return None
         known = [row for row in rows if row.output]
         if not known:
-            return PendingMasks([], None)
+            return PendingMasks([])
         self._executor = self._executor or LLExecutor(num_threads=self._threads)
         bits = np.empty((len(known), self._words), np.int32)
         matchers = [(row.grammar.matcher, at) for at, row in enumerate(known) if row.grammar is not None]
@@ -39,7 +39,7 @@ class MaskFiller:
             4 * self._words,
             len(known),
         )
-        return PendingMasks(list(zip(known, bits, strict=True)), future)
+        return PendingMasks(known, bits, future)
 
     def close(self) -> None:
         self._caller.shutdown()
@@ -48,9 +48,12 @@ class MaskFiller:
 class PendingMasks:
     """The masks of a step. A choice without output has the first mask of its grammar."""
 
-    def __init__(self, bits: list[tuple[Sequence, np.ndarray]], future: "Future[None] | None") -> None:
-        """bits: for each sequence with output its mask, int32 [words], valid once `future` is done."""
-        self._bits = dict(bits)
+    def __init__(
+        self, rows: list[Sequence], bits: np.ndarray | None = None, future: "Future[None] | None" = None
+    ) -> None:
+        """bits int32 [rows, words], valid once `future` is done; both None without rows."""
+        self._rows = rows
+        self._bits = bits
         self._future = future
 
     def wait(self) -> None:
@@ -60,13 +63,18 @@ class PendingMasks:
 
     def of(self, rows: list[Sequence]) -> Masks | None:
         """Return the masks of a step's rows, which may have forks that `start` did not know."""
-        masked, bits = [], []
-        for at, row in enumerate(rows):
-            if row.grammar is None:
-                continue
-            masked.append(at)
-            bits.append(without(self._bits.get(row, row.grammar.first), unwanted_ends(row)))
-        return Masks(np.array(masked), np.stack(bits)) if masked else None
+        masked = [at for at, row in enumerate(rows) if row.grammar is not None]
+        if not masked:
+            return None
+        constrained = [rows[at] for at in masked]
+        bits = self._bits
+        if bits is None or constrained != self._rows:
+            known = dict(zip(self._rows, bits, strict=True)) if bits is not None else {}
+            bits = np.stack([known.get(row, row.grammar.first) for row in constrained if row.grammar])
+        for own, row in zip(bits, constrained, strict=True):
+            if tokens := unwanted_ends(row):
+                exclude(own, tokens)
+        return Masks(np.array(masked), bits)
 
 
 def unwanted_ends(row: Sequence) -> frozenset[int]:
@@ -76,11 +84,11 @@ def unwanted_ends(row: Sequence) -> frozenset[int]:
     return stops | ends if len(row.output) < row.sampling.min_tokens else ends - stops
 
 
-def without(bits: np.ndarray, tokens: frozenset[int]) -> np.ndarray:
-    """Return a mask, int32 [words], without these tokens, unless it allows no others."""
-    if not tokens:
-        return bits
-    kept = bits.copy()
+def exclude(bits: np.ndarray, tokens: frozenset[int]) -> None:
+    """Remove these tokens from a mask, int32 [words], unless it allows no others."""
+    before = bits.copy()
+    words = bits.view(np.uint32)
     for token in tokens:
-        kept[token // 32] &= ~np.int32(1 << token % 32) if token % 32 < 31 else np.int32(2**31 - 1)
-    return kept if kept.any() else bits
+        words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
+    if not bits.any():
+        bits[:] = before
