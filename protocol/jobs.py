@@ -54,7 +54,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     """One chat completion.
 
     The `content` of each message is a string: the web process joins its parts. `tools` are OpenAI's objects, and
-    empty if the model must not call any.
+    empty if the model must not call any. `strict_tools`: names of those whose arguments must be as their schema
+    says. `required_tools`: names of those of which one must be called; none if an answer may do without.
     """
 
     id: str
@@ -65,6 +66,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     continue_final_message: bool = False
     reasoning_effort: str | None = None
     tools: list[dict[str, Any]] = []
+    strict_tools: list[str] = []
+    required_tools: list[str] = []
     parallel_tool_calls: bool = True
     output_format: OutputFormat | None = None
 

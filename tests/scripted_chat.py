@@ -23,17 +23,22 @@ BEGIN = "{%- if add_generation_prompt -%}{{ '<|script:' ~ messages[-1].content ~
 
 
 def save_scripted_model(
-    folder: Path, template: str, scripts: Mapping[str, str], special: Sequence[str] = ()
+    folder: Path,
+    template: str,
+    scripts: Mapping[str, str],
+    special: Sequence[str] = (),
+    opening: str = "",
 ) -> Path:
     """Save a model that answers a last message `name` with `scripts[name]`.
 
     `special`: texts in the scripts that are special tokens. Each may occur once in all scripts, since what
-    follows depends on the token alone.
+    follows depends on the token alone. `opening`: one of them with which every prompt ends; there is one script
+    then.
     """
     chains: dict[str, list[str]] = {}
     used: set[str] = set()
     for name, script in scripts.items():
-        chains[f"<|script:{name}|>"] = list(_tokens(script, special, used))
+        chains[f"<|script:{name}|>"] = list(_tokens(opening + script, special, used))
     spell = _byte_characters()
 
     def spelled(piece: str) -> str:
@@ -51,7 +56,7 @@ def save_scripted_model(
         eos_token=END,
         pad_token=END,
         additional_special_tokens=["<|im_start|>", *chains, *special],
-        chat_template=template + BEGIN,
+        chat_template=template + BEGIN.replace("'|>'", f"'|>{opening}'"),
         clean_up_tokenization_spaces=False,
     )
     ids = made.get_vocab()

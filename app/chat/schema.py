@@ -137,12 +137,6 @@ class ChatCompletionRequest(OutputFormatFields):
         Raises InvalidRequest and UnsupportedParameter.
         """
         self._refuse_unsupported(entry.name)
-        tools, output_format = tools_for_job(self.tools, self.tool_choice, entry.name), self.output_format()
-        if tools and output_format is not None:
-            raise UnsupportedParameter(
-                f"{output_format.param} is not supported beside tools; leave one of them out",
-                param=output_format.param,
-            )
         return ChatJob(
             id=request_id,
             model=entry.name,
@@ -153,9 +147,8 @@ class ChatCompletionRequest(OutputFormatFields):
             chat_template_kwargs={**entry.defaults.chat_template_kwargs, **(self.chat_template_kwargs or {})},
             continue_final_message=self._continues_final_message(),
             reasoning_effort=self.reasoning_effort,
-            tools=tools,
-            parallel_tool_calls=self.parallel_tool_calls is not False,
-            output_format=output_format,
+            **tools_for_job(self.tools, self.tool_choice, self.parallel_tool_calls)._asdict(),
+            output_format=self.output_format(),
         )
 
     def _sampling(self, defaults: ChatDefaults) -> SamplingParams:

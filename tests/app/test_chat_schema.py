@@ -418,16 +418,40 @@ def test_parallel_calls_are_allowed_unless_the_request_forbids_them():
     assert not job(parallel_tool_calls=False).parallel_tool_calls
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-def test_a_forced_call_is_refused(choice):
-    found = refusal(tools=[function()], tool_choice=choice)
-    assert isinstance(found, UnsupportedParameter) and found.param == "tool_choice"
-    assert "'none' or 'auto'" in found.message
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+OTHER = {"type": "function", "function": {"name": "now", "strict": True}}
 
 
-def test_strict_is_refused_with_its_place():
-    found = refusal(tools=[function(), function(strict=True)])
-    assert isinstance(found, UnsupportedParameter) and found.param == "tools.1.function.strict"
+def test_required_calls_are_those_of_all_tools_or_of_the_named_one():
+    both = job(tools=[function(), OTHER], tool_choice="required")
+    assert both.required_tools == ["get_weather", "now"] and both.parallel_tool_calls
+    one = job(tools=[function(), OTHER], tool_choice=NAMED)
+    assert one.required_tools == ["get_weather"] and len(one.tools) == 2
+    # a named function is called once
+    assert not one.parallel_tool_calls
+    assert not job(tools=[function()], tool_choice="required", parallel_tool_calls=False).parallel_tool_calls
+    assert job(tools=[function()]).required_tools == []
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "param"),
+    [
+        (None, "required", "tool_choice"),
+        ([], "required", "tool_choice"),
+        ([], NAMED, "tool_choice.function.name"),
+        ([OTHER], NAMED, "tool_choice.function.name"),
+        ([OTHER], {"type": "function"}, "tool_choice.function"),
+        ([OTHER], {"type": "custom", "function": {"name": "now"}}, "tool_choice.type"),
+    ],
+)
+def test_a_call_of_no_tool_cannot_be_required(tools, choice, param):
+    assert refusal(tools=tools, tool_choice=choice).param == param
+
+
+def test_strict_tools_reach_the_worker_by_name():
+    made = job(tools=[function(), OTHER])
+    assert made.strict_tools == ["now"] and "strict" not in made.tools[1]["function"]
+    assert job(tools=[OTHER], tool_choice="none").strict_tools == []
 
 
 def nested(levels: int) -> Any:

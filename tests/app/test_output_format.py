@@ -197,10 +197,7 @@ def test_fields_with_another_name_in_the_class_count_as_known():
     )
 
 
-def test_a_format_is_refused_beside_tools_that_the_model_may_call():
+def test_a_format_and_tools_go_together():
     tools = [{"type": "function", "function": {"name": "f"}}]
-    with pytest.raises(UnsupportedParameter) as caught:
-        wanted({"guided_json": SCHEMA, "tools": tools})
-    assert caught.value.param == "guided_json"
-    assert wanted({"guided_json": SCHEMA, "tools": tools, "tool_choice": "none"}) is not None
-    assert wanted({"guided_json": SCHEMA, "tools": []}) is not None
+    for choice in (None, "none", "required"):
+        assert wanted({"guided_json": SCHEMA, "tools": tools, "tool_choice": choice}) is not None

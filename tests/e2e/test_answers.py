@@ -58,6 +58,13 @@ workers = [[]]
 [models.engine]
 torch_threads = 1
 tool_format = "none"
+[[models]]
+name = "unthinking"
+tasks = ["chat"]
+weights = "{unthinking}"
+workers = [[]]
+[models.engine]
+torch_threads = 1
 """
 
 
@@ -65,17 +72,19 @@ tool_format = "none"
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
     folder = tmp_path_factory.mktemp("answers")
     weights = save_scripted_model(folder / "model", templates.QWEN3, SCRIPTS)
-    with Deployment(folder, catalogue=CATALOGUE.format(weights=weights)) as service:
-        service.start("scripted", "toolless")
+    unthinking = save_scripted_model(folder / "unthinking", templates.HERMES, SCRIPTS)
+    catalogue = CATALOGUE.format(weights=weights, unthinking=unthinking)
+    with Deployment(folder, catalogue=catalogue) as service:
+        service.start("scripted", "toolless", "unthinking")
         with openai.OpenAI(
             base_url=f"{service.url}/v1", api_key="none", max_retries=0, timeout=120
         ) as client:
             yield client
 
 
-def ask(client: openai.OpenAI, script: str, **fields: Any) -> Any:
+def ask(client: openai.OpenAI, script: str, model: str = "scripted", **fields: Any) -> Any:
     messages: Any = [{"role": "user", "content": script}]
-    return client.chat.completions.create(model="scripted", messages=messages, **fields)
+    return client.chat.completions.create(model=model, messages=messages, **fields)
 
 
 def test_reasoning_is_apart_from_the_content(client):
@@ -206,8 +215,49 @@ def test_a_model_without_a_format_refuses_tools_by_name(client):
     assert client.chat.completions.create(model="toolless", messages=messages).choices[0].message.content
 
 
-def test_a_forced_call_is_refused(client):
-    for choice in ("required", {"type": "function", "function": {"name": "now"}}):
-        with pytest.raises(openai.BadRequestError) as caught:
-            ask(client, "only", tools=TOOLS, tool_choice=choice)
-        assert caught.value.param == "tool_choice"
+FORECAST: Any = {
+    "type": "function",
+    "function": {
+        "name": "forecast",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"type": "string", "enum": ["Rome", "Oslo"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "forecast"}}])
+def test_a_call_can_be_required(client, choice, stream):
+    """The model would say something else."""
+    fields: dict[str, Any] = {"tools": [FORECAST], "tool_choice": choice, "parallel_tool_calls": False}
+    fields["model"] = "unthinking"
+    if stream:
+        parts = [chunk.choices[0] for chunk in ask(client, "sunny", stream=True, **fields)]
+        calls = [part for choice in parts for part in choice.delta.tool_calls or []]
+        name, arguments = calls[0].function.name, "".join(call.function.arguments for call in calls)
+        assert parts[-1].finish_reason == "tool_calls"
+    else:
+        (found,) = ask(client, "sunny", **fields).choices[0].message.tool_calls
+        name, arguments = found.function.name, found.function.arguments
+    made = json.loads(arguments)
+    assert name == "forecast" and made["city"] in ("Rome", "Oslo") and 1 <= made["days"] <= 9
+
+
+def test_a_strict_tool_may_be_left_alone(client):
+    assert ask(client, "sunny", tools=[FORECAST]).choices[0].message.content == SCRIPTS["sunny"]
+
+
+def test_parameters_that_cannot_be_enforced_are_refused_with_their_place(client):
+    bad = json.loads(json.dumps(FORECAST))
+    bad["function"]["parameters"]["properties"]["city"] = {"not": {"const": "Rome"}}
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, "sunny", tools=[*TOOLS, bad])
+    assert caught.value.param == "tools.2.function.parameters"

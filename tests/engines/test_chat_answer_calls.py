@@ -431,6 +431,15 @@ def test_a_call_of_a_family_that_cannot_be_read_is_content(template, text):
         assert answer.calls == []
 
 
+def test_a_call_whose_tool_has_no_proper_schema_is_read_or_content():
+    odd = [tool("weather", city={"anyOf": 5}), tool("now")]
+    text = TWO_CALLS["glm"][1]
+    answer = parse(templates.GLM_4_5, list(text), tools=odd)
+    assert answer.parsed == [("now", {})] and "<arg_value>Rome" in answer.content
+    deep = "<|channel|>commentary to=functions.now<|message|>" + '{"a":' * 100_000
+    assert parse(templates.GPT_OSS, [deep]).calls == []
+
+
 def test_a_call_of_a_family_that_is_cut_by_max_tokens_is_content():
     text = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ro"
     for parts in few_cuts(text):

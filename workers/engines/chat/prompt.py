@@ -100,9 +100,9 @@ class PromptBuilder:
         sampling = self._resolve(job.sampling, self._max_context - len(prompt))
         request = Request(job.id, prompt, sampling)
         grammar = None
-        if job.output_format is not None:
+        if (wanted := self._answers.constraint(job) or job.output_format) is not None:
             reasoning = self._answers.before_content(job, text)
-            grammar = self.grammars.compile(job.output_format, job.model, reasoning)
+            grammar = self.grammars.compile(wanted, job.model, reasoning)
         for index in range(sampling.n):
             answer = self._answers.parser(job, text)
             if answer is None:

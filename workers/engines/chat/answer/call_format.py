@@ -20,6 +20,7 @@ NAME_KEYS = frozenset({"name"})
 ARGUMENTS_KEYS = frozenset({"arguments", "parameters"})
 """Keys that models write also where their template has others."""
 
+_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\S+")
 _FIELD = r'"\w+"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*'
 _OBJECT_BEFORE_NAME = re.compile(rf'\{{\s*(?:{_FIELD})*"(\w+)"\s*:\s*"$')
 _BEFORE_ARGUMENTS = re.compile(rf'"\s*,\s*(?:{_FIELD})*"(\w+)"\s*:\s*$')
@@ -72,6 +73,12 @@ class CallFormat(NamedTuple):
     closing: str
     separator: str | None = None
     text_arguments: bool = False
+
+    @property
+    def marker(self) -> str:
+        """The beginning of the opening, in which there are no spaces."""
+        found = _MARKER.match(self.opening)
+        return found[0] if found else ""
 
     @property
     def at_start(self) -> bool:

@@ -22,6 +22,9 @@ from workers.engines.chat.answer.pieces import CallArguments, CallStart, Piece
 LONGEST_HEAD = 400
 """Characters of a marked call before its arguments, a name of 128 included."""
 
+LONGEST_OBJECT_HEAD = 4096
+"""The same of an object. With a longer one the call is sent when it is complete."""
+
 _NAME = re.compile(FUNCTION_NAME)
 _FIELD = r'"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+)\s*,\s*'
 _FIRST_KEY = re.compile(r'\s*\{\s*"([^"\\]*)"')
@@ -79,7 +82,7 @@ class CallReader:
     def _read_head(self, text: str, pieces: list[Piece]) -> str:
         """Return the text behind the head, or none."""
         self._text += text
-        found = self._pattern.match(self._text)
+        found = self._pattern.match(self._text, 0, LONGEST_OBJECT_HEAD)
         if isinstance(self._format.syntax, MarkedSyntax):
             if found is None:
                 if len(self._text) > LONGEST_HEAD:
@@ -93,7 +96,7 @@ class CallReader:
         return self._read_object_head(text, found, pieces)
 
     def _read_object_head(self, text: str, found: re.Match[str] | None, pieces: list[Piece]) -> str:
-        first = _FIRST_KEY.match(self._text)
+        first = _FIRST_KEY.match(self._text, 0, LONGEST_OBJECT_HEAD)
         if self._text.strip()[:1] not in ("", "{") or (
             self._format.at_start and first and first[1] not in self._keys
         ):

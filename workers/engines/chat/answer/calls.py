@@ -1,14 +1,11 @@
 """Divides an answer into content and calls, for formats that write arguments as JSON (call_format.py)."""
 
-import re
 from enum import Enum, auto
 
 from workers.engines.chat.answer.call_format import CallFormat
 from workers.engines.chat.answer.call_reader import CallReader, ReaderStatus
 from workers.engines.chat.answer.pieces import Content, Piece
 from workers.engines.chat.answer.thinking import overlap
-
-_MARKER = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|\S+")
 
 MORE = -1
 DIFFERENT = -2
@@ -53,9 +50,7 @@ class CallDivider:
         """`names`: those of the request's tools."""
         self._format = format
         self._names = names
-        marker = _MARKER.match(format.opening)
-        self._marker = marker[0] if marker else ""
-        """The beginning of the opening, in which there are no spaces."""
+        self._marker = format.marker
         self._state = _State.TEXT
         self._held = ""
         self._raw = ""

@@ -10,7 +10,9 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 from protocol.errors import UnsupportedParameter
 from protocol.jobs import ChatJob
 from workers.engines.chat.answer.call_format import PROBE_TOOL, CallFormat, derive, render_calls, takes_text
+from workers.engines.chat.answer.call_grammar import CallGrammar
 from workers.engines.chat.answer.calls import CallDivider
+from workers.engines.chat.answer.constraint import CallConstraint, constrain
 from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of, without_calls
 from workers.engines.chat.answer.marked_stream import MarkedStream
 from workers.engines.chat.answer.parser import AnswerParser
@@ -49,6 +51,8 @@ class AnswerFormat:
         self._takes_tools = known and tool_format != "none" and (bool(tool_format) or probe.shows(PROBE_TOOL))
         text_arguments = self._calls.text_arguments if self._calls else known is False and takes_text(probe)
         self.inputs = TemplateInputs(probe, text_arguments)
+        added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+        self._grammar = CallGrammar(self._calls, added) if self._calls else None
         self._shown = {tools: self._special_tokens(tokenizer, tools) for tools in (False, True)}
 
     def _find(self, probe: TemplateProbe, tokenizer: Any) -> None:
@@ -92,8 +96,12 @@ class AnswerFormat:
         """Whether the response template is needed to tell the reasoning."""
         return self._template_reasons and self._thinking is None
 
+    def constraint(self, job: ChatJob) -> CallConstraint | None:
+        """Return what the calls of an answer must be; None: anything. Raises UnsupportedParameter."""
+        return constrain(job, self._grammar)
+
     def check(self, job: ChatJob) -> None:
-        """Raise UnsupportedParameter for what the model can't do."""
+        """Raise UnsupportedParameter for tools that the model can't call."""
         if job.tools and not self._takes_tools:
             raise UnsupportedParameter(
                 f"tools are not supported by model {job.model!r}: its chat template doesn't show how it calls"
@@ -139,7 +147,10 @@ class AnswerFormat:
         if not dividers:
             return None
         return AnswerParser(
-            dividers, job.sampling.stop, has_tools=has_tools, parallel=job.parallel_tool_calls
+            dividers,
+            job.sampling.stop,
+            has_tools=has_tools,
+            parallel=job.parallel_tool_calls,
         )
 
     def detokenizer(self, vocabulary: Vocabulary, job: ChatJob) -> Detokenizer:

@@ -1,6 +1,6 @@
 """The text of one choice on its way to the client: divided into pieces, with stop strings in its content."""
 
-from workers.engines.chat.answer.pieces import CallStart, Content, Divider, Piece
+from workers.engines.chat.answer.pieces import CallArguments, CallStart, Content, Divider, Piece
 from workers.engines.chat.detokenizer import StopMatcher
 
 
@@ -92,9 +92,9 @@ class AnswerParser:
                 if text := self._visible(text, last=stop is not None):
                     sent.append(Content(text))
             else:
+                if isinstance(piece, CallStart | CallArguments) and piece.number and not self._parallel:
+                    return sent, None
                 if isinstance(piece, CallStart):
-                    if piece.number and not self._parallel:
-                        return sent, None
                     if text := self._visible(self._matcher.flush() if self._matcher else ""):
                         sent.append(Content(text))
                     self._spaces = ""

@@ -13,6 +13,9 @@ from workers.engines.chat.answer.pieces import CallArguments, CallStart, Content
 
 _NAME = re.compile(FUNCTION_NAME)
 
+UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
+"""What ResponseParser raises for a call that it can't read, or can't convert to the types of its tool."""
+
 CALLS = "tool_calls"
 REASONING = frozenset({"thinking", "reasoning", "reasoning_content"})
 
@@ -44,7 +47,7 @@ class TemplateDivider:
     def _begin(self, prompt: str) -> ResponseParser:
         try:
             return ResponseParser(self._template, prefix=prompt, tools=self._tools)
-        except (ValueError, KeyError):  # the message to be continued has a call that can't be read
+        except UNREADABLE:  # the message to be continued has a call that can't be read
             return ResponseParser(self._template, prefix="", tools=self._tools)
 
     @property
@@ -55,7 +58,7 @@ class TemplateDivider:
         self._unsent += text
         try:
             events = self._parser.feed(text)
-        except (ValueError, KeyError):
+        except UNREADABLE:
             return self._give_up()
         return self._pieces(events)
 
@@ -64,7 +67,7 @@ class TemplateDivider:
             return self._give_up()
         try:
             _, events = self._parser.finalize()
-        except (ValueError, KeyError):
+        except UNREADABLE:
             return self._give_up()
         return self._pieces(events)
 

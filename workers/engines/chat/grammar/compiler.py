@@ -14,6 +14,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from protocol.errors import EngineError, InvalidRequest, Overloaded, UnsupportedParameter
 from protocol.jobs import OutputFormat
+from workers.engines.chat.answer.constraint import CallConstraint
 from workers.engines.chat.grammar.bounds import excess_of_grammar, excess_of_schema
 from workers.engines.chat.grammar.corrections import exact_formats, unenforceable
 from workers.engines.chat.grammar.matcher import Grammar, Tags
@@ -62,6 +63,10 @@ JSON_OPTIONS: "JsonCompileOptions" = {
 }
 
 
+SPACES_OF_CALLS = {"item_separator": ", ", "key_separator": ": "}
+"""As chat templates write the arguments of calls, and models therefore."""
+
+
 class GrammarCompiler:
     """Compiles grammars for one tokenizer."""
 
@@ -82,7 +87,9 @@ class GrammarCompiler:
         """Number of words, of 32 bits, of a mask."""
         return -(-self._bits // 32)
 
-    def compile(self, wanted: OutputFormat, model: str, reasoning: Reasoning | None = None) -> Grammar:
+    def compile(
+        self, wanted: OutputFormat | CallConstraint, model: str, reasoning: Reasoning | None = None
+    ) -> Grammar:
         """Compile a grammar. `reasoning`: what may come before the text that it describes.
 
         Raises InvalidRequest, UnsupportedParameter or Overloaded.
@@ -130,21 +137,25 @@ class GrammarCompiler:
         except TimeoutError:
             raise InvalidRequest(f"{param} takes too long to prepare; make it simpler", param=param) from None
 
-    def _compile(self, wanted: OutputFormat, tokenizer: LLTokenizer, reasoning: Reasoning | None) -> Grammar:
+    def _compile(
+        self, wanted: OutputFormat | CallConstraint, tokenizer: LLTokenizer, reasoning: Reasoning | None
+    ) -> Grammar:
         try:
-            grammars = [_grammar(wanted)]
+            grammars = [_of_calls(wanted) if isinstance(wanted, CallConstraint) else _grammar(wanted)]
         except (ValueError, RecursionError) as error:
-            raise _refusal(wanted, explain(str(error), wanted.text)) from error
+            raise _refusal(wanted, str(error)) from error
         tags = None
         if reasoning is not None:
             grammars = after_reasoning(grammars[0], reasoning, self._added)
             tags = Tags(self._added.get(reasoning.opening), self._added.get(reasoning.closing))
-        limits = LIMITS_OF_GRAMMARS if wanted.kind == "grammar" else LIMITS
+        limits = LIMITS
+        if isinstance(wanted, OutputFormat) and wanted.kind == "grammar":
+            limits = LIMITS_OF_GRAMMARS
         # as JSON always: a Lark grammar that begins like JSON would be read as this form, past the bounds
         matcher = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         _refuse_error(wanted, matcher)
         if warnings := matcher.get_grammar_warnings():
-            raise _refusal(wanted, explain("; ".join(warnings), wanted.text))
+            raise _refusal(wanted, "; ".join(warnings))
         first = np.empty(self.words, np.int32)
         # the first mask is the one that takes longest, and forks of a choice share it
         matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
@@ -154,17 +165,10 @@ class GrammarCompiler:
 
 
 def _grammar(wanted: OutputFormat) -> dict[str, Any]:
-    """Return the grammar in llguidance's own form.
-
-    Raises InvalidRequest, and ValueError or RecursionError for what is no JSON.
-    """
+    """Return the grammar in llguidance's own form. Raises InvalidRequest."""
     text = wanted.text
     if wanted.kind == "json_schema":
-        schemas = Schemas(json.loads(text))
-        _refuse(wanted, excess_of_schema(schemas) or unenforceable(schemas))
-        exact_formats(schemas)
-        source = LLMatcher.grammar_from_json_schema(json.dumps(schemas.root), overrides=JSON_OPTIONS)
-        return _only(source, "json_schema")
+        return _only(_json_source(_checked(wanted)), "json_schema")
     if wanted.kind == "regex":
         return _only(LLMatcher.grammar_from_regex(text), "lark_grammar")
     if wanted.kind == "choice":
@@ -175,6 +179,34 @@ def _grammar(wanted: OutputFormat) -> dict[str, Any]:
     return {"lark_grammar": text}
 
 
+def _checked(wanted: OutputFormat) -> Any:
+    """Return a JSON Schema as llguidance enforces it. Raises InvalidRequest."""
+    try:
+        schemas = Schemas(json.loads(wanted.text))
+        _refuse(wanted, excess_of_schema(schemas) or unenforceable(schemas))
+        exact_formats(schemas)
+    except (ValueError, RecursionError) as error:
+        raise _refusal(wanted, str(error)) from error
+    return schemas.root
+
+
+def _json_source(schema: Any) -> str:
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+
+
+def _of_calls(calls: CallConstraint) -> dict[str, Any]:
+    """Return the grammar of an answer with calls in llguidance's own form. Raises InvalidRequest."""
+    schemas = []
+    for wanted in calls.schemas:
+        schema = _checked(wanted)
+        # by itself at first, so that an error names the tool
+        _, messages = LLMatcher.validate_grammar_with_warnings(_json_source(schema), limits=LIMITS)
+        if messages:
+            raise _refusal(wanted, "; ".join(messages))
+        schemas.append({**schema, "x-guidance": {**JSON_OPTIONS, **SPACES_OF_CALLS}})
+    return {"lark_grammar": calls.write(schemas)}
+
+
 def _only(source: str, kind: str) -> dict[str, Any]:
     (grammar,) = json.loads(source)["grammars"]
     return {kind: grammar[kind]}
@@ -182,13 +214,15 @@ def _only(source: str, kind: str) -> dict[str, Any]:
 
 def _refuse(wanted: OutputFormat, reason: str | None) -> None:
     if reason is not None:
-        raise _refusal(wanted, reason)
+        raise InvalidRequest(f"{wanted.param} can't be enforced: {reason}", param=wanted.param)
 
 
-def _refuse_error(wanted: OutputFormat, matcher: LLMatcher) -> None:
+def _refuse_error(wanted: OutputFormat | CallConstraint, matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise _refusal(wanted, explain(matcher.get_error(), wanted.text))
+        raise _refusal(wanted, matcher.get_error())
 
 
-def _refusal(wanted: OutputFormat, reason: str) -> InvalidRequest:
-    return InvalidRequest(f"{wanted.param} can't be enforced: {reason}", param=wanted.param)
+def _refusal(wanted: OutputFormat | CallConstraint, error: str) -> InvalidRequest:
+    """Make the answer to an error of llguidance, or of what it is given."""
+    text = wanted.text if isinstance(wanted, OutputFormat) else "".join(one.text for one in wanted.schemas)
+    return InvalidRequest(f"{wanted.param} can't be enforced: {explain(error, text)}", param=wanted.param)
