@@ -12,7 +12,7 @@ from protocol.jobs import ChatJob, SamplingParams
 from tests.engines import chat_templates as templates
 from tests.engines.test_chat_answer_thinking import tokenizer
 from workers.engines.chat.answer.call_format import CallFormat, MarkedSyntax, ObjectSyntax, derive
-from workers.engines.chat.answer.calls import DIFFERENT, MORE, match
+from workers.engines.chat.answer.calls import DIFFERENT, MORE, CallDivider, match
 from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.answer.parser import AnswerParser
@@ -318,6 +318,15 @@ def test_an_answer_without_calls_is_content(name):
     text = " It's {fine} < [today] to=functions \n"
     for parts in few_cuts(text):
         assert parse(TWO_CALLS[name][0], parts[:2]).content == "".join(parts[:2])
+
+
+def test_calls_may_be_lines_between_two_marks():
+    lines = CallFormat("<tool_calls>\n", ObjectSyntax("name", "arguments"), "\n</tool_calls>", "\n")
+    text = f'<tool_calls>\n{{"name": "weather", "arguments": {W}}}\n{{"name": "now", "arguments": {{}}}}\n</tool_calls>'
+    for parts in few_cuts(text):
+        parser = AnswerParser([CallDivider(lines, frozenset())], has_tools=True)
+        answer = feed(parser, parts)
+        assert (answer.parsed, answer.content) == ([("weather", WEATHER), ("now", {})], ""), parts
 
 
 def test_ids_that_the_model_writes_are_kept():

@@ -2,7 +2,7 @@
 
 from enum import Enum, auto
 
-from workers.engines.chat.answer.call_format import CallFormat
+from workers.engines.chat.answer.call_format import CallFormat, ObjectSyntax
 from workers.engines.chat.answer.call_reader import CallReader, ReaderStatus
 from workers.engines.chat.answer.pieces import Content, Piece
 from workers.engines.chat.answer.thinking import overlap
@@ -141,7 +141,7 @@ class CallDivider:
 
     def _after(self, pieces: list[Piece]) -> bool:
         separator, closing = self._format.separator or "", self._format.closing
-        next_call = match(separator, self._held) if separator.strip() else DIFFERENT
+        next_call = match(separator, self._held) if separator.strip() else self._next_object()
         end = match(closing, self._held)
         if next_call >= 0:
             self._begin(next_call)
@@ -153,6 +153,13 @@ class CallDivider:
         else:
             self._state = _State.TEXT
         return True
+
+    def _next_object(self) -> int:
+        """Return what `match` does for a format in which spaces alone are between the objects of calls."""
+        if self._format.separator is None or not isinstance(self._format.syntax, ObjectSyntax):
+            return DIFFERENT
+        text = self._held.lstrip()
+        return MORE if not text else len(self._held) - len(text) if text[0] == "{" else DIFFERENT
 
     @staticmethod
     def _send(text: str, pieces: list[Piece]) -> None:
