@@ -82,7 +82,7 @@ def test_an_end_token_beyond_the_embedding_is_refused(weights):
 
 def test_a_padding_token_beyond_the_embedding_is_served_and_refused_in_a_prompt(weights):
     add_token(weights, "<|pad|>", VOCABULARY, "pad_token")
-    engine, collector = make_engine(weights)
+    engine, collector = make_engine(weights, control_tokens_in_content=True)
     try:
         plain, padded = run(engine, collector, [chat_job("plain"), chat_job("padded", "a <|pad|>")])
         assert plain.usage.completion_tokens > 0

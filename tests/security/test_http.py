@@ -6,13 +6,14 @@ import re
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
 
 from app.chat.routes import MAX_BODY_BYTES
 from app.images.body import MAX_JSON_BYTES
-from tests.deployment import Deployment
+from tests.deployment import Deployment, Process, wait_until
 from tests.security.conftest import HI, Answer, ask, check_error_body, converse
 
 CHAT, GENERATIONS, EDITS = "/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"
@@ -359,10 +360,15 @@ def test_the_log_has_both_ids_of_a_request(echo: Deployment) -> None:
     failing = json.dumps({"model": "echo", "messages": [{"role": "user", "content": "raise"}]}).encode()
     answer = ask(echo.port, "POST", CHAT, failing, {**JSON, "X-Request-Id": "fails"})
     assert answer.status >= 400
-    log = echo.web.log.read_text()
     for status, name in ((200, "succeeds"), (answer.status, "fails")):
         ids = rf"request_id=cmpl-[0-9a-f]{{32}} client_request_id={name}$"
-        assert re.search(rf"request method=POST .* status={status} .* {ids}", log, re.M)
+        line = re.compile(rf"request method=POST .* status={status} .* {ids}", re.M)
+        wait_until(partial(_logged, echo.web, line), timeout_s=20, what=f"the line of {name!r} is written")
+
+
+def _logged(process: Process, line: re.Pattern[str]) -> bool:
+    # it is written when the client has the response already
+    return line.search(process.log.read_text()) is not None
 
 
 @pytest.mark.parametrize(
