@@ -30,6 +30,19 @@ UNREADABLE = "unknown"
 """Replaces the state of a worker that lives and whose record this version can't read. Of that only the cid is known."""
 
 
+class GpuUsage(msgspec.Struct, kw_only=True, frozen=True):
+    """What the driver tells of a worker's GPU, for all processes that use it.
+
+    `utilization`: the part of the last second or less in which a kernel ran, 0 to 1. The last two are None where
+    the driver does not tell them, as for a slice of a GPU (MIG).
+    """
+
+    memory_used_bytes: int
+    memory_total_bytes: int
+    utilization: float | None = None
+    temperature_c: int | None = None
+
+
 class WorkerRecord(msgspec.Struct, kw_only=True):
     """What a worker reports with every renewal of its lease; `/v1/workers` shows most of it.
 
@@ -62,6 +75,10 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0: unknown."""
     max_model_len: int = 0
     """Tokens of prompt and answer together that the loaded model takes; 0: unknown, or it takes images."""
+    kv_cache_usage: float | None = None
+    """The part of the KV cache that running chats hold, 0 to 1; None for engines without one."""
+    gpu: GpuUsage | None = None
+    """None on the CPU, and while the driver does not answer."""
     protocol: int = PROTOCOL_VERSION
 
 

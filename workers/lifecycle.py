@@ -120,6 +120,7 @@ class Lifecycle:
         """Take the lease and load the model. Raises SystemExit when the model can't be loaded."""
         worker = self._worker
         worker.sender.start()
+        worker.gpu_watch.start()
         threading.Thread(target=self._hold_lease, name="heartbeat", daemon=True).start()
         # from here on a stop ends the process in any state, also while Celery waits for a lost Redis
         threading.Thread(target=self._drain, name="drain", daemon=True).start()

@@ -25,6 +25,7 @@ from protocol.queue import JobQueue, claim_ttl_s
 from workers.device import visible_gpus
 from workers.engines import LazyEngine
 from workers.engines.base import Engine
+from workers.gpu_watch import GpuWatch
 from workers.heartbeat import Heartbeat
 from workers.image_keeper import keep_image
 from workers.intake import Intake
@@ -47,6 +48,7 @@ class Worker:
     status: WorkerStatus
     operator_drain: OperatorDrain
     watchdog: Watchdog
+    gpu_watch: GpuWatch
     heartbeat: Heartbeat
     leases: Leases
     drain_s: float
@@ -79,7 +81,8 @@ def build_worker(
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
     intake = Intake(celery)
-    status = WorkerStatus(identity, engine, runner, registrar, throughput, intake, record_changed)
+    gpu_watch = GpuWatch(identity.gpus)
+    status = WorkerStatus(identity, engine, runner, registrar, throughput, intake, gpu_watch, record_changed)
     operator_drain = OperatorDrain(Drains(redis, keys), node_name, status, registrar, intake)
     watchdog = Watchdog(engine, settings.hang_s)
     heartbeat = Heartbeat(
@@ -103,6 +106,7 @@ def build_worker(
         status=status,
         operator_drain=operator_drain,
         watchdog=watchdog,
+        gpu_watch=gpu_watch,
         heartbeat=heartbeat,
         leases=leases,
         drain_s=settings.drain_s,

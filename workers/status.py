@@ -7,6 +7,7 @@ import msgspec
 from node.registrar import NoRegistrar, Registrar
 from protocol.leases import WorkerRecord, WorkerState
 from workers.engines.base import Engine
+from workers.gpu_watch import GpuWatch
 from workers.intake import Intake
 from workers.runner import Runner
 from workers.throughput import Throughput
@@ -26,6 +27,7 @@ class WorkerStatus:
         registrar: Registrar | NoRegistrar,
         throughput: Throughput,
         intake: Intake,
+        gpu_watch: GpuWatch,
         changed: threading.Event,
     ) -> None:
         self.identity = identity
@@ -34,6 +36,7 @@ class WorkerStatus:
         self._registrar = registrar
         self._throughput = throughput
         self._intake = intake
+        self._gpu_watch = gpu_watch
         self._changed = changed
         self._lock = threading.Lock()
         self._state: WorkerState = "loading"
@@ -86,6 +89,8 @@ class WorkerStatus:
             max_model_len=engine.max_model_len,
             slots=self._throughput.slots,
             rate=self._throughput.rate,
+            kv_cache_usage=engine.kv_cache_usage,
+            gpu=self._gpu_watch.usage,
         )
 
     def _shown_state(self) -> WorkerState:

@@ -130,7 +130,7 @@ def _operators_schemas() -> dict[str, Any]:
     }
     worker = {
         **dict.fromkeys(("name", "cid", "model", "host", "last_error"), STRING),
-        **dict.fromkeys(("pid", "running", "steps"), INTEGER),
+        **dict.fromkeys(("pid", "running", "slots", "steps"), INTEGER),
         "tasks": _array(STRING),
         "gpus": _array(STRING),
         "state": {
@@ -138,6 +138,22 @@ def _operators_schemas() -> dict[str, Any]:
             "description": "loading, ready, draining, drained or lost; newer versions may have others",
         },
         "registered": _BOOLEAN,
+        "kv_cache_usage": {
+            "type": ["number", "null"],
+            "description": "part of the KV cache that running chats hold, 0 to 1; null without a cache",
+        },
+        "gpu": {
+            **_object(
+                {
+                    "memory_used_bytes": INTEGER,
+                    "memory_total_bytes": INTEGER,
+                    "utilization": {"type": ["number", "null"], "description": "0 to 1"},
+                    "temperature_c": {"type": ["integer", "null"]},
+                }
+            ),
+            "type": ["object", "null"],
+            "description": "what the driver tells of the GPU; null on the CPU, and while it does not answer",
+        },
     }
     details = {
         "redis": {**STRING, "description": "ok, unreachable, or refuses writes: and the reason"},

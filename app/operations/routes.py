@@ -22,7 +22,10 @@ WORKER_FIELDS = (
     "gpus",
     "state",
     "running",
+    "slots",
     "steps",
+    "kv_cache_usage",
+    "gpu",
     "registered",
     "last_error",
 )

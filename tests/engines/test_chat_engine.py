@@ -367,6 +367,7 @@ def test_a_cancelled_request_is_gone_within_two_steps(weights):
         assert ended[0] - at <= 2
         assert collector.result("gone").failed.code == "cancelled"
         assert engine.status().running == 1
+        assert 0 < (engine.status().kv_cache_usage or 0) < 1
         engine.cancel("other", "deadline")
         result = collector.result("other")
         assert result.finish() == ("length", None)

@@ -72,6 +72,7 @@ class Bench:
             parts.registrar,
             parts.throughput,
             parts.intake,
+            parts.gpu_watch,
             threading.Event(),
         )
         self.worker = Worker(
@@ -83,6 +84,7 @@ class Bench:
             status=self.status,
             operator_drain=OperatorDrain(parts.drains, "w@h", self.status, parts.registrar, parts.intake),
             watchdog=parts.watchdog,
+            gpu_watch=parts.gpu_watch,
             heartbeat=parts.heartbeat,
             leases=parts.leases,
             drain_s=drain_s,
@@ -134,7 +136,14 @@ def bench() -> Iterator[Bench]:
     bench.heartbeat_ends.set()
 
 
-STARTED = ["sender.start", "registrar.start", "engine.load", "watchdog.start", "engine.submit"]
+STARTED = [
+    "sender.start",
+    "gpu_watch.start",
+    "registrar.start",
+    "engine.load",
+    "watchdog.start",
+    "engine.submit",
+]
 
 
 def test_it_loads_generates_once_and_registers_when_celery_is_ready(bench: Bench) -> None:
@@ -257,6 +266,7 @@ def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: B
     assert bench.wait_end() == 0
     assert bench.calls() == [
         "sender.start",
+        "gpu_watch.start",
         "registrar.start",
         "engine.load",
         "registrar.drain",

@@ -16,6 +16,7 @@ class EngineStatus(NamedTuple):
     """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress.
 
     `max_model_len`: limit of prompt and answer together, in tokens; 0 before the load, and for images.
+    `kv_cache_usage`: the part of the KV cache that running sequences hold, 0 to 1; None without a cache.
     """
 
     alive: bool
@@ -23,6 +24,7 @@ class EngineStatus(NamedTuple):
     waiting: int
     steps: int
     max_model_len: int = 0
+    kv_cache_usage: float | None = None
 
 
 class EngineLoadError(Exception):

@@ -95,7 +95,9 @@ class ChatEngine:
             return EngineStatus(False, 0, 0, self.metrics.steps)
         waiting = len(self._inbox) + len(self._parts.scheduler.waiting)
         running = len(self._parts.outputs.by_id)
-        return EngineStatus(True, running, waiting, self.metrics.steps, self._parts.max_context)
+        # active_pages and not the cache itself, which the engine thread changes
+        usage = self.metrics.active_pages / self._parts.cache.num_pages
+        return EngineStatus(True, running, waiting, self.metrics.steps, self._parts.max_context, usage)
 
     def close(self) -> None:
         self._closing = True
