@@ -9,6 +9,7 @@ from app.chat.routes import blueprint as chat_blueprint
 from app.commands.doctor import doctor_command
 from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
+from app.console.routes import blueprint as console_blueprint
 from app.http.access_log import log_accesses
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
@@ -77,6 +78,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),
         )
     )
+    app.register_blueprint(console_blueprint())
     app.cli.add_command(node_commands(services.deployment, leases=services.leases, lock=services.node_lock))
     app.cli.add_command(worker_commands(services.leases, services.drains))
     names = [entry.name for entry in catalogue.models]

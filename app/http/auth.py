@@ -18,12 +18,14 @@ from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
 HEALTH_PATH = "/healthz"
-OPEN_PATHS = frozenset({HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
+OPEN_PATHS = frozenset({"/", HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
 KEY_HEADERS = ("x-api-key", "api-key")
 """Where a client may send its key instead of in Authorization: as Anthropic's, and as Azure's clients do."""
 _HEADERS = "'Authorization: Bearer <key>', " + " or ".join(f"'{name}: <key>'" for name in KEY_HEADERS)
 _BEARER = re.compile(r"(^|,)\s*bearer(?= |$)", re.IGNORECASE)
-OPEN_PREFIXES = ("/v1/images/files/", "/static/")
+STATIC_PREFIX = "/static/"
+"""The files of the console."""
+OPEN_PREFIXES = ("/v1/images/files/", STATIC_PREFIX)
 TASK_PATHS = frozenset(task.path for task in TASKS.values())
 NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)
 

@@ -31,7 +31,7 @@ JSON = {"Content-Type": "application/json"}
 POSTS = ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"]
 GUARDED = [("POST", path) for path in POSTS]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
-GUARDED += [("GET", "/openapi.json"), ("GET", "/"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
+GUARDED += [("GET", "/openapi.json"), ("GET", "/static"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
 GUARDED += [("OPTIONS", "/v1/chat/completions"), ("HEAD", "/v1/models"), ("PUT", "/v1/models")]
 # Paths that would get past a check of prefixes.
 GUARDED += [("GET", "//v1/workers"), ("GET", "/v1/images/files"), ("GET", "/v1/images/../workers")]
@@ -43,7 +43,10 @@ OPEN = [
     ("/ping", 200),
     ("/version", 200),
     ("/v1/images/files/" + "a" * 43, 404),
-    ("/static/console.js", 404),
+    ("/", 200),
+    ("/static/js/main.js", 200),
+    ("/static/js/nothing.js", 404),
+    ("/static/../v1/workers", 404),
 ]
 OPEN += [("/v1/images/files/../../workers", 404), ("/v1/images/files/%2e%2e%2f%2e%2e%2fworkers", 404)]
 
@@ -247,10 +250,11 @@ def test_the_node_calls_without_a_key(service: Deployment, node: StandInNode) ->
     assert node.call_chat("Test", "echo", HI).text == "".join(f"{number} " for number in range(8))
 
 
+PAGE = ("/", "/static/js/main.js")
 NOT_FOR_THE_NODE = [
     (method, path)
     for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
-    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/health", "/")
+    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/health", *PAGE)
     if (method, path) != ("GET", "/healthz")
 ]
 
