@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 EXIT_HUNG = 70
 DRAIN_POLL_S = 0.2
 EXIT_S = 8.0
+END_S = 30.0
+"""How long the steps of an end may take together, apart from the time that requests are given."""
 
 
 def connect_signals(celery: Celery, build: Callable[[str], Worker], *, json_logs: bool = False) -> None:
@@ -178,6 +180,7 @@ class Lifecycle:
         """Wait for the stop; then unregister, let requests finish for at most DRAIN_S, and fail the rest."""
         self._stop.wait()
         worker = self._worker
+        self._end_within(worker.drain_s + EXIT_S + END_S, 0)
         worker.status.set_draining()
         worker.registrar.drain()
         if self._loaded:
@@ -189,8 +192,7 @@ class Lifecycle:
             log.warning("Celery did not end within %g s of the last request: ending without it", EXIT_S)
             worker.sender.stop(1.0)
         self._release()
-        flush_lines(job_log)
-        self._end_process(0)
+        self._end(0)
 
     def _finish_requests(self) -> None:
         worker = self._worker
@@ -220,6 +222,7 @@ class Lifecycle:
         Running requests get `failure`.
         """
         worker = self._worker
+        self._end_within(END_S, status)
         log.critical("worker %s ends: %s", worker.status.identity.cid, reason)
         worker.status.set_draining(reason)
         worker.registrar.drain()
@@ -227,8 +230,19 @@ class Lifecycle:
         worker.sender.stop(2.0)
         if status != EXIT_CONFIGURATION:
             self._release()
-        flush_lines(job_log)
-        self._end_process(status)
+        self._end(status)
+
+    def _end(self, status: int) -> None:
+        try:
+            flush_lines(job_log)
+        finally:
+            self._end_process(status)
+
+    def _end_within(self, seconds: float, status: int) -> None:
+        """End the process after `seconds`, whatever keeps it: a log that nobody reads blocks each line."""
+        timer = threading.Timer(seconds, self._end_process, [status])
+        timer.daemon = True
+        timer.start()
 
     def _release(self) -> None:
         """End the lease. The record stays for the reconciler if the node may still have the entry."""

@@ -1,5 +1,6 @@
 """workers.lifecycle with stand-ins for all collaborators but the status: what happens in which order."""
 
+import errno
 import logging
 import signal
 import threading
@@ -24,7 +25,9 @@ from tests.deployment import wait_until
 from tests.records import worker_record
 from workers.engines.base import Emit, EngineLoadError, EngineStatus, TemporaryLoadError
 from workers.heartbeat import WorkerReplaced
+from workers.job_log import log as job_log
 from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
+from workers.lifecycle import log as lifecycle_log
 from workers.operator_drain import OperatorDrain
 from workers.services import Worker
 from workers.status import WorkerStatus
@@ -353,6 +356,60 @@ def test_a_replaced_worker_leaves_lease_and_entry_to_the_new_one(bench: Bench) -
         "runner.fail_all",
         "sender.stop",
     ]
+
+
+class Unwritable(logging.Handler):
+    """Its lines and its flush block until `read` is set, or fail without it."""
+
+    def __init__(self, read: threading.Event | None = None) -> None:
+        super().__init__()
+        self._read = read
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        if self._read is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._read.wait(120)
+
+
+def end(bench: Bench, *, stop: bool) -> None:
+    """Stop a worker, or let its engine hang, and wait until its process has ended."""
+    bench.lifecycle.start()
+    if stop:
+        bench.stop.set()
+    else:
+        bench.heartbeat_error = EngineHung("no progress")
+        bench.heartbeat_ends.set()
+    assert bench.wait_end() == (0 if stop else EXIT_HUNG)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_lines_that_cannot_be_written_do_not_keep_the_process(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, stop: bool
+) -> None:
+    monkeypatch.setattr(job_log, "handlers", [Unwritable()])
+    end(bench, stop=stop)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("logger", [job_log, lifecycle_log], ids=["jobs", "lifecycle"])
+def test_a_log_that_nobody_reads_does_not_keep_the_process(
+    monkeypatch: pytest.MonkeyPatch, logger: logging.Logger, stop: bool
+) -> None:
+    bench, read = Bench(drain_s=0), threading.Event()
+    monkeypatch.setattr("workers.lifecycle.END_S", 0.5)
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler := Unwritable(read))
+    try:
+        end(bench, stop=stop)
+    finally:
+        read.set()
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize("maybe_registered", [False, True])
