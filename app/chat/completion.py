@@ -39,6 +39,8 @@ class _Choice:
     texts: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: dict[int, "_Call"] = field(default_factory=dict)
+    last_call: "_Call | None" = None
+    """The call that no content has followed. One that is no JSON is followed by its text."""
     logprobs: list[TokenLogprob] | None = None
     finish_reason: str = "length"
     stop_reason: int | str | None = None
@@ -47,19 +49,21 @@ class _Choice:
         if isinstance(event, ReasoningDelta):
             self.reasoning.append(event.text)
         elif isinstance(event, ToolCallDelta):
-            self.calls.setdefault(event.call, _Call(event.id, event.name)).arguments.append(event.arguments)
+            self.last_call = self.calls.setdefault(event.call, _Call(event.id, event.name))
+            self.last_call.arguments.append(event.arguments)
         else:
             self.texts.append(event.text)
+            if event.text:
+                self.last_call = None
             if event.finish_reason:
                 self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
         if event.logprobs is not None:
             self.logprobs = [*(self.logprobs or []), *event.logprobs]
 
     def body(self, index: int) -> dict[str, Any]:
-        made = list(self.calls.values())
         # a call that max_tokens cut stays as it is
-        cut = made[-1:] if self.finish_reason == "length" else []
-        calls = [call.body() for call in made if call in cut or call.is_json]
+        cut = self.last_call if self.finish_reason == "length" else None
+        calls = [call.body() for call in self.calls.values() if call is cut or call.is_json]
         text = "".join(self.texts)
         message: dict[str, Any] = {"role": "assistant", "content": None if calls and not text else text}
         if self.reasoning:

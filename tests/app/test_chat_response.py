@@ -266,3 +266,14 @@ def test_a_call_that_is_cut_at_the_end_stays_in_the_answer() -> None:
     choice = plain([*cut, Delta("", tokens=0, finish_reason="length"), Finished(Usage(1, 2))])["choices"][0]
     assert choice["message"]["tool_calls"] == [call("1", "f", '{"a"')]
     assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
+
+
+def test_a_call_that_is_no_json_stays_out_of_an_answer_that_is_cut_later() -> None:
+    broken: list[Event] = [ToolCallDelta(0, id="1", name="f"), ToolCallDelta(0, arguments='{"a"')]
+    text: list[Event] = [Delta('f({"a" 1})'), Delta(" Well")]
+    ends: list[Event] = [Delta("", tokens=0, finish_reason="length"), Finished(Usage(1, 4))]
+    message = plain([*broken, *text, *ends])["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": 'f({"a" 1}) Well'}
+    cut: list[Event] = [ToolCallDelta(1, id="2", name="g"), ToolCallDelta(1, arguments='{"b')]
+    message = plain([*broken, *text, *cut, *ends])["choices"][0]["message"]
+    assert message["tool_calls"] == [call("2", "g", '{"b')] and message["content"] == 'f({"a" 1}) Well'
