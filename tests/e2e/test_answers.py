@@ -21,6 +21,8 @@ SCRIPTS = {
     '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     "only": '<tool_call>{"name": "now", "arguments": {"zone": "UTC"}}</tool_call>',
     "broken": '<tool_call>\n{"name": "now", "arguments": {"zone" "UTC"}}\n</tool_call>',
+    "retried": '<tool_call>\n{"name": "now", "arguments": {"zone": tru}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
     "sunny": "It is sunny in Rome.",
     "long": "<think>" + " ".join(map(str, range(100))) + "</think>never",
 }
@@ -196,6 +198,19 @@ def test_without_parallel_calls_there_is_one(client):
     choice = ask(client, "weather", tools=TOOLS, parallel_tool_calls=False).choices[0]
     assert [call.function.name for call in choice.message.tool_calls] == ["get_weather"]
     assert choice.finish_reason == "tool_calls"
+
+
+def test_without_parallel_calls_a_broken_one_leaves_room_for_another(client):
+    fields: Any = {"tools": TOOLS, "parallel_tool_calls": False}
+    choice = ask(client, "retried", **fields).choices[0]
+    (call,) = choice.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("get_weather", '{"city": "Oslo"}')
+    assert choice.finish_reason == "tool_calls"
+    streamed = [chunk.choices[0] for chunk in ask(client, "retried", stream=True, **fields)]
+    parts = [part for choice in streamed for part in choice.delta.tool_calls or []]
+    assert [part.function.name for part in parts if part.id] == ["now", "get_weather"]
+    last = [part.function.arguments for part in parts if part.index == parts[-1].index]
+    assert "".join(last) == call.function.arguments and streamed[-1].finish_reason == "tool_calls"
 
 
 def test_a_broken_call_is_text(client):

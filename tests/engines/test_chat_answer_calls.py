@@ -534,17 +534,30 @@ def test_the_tokenizers_own_response_template_comes_first():
 # limits of a request
 
 
+def until_complete(parts: list[str]) -> Answer:
+    """An answer without parallel calls, which ends when it is complete."""
+    parser = AnswerFormat(tokenizer(templates.HERMES)).parser(job(parallel_tool_calls=False), "")
+    assert parser is not None
+    pieces: list[Piece] = []
+    for part in parts:
+        pieces += parser.feed(part)[0]
+        if parser.complete:
+            return Answer(pieces)
+    raise AssertionError("it goes on without a call")
+
+
 def test_without_parallel_calls_the_first_one_ends_the_answer():
     for parts in few_cuts(f"One moment. {TWO_CALLS['hermes'][1]}"):
-        parser = AnswerFormat(tokenizer(templates.HERMES)).parser(job(parallel_tool_calls=False), "")
-        assert parser is not None
-        pieces: list[Piece] = []
-        for part in parts:
-            pieces += parser.feed(part)[0]
-            if parser.complete:
-                break
-        answer = Answer(pieces)
+        answer = until_complete(parts)
         assert answer.parsed == [("weather", WEATHER)] and answer.content == "One moment.", parts
+
+
+def test_without_parallel_calls_the_first_one_is_that_after_a_broken_one():
+    broken = '<tool_call>\n{"name": "now", "arguments": {"a": tru}}\n</tool_call>'
+    for parts in few_cuts(f"{broken}\n{TWO_CALLS['hermes'][1]}"):
+        answer = until_complete(parts)
+        assert answer.content == broken, parts
+        assert answer.calls[0][0] == "now" and answer.calls[1:] == [("weather", W)], parts
 
 
 def test_stop_strings_end_the_content_and_not_a_call():

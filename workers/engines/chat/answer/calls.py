@@ -59,7 +59,7 @@ class CallDivider:
         self._number = 0
         self._may_start = True
         """For calls without a mark: there is no other text before."""
-        self.calls = 0
+        self.calls: list[int] = []
 
     def feed(self, text: str) -> list[Piece]:
         self._held += text
@@ -78,7 +78,7 @@ class CallDivider:
             if self._reader.status is ReaderStatus.BROKEN:
                 rest = self._raw
             elif self._reader.arguments_complete:
-                self.calls += 1
+                self.calls.append(self._number)
         return [Content(rest)] if rest else []
 
     def _in_text(self, pieces: list[Piece]) -> bool:
@@ -125,7 +125,7 @@ class CallDivider:
         pieces += self._reader.feed(text)
         if self._reader.status is ReaderStatus.DONE:
             self._held, self._state = self._reader.rest, _State.AFTER
-            self.calls += 1
+            self.calls.append(self._number)
             self._number += 1
         elif self._reader.status is ReaderStatus.BROKEN:
             self._give_up(pieces)

@@ -37,7 +37,7 @@ class AnswerParser:
     @property
     def calls(self) -> int:
         """Number of complete calls."""
-        return sum(divider.calls for divider in self._dividers)
+        return sum(len(divider.calls) for divider in self._dividers)
 
     @property
     def complete(self) -> bool:
@@ -92,7 +92,7 @@ class AnswerParser:
                 if text := self._visible(text, last=stop is not None):
                     sent.append(Content(text))
             else:
-                if isinstance(piece, CallStart | CallArguments) and piece.number and not self._parallel:
+                if isinstance(piece, CallStart | CallArguments) and self._is_surplus(piece.number):
                     return sent, None
                 if isinstance(piece, CallStart):
                     if text := self._visible(self._matcher.flush() if self._matcher else ""):
@@ -102,6 +102,12 @@ class AnswerParser:
             if stop is not None:
                 return sent, stop
         return sent, None
+
+    def _is_surplus(self, number: int) -> bool:
+        """Whether there may be one call and a complete one comes before call `number`."""
+        return not self._parallel and any(
+            made < number for divider in self._dividers for made in divider.calls
+        )
 
     def _match(self, text: str, may_stop: bool) -> tuple[str, str | None]:
         if self._matcher is None:

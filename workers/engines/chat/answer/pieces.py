@@ -38,8 +38,8 @@ Piece = Content | Reasoning | CallStart | CallArguments
 class Divider(Protocol):
     """Divides the text of one choice as it arrives."""
 
-    calls: int
-    """Number of complete calls."""
+    calls: list[int]
+    """The numbers of the complete calls. Others began and turned out to be none."""
 
     @property
     def thinking(self) -> bool:

@@ -40,7 +40,7 @@ class TemplateDivider:
         """Whether the open region of reasoning has text."""
         self._reasoned = False
         """Whether any has."""
-        self.calls = 0
+        self.calls: list[int] = []
         for event in self._parser.initial_events:
             self._track(event)
 
@@ -121,8 +121,8 @@ class TemplateDivider:
                 arguments = parse_object(arguments)
             if not (isinstance(name, str) and _NAME.fullmatch(name) and isinstance(arguments, dict)):
                 return [Content(raw)]
-            number = self.calls + len(pieces) // 2
+            number = len(self.calls) + len(pieces) // 2
             pieces.append(CallStart(number, new_id(), name))
             pieces.append(CallArguments(number, json.dumps(arguments, ensure_ascii=False)))
-        self.calls += len(pieces) // 2
+        self.calls += [piece.number for piece in pieces if isinstance(piece, CallStart)]
         return pieces

@@ -86,7 +86,7 @@ class ThinkDivider:
         self._tags = tags
         self._state = _State.OPENED if opened else _State.ANSWER if started else _State.START
         self._held = ""
-        self.calls = 0
+        self.calls: list[int] = []
 
     @property
     def thinking(self) -> bool:
