@@ -405,6 +405,41 @@ def test_a_call_that_is_cut_by_max_tokens_stays_as_it_is():
         assert answer.calls == [("weather", '{"city": "Ro')] and answer.content == ""
 
 
+@pytest.mark.parametrize("name", TWO_CALLS)
+def test_an_answer_that_is_cut_after_a_call_has_no_text_of_the_next(name):
+    template, text = TWO_CALLS[name]
+    made = AnswerFormat(tokenizer(template))
+    seen = set()
+    for end in range(len(text)):
+        for parts in ([text[:end]], list(text[:end])):
+            parser = made.parser(job(stop=("{", "<", "[", "t")), "")
+            assert parser is not None
+            pieces = [piece for part in parts for piece in parser.feed(part)[0]]
+            rest, stop = parser.finish("", cut=True)
+            if parser.calls:
+                answer = Answer(pieces + rest)
+                assert (answer.content, stop) == ("", None), text[:end]
+                assert answer.calls[0][0] == "weather" and json.loads(answer.calls[0][1]) == WEATHER
+                seen.add(end)
+    assert len(seen) > 10
+
+
+OPENED = {"hermes": "<tool_call>", "mistral nemo": "[TOOL_CALLS]", "mistral small": "[TOOL_CALLS]"}
+
+
+@pytest.mark.parametrize("name", OPENED)
+def test_an_answer_that_is_cut_in_the_head_of_its_first_call_is_what_came_before(name):
+    template, text = TWO_CALLS[name]
+    made, head = AnswerFormat(tokenizer(template)), text[: text.index('{"city"')]
+    for end in range(len(OPENED[name]), len(head) + 1):
+        for parts in few_cuts("Look: " + head[:end]):
+            parser = made.parser(job(stop=("{", "<", "[", "wea")), "")
+            assert parser is not None
+            pieces = [piece for part in parts for piece in parser.feed(part)[0]]
+            rest, stop = parser.finish("", cut=True)
+            assert Answer(pieces + rest).content.rstrip() == "Look:" and stop is None, parts
+
+
 @pytest.mark.parametrize("broken", ['{"name": "weather", "arguments": {"city" "Rome"}}', "weather()"])
 def test_a_good_call_after_a_broken_one_counts(broken):
     broken = f"<tool_call>\n{broken}\n</tool_call>"
@@ -449,11 +484,25 @@ def test_a_call_whose_tool_has_no_proper_schema_is_read_or_content():
     assert parse(templates.GPT_OSS, [deep]).calls == []
 
 
-def test_a_call_of_a_family_that_is_cut_by_max_tokens_is_content():
-    text = "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Ro"
-    for parts in few_cuts(text):
-        answer = parse(templates.GLM_4_5, parts, cut=True)
-        assert answer.calls == [] and answer.content == text, parts
+@pytest.mark.parametrize("name", ["glm", "qwen3 coder", "minimax m2", "gemma 4", "gpt-oss"])
+def test_a_call_of_a_family_that_is_cut_by_max_tokens_is_left_out(name):
+    template, text = TWO_CALLS[name]
+    text += "<|call|>" * (name == "gpt-oss")
+    made = AnswerFormat(tokenizer(template))
+    mark = re.match(r"<[^>]+>|\S+?functions\.", text.lstrip())
+    assert mark is not None
+    seen = set()
+    for end in range(mark.end(), len(text) + 1):
+        for parts in ([text[:end]], list(text[:end])):
+            parser = made.parser(job(stop=("<", "weather")), "")
+            assert parser is not None
+            pieces = [piece for part in parts for piece in parser.feed(part)[0]]
+            rest, stop = parser.finish("", cut=True)
+            answer = Answer(pieces + rest)
+            assert (answer.content.strip(), stop) == ("", None), text[:end]
+            assert answer.parsed == [("weather", WEATHER), ("now", {})][: parser.calls], text[:end]
+            seen.add(parser.calls)
+    assert seen == {0, 1, 2}
 
 
 # reasoning and calls in one answer

@@ -185,6 +185,9 @@ def test_a_call_can_be_cut_by_max_tokens(scripted):
     for limit in range(1, whole):
         result = call(scripted, "calls", max_tokens=limit)
         ends.add(result.finish()[0])
+        assert "Let me look.\n<tool_call".startswith(result.text())
+        stopped = call(scripted, "calls", max_tokens=limit, stop=("{",))
+        assert (stopped.text(), stopped.finish()) == (result.text(), ("length", None))
         for (name, text), (expected, whole_text) in zip(calls(result), TWO, strict=False):
             assert name == expected and whole_text.startswith(text)
     assert ends == {"length"}

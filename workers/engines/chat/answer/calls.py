@@ -79,7 +79,12 @@ class CallDivider:
                 rest = self._raw
             elif self._reader.arguments_complete:
                 self.calls.append(self._number)
+        if cut and (self.calls or self._is_opened(rest)):
+            return []  # the head of a call, perhaps a part of its mark: neither a call nor content
         return [Content(rest)] if rest else []
+
+    def _is_opened(self, text: str) -> bool:
+        return bool(self._marker) and text.startswith(self._marker)
 
     def _in_text(self, pieces: list[Piece]) -> bool:
         """Take a part of the held text. Returns whether there may be another one to take."""
@@ -135,7 +140,7 @@ class CallDivider:
         """Send the beginning of what is no call as content. The rest may have another call."""
         self._number += self._reader.started
         self._may_start = False
-        start = max(1, len(self._marker)) if self._raw.startswith(self._marker) else 1
+        start = len(self._marker) if self._is_opened(self._raw) else 1
         self._send(self._raw[:start], pieces)
         self._held, self._state = self._raw[start:], _State.TEXT
 

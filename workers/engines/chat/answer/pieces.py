@@ -49,7 +49,10 @@ class Divider(Protocol):
         """Return the pieces that `text` completes. Text that may belong to a tag is held back."""
 
     def finish(self, cut: bool) -> list[Piece]:
-        """Return the rest when no text follows. `cut`: the model was not at its end."""
+        """Return the rest when no text follows. `cut`: the model was not at its end.
+
+        The head of a call that was cut is left out.
+        """
 
 
 def to_event(piece: Piece, index: int, tokens: int, logprobs: list[TokenLogprob] | None) -> Event:

@@ -12,6 +12,10 @@ from workers.engines.chat.answer.json_text import parse_object
 from workers.engines.chat.answer.pieces import CallArguments, CallStart, Content, Piece, Reasoning
 
 _NAME = re.compile(FUNCTION_NAME)
+_MARK = re.compile(r"\s*(?:<[^<>\s]+>|to=functions\.)")
+"""What the head of a call begins with."""
+_NO_TEXT = "\0"
+"""Occurs in no delimiter."""
 
 UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)
 """What ResponseParser raises for a call that it can't read, or can't convert to the types of its tool."""
@@ -63,8 +67,30 @@ class TemplateDivider:
         return self._pieces(events)
 
     def finish(self, cut: bool) -> list[Piece]:
-        if cut and self._field == CALLS:
-            return self._give_up()
+        if cut:
+            return self._cut_call() if self._field == CALLS else self._cut_text()
+        return self._end()
+
+    def _cut_call(self) -> list[Piece]:
+        """Return the call that is open if its text is complete."""
+        # the parser waits for a character behind the closing, which might go on
+        pieces = self.feed(_NO_TEXT)
+        return [piece for piece in pieces if isinstance(piece, CallStart | CallArguments)]
+
+    def _cut_text(self) -> list[Piece]:
+        """Return what was held back, without what the next call begins with."""
+        made = len(self.calls)
+        pieces = self._end()
+        # a call that begins with the last of the text has lost its arguments
+        del self.calls[made:]
+        return [
+            piece
+            for piece in pieces
+            if isinstance(piece, Reasoning)
+            or (isinstance(piece, Content) and not made and not _MARK.match(piece.text))
+        ]
+
+    def _end(self) -> list[Piece]:
         try:
             _, events = self._parser.finalize()
         except UNREADABLE:
