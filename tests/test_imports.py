@@ -15,7 +15,10 @@ from tests.deployment import ROOT
         ("wsgi", ["torch", "transformers", "diffusers", "accelerate", "workers"]),
         ("gunicorn_worker", ["flask", "app", "catalogue", "protocol", "celery", "redis"]),
         ("workers", ["flask", "torch", "app"]),
-        ("workers.celery", ["flask", "werkzeug", "gunicorn", "torch", "transformers", "diffusers", "app"]),
+        (
+            "workers.celery",
+            ["flask", "werkzeug", "gunicorn", "torch", "transformers", "diffusers", "app", "pynvml"],
+        ),
         ("workers.engines", ["torch", "celery", "redis", "flask"]),
         ("node.client", ["flask", "torch", "celery", "app", "workers"]),
         ("node.registrar", ["flask", "torch", "celery", "app", "workers"]),

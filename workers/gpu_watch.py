@@ -1,17 +1,11 @@
-"""Reads memory, load and temperature of this worker's GPU from the driver, through NVML."""
+"""Watches memory, load and temperature of this worker's GPU."""
 
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TypeVar
-
-import pynvml
 
 from protocol.leases import GpuUsage
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +26,6 @@ class GpuWatch(threading.Thread):
         self._clock = clock
         self._reading: tuple[float, GpuUsage] | None = None
         self._failure = ""
-        self._connected = False
 
     @property
     def usage(self) -> GpuUsage | None:
@@ -43,49 +36,20 @@ class GpuWatch(threading.Thread):
         return reading[1]
 
     def run(self) -> None:
-        while self._gpu is not None:
-            self.look()
+        if self._gpu is None:
+            return
+        # imported here: Flower loads this module, and the web process's image has no nvidia-ml-py
+        from workers.nvml import NvmlReader
+
+        reader = NvmlReader(self._gpu)
+        while True:
+            self.note(reader.read())
             time.sleep(INTERVAL_S)
 
-    def look(self) -> None:
-        """Read once. Why that fails is logged once."""
-        assert self._gpu is not None
-        try:
-            if not self._connected:
-                pynvml.nvmlInit()
-                self._connected = True
-            usage = _read(self._gpu)
-        except pynvml.NVMLError as error:
-            if str(error) != self._failure:
-                self._failure = str(error)
-                log.warning("the driver does not tell the use of GPU %s: %s", self._gpu, error)
-            self._disconnect()
-            return
-        self._failure = ""
-        self._reading = self._clock(), usage
-
-    def _disconnect(self) -> None:
-        """The next look connects anew: after a restart of the driver an old connection stays dead."""
-        if self._connected:
-            self._connected = False
-            with suppress(pynvml.NVMLError):
-                pynvml.nvmlShutdown()
-
-
-def _read(uuid: str) -> GpuUsage:
-    """Raises pynvml.NVMLError."""
-    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return GpuUsage(
-        memory_used_bytes=memory.used,
-        memory_total_bytes=memory.total,
-        utilization=_or_none(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100),
-        temperature_c=_or_none(lambda: pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
-    )
-
-
-def _or_none(read: Callable[[], T]) -> T | None:
-    try:
-        return read()
-    except pynvml.NVMLError_NotSupported:
-        return None
+    def note(self, found: GpuUsage | str) -> None:
+        """Take a reading, or the reason why there is none, which is logged once."""
+        if isinstance(found, GpuUsage):
+            self._reading, self._failure = (self._clock(), found), ""
+        elif found != self._failure:
+            self._failure = found
+            log.warning("the driver does not tell the use of GPU %s: %s", self._gpu, found)
