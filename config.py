@@ -49,6 +49,11 @@ class Settings(BaseSettings):
         default=(),
         description="comma-separated keys, one of which each request carries; without any, none is needed",
     )
+    operator_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="comma-separated, those of API_KEYS that may see the requests of all clients, and drain and "
+        "resume workers, as the console at / does. Default: all of them",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="comma-separated origins (https://app.example.org) whose web pages may call the service "
@@ -154,7 +159,7 @@ class Settings(BaseSettings):
         "in this list. Default: all",
     )
 
-    @field_validator("api_keys", "cors_origins", "allowed_image_hosts", mode="before")
+    @field_validator("api_keys", "operator_keys", "cors_origins", "allowed_image_hosts", mode="before")
     @classmethod
     def _split_commas(cls, value: object) -> object:
         if isinstance(value, str):
@@ -217,6 +222,13 @@ class Settings(BaseSettings):
         value = value.strip()
         if value and not _RATE.fullmatch(value):
             raise ValueError('must be like "60/minute" or "100/5 minutes" (second, minute, hour, day)')
+        return value
+
+    @field_validator("operator_keys")
+    @classmethod
+    def _are_api_keys(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if not set(value) <= set(info.data.get("api_keys", ())):
+            raise ValueError("has a key that API_KEYS does not have")
         return value
 
     @model_validator(mode="after")

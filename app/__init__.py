@@ -3,6 +3,8 @@
 It never imports torch or workers.
 """
 
+from functools import partial
+
 from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
@@ -13,9 +15,11 @@ from app.console.routes import blueprint as console_blueprint
 from app.http.access_log import log_accesses
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
-from app.http.origin import OriginCheck
 from app.http.wsgi import PlainPaths, add_request_ids
 from app.images.routes import blueprint as images_blueprint
+from app.operations.activity import blueprint as activity_blueprint
+from app.operations.activity import note_ended
+from app.operations.drains import blueprint as drains_blueprint
 from app.operations.models import blueprint as models_blueprint
 from app.operations.openapi import describe
 from app.operations.routes import blueprint as operations_blueprint
@@ -39,12 +43,12 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
 
     # metrics first, so that refused requests are counted too
     services.metrics.init_app(app)
-    app.before_request(OriginCheck(settings).check)
+    app.before_request(services.origins.check)
     Cors(settings.cors_origins, services.gate.through_node_listener).init_app(app)
     services.gate.init_app(app)
     add_request_ids(app)
     register_error_handlers(app)
-    app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app))  # type: ignore[method-assign, assignment]
+    app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), partial(note_ended, services.activity))  # type: ignore[method-assign, assignment]
 
     app.register_blueprint(
         chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
@@ -76,6 +80,19 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             has_key=services.gate.has_key,
             warnings=services.warnings,
             description=describe(settings.public_url, keyed=bool(settings.api_keys)),
+        )
+    )
+    app.register_blueprint(
+        activity_blueprint(
+            services.activity,
+            services.drains,
+            services.worker_view,
+            check_may_look=services.operators.check_may_look,
+        )
+    )
+    app.register_blueprint(
+        drains_blueprint(
+            services.leases, services.drains, services.bodies, check_may_act=services.operators.check_may_act
         )
     )
     app.register_blueprint(console_blueprint())

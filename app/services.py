@@ -3,10 +3,13 @@
 import uuid
 from dataclasses import dataclass
 
+from app.dispatch.activity import Activity
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.monitor import RequestMonitor
 from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
+from app.http.operators import Operators
+from app.http.origin import OriginCheck
 from app.http.request_body import BodyBudget, BodyReader
 from app.images.fetch import ImageFetcher
 from app.operations.metrics import Metrics
@@ -38,10 +41,13 @@ class Services:
     deployment: Deployment
     process: WebProcess
     gate: Gate
+    origins: OriginCheck
+    operators: Operators
     metrics: Metrics
     dispatcher: Dispatcher
     bodies: BodyReader
     worker_view: WorkerView
+    activity: Activity
     warnings: Warnings
     image_store: ImageStore
     fetcher: ImageFetcher
@@ -65,6 +71,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     drains = Drains(background, keys)
     requests = OpenRequests(background, keys, mark_ttl_s=claim_ttl_s(settings))
     worker_view = WorkerView(leases)
+    activity = Activity(background, keys, [entry.name for entry in catalogue.models])
     celery = create_celery(settings, keys)
     queue = JobQueue(client, keys, celery, claim_ttl_s=claim_ttl_s(settings), background=background)
     queue.prepare(entry.name for entry in catalogue.models)
@@ -91,6 +98,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             worker_view=worker_view,
             router=router,
             queue=queue,
+            activity=activity,
         ),
         reconciler=reconciler,
         warnings=settings.warnings(),
@@ -98,10 +106,14 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     image_store = ImageStore(
         client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
     )
+    gate = Gate(settings, _build_limiter(settings, client, keys, worker_view))
+    origins = OriginCheck(settings)
     return Services(
         deployment=deployment,
         process=process,
-        gate=Gate(settings, _build_limiter(settings, client, keys, worker_view)),
+        gate=gate,
+        origins=origins,
+        operators=Operators(settings, origins, gate.carries_one_of),
         metrics=Metrics(worker_view, router, settings.prometheus_multiproc_dir),
         dispatcher=Dispatcher(
             settings,
@@ -115,6 +127,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         ),
         bodies=BodyReader(BodyBudget()),
         worker_view=worker_view,
+        activity=activity,
         warnings=Warnings(
             settings, catalogue.models, worker_view, background, Alarms(background, keys), drains
         ),

@@ -109,7 +109,9 @@ class UnsupportedMediaType(ServiceError):
 
 
 class Forbidden(ServiceError):
-    """Raised by the web process for a request that a page of another site may have made a browser send."""
+    """Raised by the web process for a request that a page of another site may have made a browser send, and for one
+    that only an operator may send.
+    """
 
     status, code, type = 403, "forbidden", "permission_error"
 

@@ -78,6 +78,15 @@ class Keys(NamedTuple):
         return f"{self.prefix}youngest:{model}"
 
     @property
+    def ended_requests(self) -> str:
+        """Stream: the last requests that ended, of all web processes (app/dispatch/activity.py)."""
+        return f"{self.prefix}ended"
+
+    def sample(self, at: int | str) -> str:
+        """Hash with a TTL: queues and times to first token in some seconds from `at` on (Redis time)."""
+        return f"{self.prefix}sample:{at}"
+
+    @property
     def alarms(self) -> str:
         """Sorted set: texts of the supervisors' alarms, scored by expiry (Redis time, seconds)."""
         return f"{self.prefix}alarms"

@@ -16,7 +16,7 @@ from tests.deployment import ROOT, RedisServer
 TOGETHER = {
     f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
 }
-TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("page",)}
+TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("operators", "page")}
 """Files whose tests share one service: file to the name of its unit."""
 APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "same_cid", "web", "workers")}
 """Files in which each test starts a service of its own."""

@@ -1,16 +1,18 @@
 """Checks once a second on the requests for which no events arrive, all of them in one pipeline.
 
 It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, sends
-ids again that were lost between the queue and a worker, deletes the replay lists of finished requests and
-renews this process's lease.
+ids again that were lost between the queue and a worker, deletes the replay lists of finished requests, writes
+what the process did and renews its lease.
 """
 
 import logging
 import threading
 import time
+from contextlib import suppress
 
 from redis.exceptions import RedisError
 
+from app.dispatch.activity import Activity
 from app.dispatch.worker_view import WorkerView
 from protocol import events
 from protocol.connections import RedisClient
@@ -46,6 +48,7 @@ class RequestMonitor(threading.Thread):
         worker_view: WorkerView,
         router: EventRouter,
         queue: JobQueue,
+        activity: Activity,
     ) -> None:
         super().__init__(name="monitor", daemon=True)
         self._redis = client
@@ -55,6 +58,7 @@ class RequestMonitor(threading.Thread):
         self._worker_view = worker_view
         self._router = router
         self._queue = queue
+        self._activity = activity
         self._renew_at = 0.0
         self._refusal = ""
         self._stopping = threading.Event()
@@ -75,6 +79,7 @@ class RequestMonitor(threading.Thread):
                 log.exception("request monitor failed; it continues")
             self._stopping.wait(INTERVAL_S)
         try:
+            self._activity.write()
             self._leases.release_web(self._web_id)
         except RedisError:
             log.info("Redis can't be reached: the lease of this process was not released and will expire")
@@ -91,6 +96,9 @@ class RequestMonitor(threading.Thread):
             self._renew(now)
         self._worker_view.refresh()
         self._queue.sweep()
+        # _renew tells of a Redis that refuses writes; requests are checked all the same
+        with suppress(RedisError):
+            self._activity.write()
         silent = [inbox for inbox in self._router.inboxes() if _is_silent(inbox, now)]
         if not silent:
             return

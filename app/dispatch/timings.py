@@ -1,29 +1,48 @@
-"""When a request was claimed by a worker and when its first token arrived."""
+"""When a request was claimed by a worker and when its first token arrived, and what its events tell of its outcome."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
-from protocol.events import Event, Started, has_tokens
+from protocol.events import Event, Finished, ImageReady, Started, Usage, has_tokens
 
 
 class Timings:
     """The times of one request, from when it was validated. Each is None until it is known."""
 
-    __slots__ = ("_began_at", "_clock", "_first_token_at", "_started_at")
+    __slots__ = (
+        "_began_at",
+        "_clock",
+        "_first_token_at",
+        "_started_at",
+        "images",
+        "incarnation_id",
+        "usage",
+    )
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._began_at = clock()
         self._started_at: float | None = None
         self._first_token_at: float | None = None
+        self.incarnation_id: str | None = None
+        """Of the worker that has claimed it."""
+        self.usage: Usage | None = None
+        """Its tokens, once it is finished."""
+        self.images = 0
+        """How many of its images are ready."""
 
-    def note(self, batch: Iterable[Event]) -> None:
+    def note(self, batch: Sequence[Event]) -> None:
         """Look at events that have just arrived."""
+        if batch and isinstance(batch[-1], Finished):
+            self.usage = batch[-1].usage
         if self._first_token_at is not None:
             return
         for event in batch:
             if isinstance(event, Started):
                 self._started_at = self._clock()
+                self.incarnation_id = event.incarnation_id
+            elif isinstance(event, ImageReady):
+                self.images += 1
             elif has_tokens(event):
                 self._first_token_at = self._clock()
                 return

@@ -11,11 +11,14 @@ from flask import request
 from app.http.connection import Connection
 from logs import Entry
 from protocol.errors import Cancelled, InternalError, ServiceError
+from protocol.events import Usage
 
 log = logging.getLogger("access")
 
-QUIET_ROUTES = frozenset({"/healthz", "/readyz", "/health", "/ping", "/metrics", "/v1/workers"})
-"""What health checks, scrapes and scripts/run ask for again and again: their lines have the level DEBUG."""
+QUIET_ROUTES = frozenset(
+    {"/healthz", "/readyz", "/health", "/ping", "/metrics", "/v1/workers", "/v1/activity"}
+)
+"""What health checks, scrapes, scripts/run and the console ask for again and again: their lines have the level DEBUG."""
 COMPLETED = "completed"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _KEY = "modelservice.access"
@@ -23,14 +26,20 @@ _KEY = "modelservice.access"
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
-class Durations(Protocol):
-    """What is known of a job's times (app.dispatch.timings.Timings), in seconds."""
+class Course(Protocol):
+    """What is known of a job's times and outcome (app.dispatch.timings.Timings)."""
+
+    incarnation_id: str | None
+    usage: Usage | None
+    images: int
 
     @property
     def queued_s(self) -> float | None: ...
 
     @property
     def first_token_s(self) -> float | None: ...
+
+    def milliseconds(self) -> dict[str, int]: ...
 
 
 class Access:
@@ -51,7 +60,17 @@ class Access:
         """Of a job; a model that isn't in the catalogue may hold anything."""
         self.code: str | None = None
         """The code of the error (protocol.errors) that ended it."""
-        self.times: Durations | None = None
+        self.times: Course | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the request arrived."""
+        return time.monotonic() - self.began_at
+
+    @property
+    def outcome(self) -> str:
+        """COMPLETED, or the code of the error that ended the request."""
+        return self.code or COMPLETED
 
     def fail(self, error: ServiceError) -> None:
         """Note the error that has ended the request."""
@@ -68,8 +87,8 @@ class Access:
             method=self.method,
             route=self.route,
             status=self.status,
-            outcome=self.code or COMPLETED,
-            seconds=round(time.monotonic() - self.began_at, 3),
+            outcome=self.outcome,
+            seconds=round(self.seconds, 3),
             queued_s=times and times.queued_s,
             first_token_s=times and times.first_token_s,
             model=self.model,
@@ -85,8 +104,8 @@ def current_access() -> Access:
     return access
 
 
-def log_accesses(app: Application) -> Application:
-    """WSGI middleware that writes the lines.
+def log_accesses(app: Application, on_end: Callable[[Access], None]) -> Application:
+    """WSGI middleware that writes the lines, and calls `on_end` after that of a job.
 
     A function and not an object that is called: a call through C keeps more of the stack for each open stream
     (docs/adr/0007-open-streams.md).
@@ -98,7 +117,7 @@ def log_accesses(app: Application) -> Application:
         # nobody will notice any more, if the response fits into the kernel's buffers
         if access.model is not None and access.code is None and Connection(environ).disconnected():
             access.code = Cancelled.code
-        return _LoggedBody(body, access)
+        return _LoggedBody(body, access, on_end)
 
     return serve
 
@@ -106,11 +125,12 @@ def log_accesses(app: Application) -> Application:
 class _LoggedBody:
     """A response's body, whose end is logged. The server iterates over the body itself, and then closes this."""
 
-    __slots__ = ("_access", "_body")
+    __slots__ = ("_access", "_body", "_on_end")
 
-    def __init__(self, body: Iterable[bytes], access: Access) -> None:
+    def __init__(self, body: Iterable[bytes], access: Access, on_end: Callable[[Access], None]) -> None:
         self._body = body
         self._access = access
+        self._on_end = on_end
 
     def __iter__(self) -> Iterator[bytes]:
         return iter(self._body)
@@ -125,3 +145,5 @@ class _LoggedBody:
             if failure is not None and access.code is None:
                 access.code = Cancelled.code if isinstance(failure, OSError) else InternalError.code
             access.write()
+            if access.model is not None:
+                self._on_end(access)

@@ -83,6 +83,10 @@ class Gate:
         """Whether the current request carries a valid key, or none is required."""
         return not self._known or self._key_name() is not None
 
+    def carries_one_of(self, keys: tuple[str, ...]) -> bool:
+        """Whether the current request carries one of these keys of API_KEYS."""
+        return self._key_name() in [_name(key) for key in keys]
+
     def _key_name(self) -> str | None:
         """Return the name of the request's key, or None. Compares every key, in constant time."""
         sent = _sent_keys()

@@ -33,16 +33,17 @@ class OriginCheck:
             return
         host, origin = request.headers.get("Host"), request.headers.get("Origin")
         # a client without a Host header is no browser
-        if host is not None and not self._is_own(f"//{host}"):
+        if host is not None and not self.is_own(f"//{host}"):
             raise Forbidden(
                 "this Host is not a name of this server; set PUBLIC_URL to the address that clients use"
             )
-        if origin is not None and not self._is_own(origin) and not is_listed(origin, self._listed):
+        if origin is not None and not self.is_own(origin) and not is_listed(origin, self._listed):
             raise Forbidden(
                 "without API_KEYS requests from pages of other sites are accepted only if CORS_ORIGINS has them"
             )
 
-    def _is_own(self, url: str) -> bool:
+    def is_own(self, url: str) -> bool:
+        """Whether the host of `url` is this server: PUBLIC_URL's, SERVICE_URL's or the loopback."""
         try:
             host = urlsplit(url).hostname
         except ValueError:

@@ -7,6 +7,7 @@ field: a bound that depends on another field, the limits of one model, 1.0 where
 
 from typing import Any
 
+from app.dispatch.activity import CURSOR
 from app.http.auth import KEY_HEADERS
 from app.operations.openapi_schemas import BINARY, STRING, component_schemas, edit_form, ref
 from catalogue import CHAT, EDIT, GENERATION
@@ -77,6 +78,16 @@ def _operations_paths() -> dict[str, Any]:
         "/v1/models": {"get": _get("List the models and their endpoints", "Models")},
         "/v1/models/{name}": {"get": _get("Retrieve a model", "Model", parameter="name", errors=(404,))},
         "/v1/workers": {"get": _get("List the workers and their states", "Workers")},
+        "/v1/workers/{worker}/drain": {"post": _act("Let a worker finish what it runs and take nothing new")},
+        "/v1/workers/{worker}/resume": {"post": _act("Let a worker serve again")},
+        "/v1/activity": {
+            "get": _get(
+                "List the queues, the times to first token and the ended requests of the last minutes",
+                "Activity",
+                query={"after": {**STRING, "pattern": f"^{CURSOR}$"}},
+                errors=(400, 403, 503),
+            )
+        },
         "/v1/images/files/{name}": {
             "get": _get("Retrieve a finished image", image, parameter="name", errors=(404, 503), public=True)
         },
@@ -84,7 +95,7 @@ def _operations_paths() -> dict[str, Any]:
             "get": _get(
                 "Check that this process runs, and whether it serves a model",
                 "Health",
-                query=("namespace", "model"),
+                query=dict.fromkeys(("namespace", "model"), STRING),
                 public=True,
             )
         },
@@ -124,14 +135,14 @@ def _get(
     summary: str,
     content: str | dict[str, Any],
     parameter: str | None = None,
-    query: tuple[str, ...] = (),
+    query: dict[str, Any] | None = None,
     errors: tuple[int, ...] = (),
     also: dict[int, str] | None = None,
     public: bool = False,
 ) -> dict[str, Any]:
     """Return an operation.
 
-    `content`: a schema's name, or content by type; `parameter`: in the path; `query`: optional parameters;
+    `content`: a schema's name, or content by type; `parameter`: in the path; `query`: schemas of optional parameters;
     `also`: schemas by status.
     """
     content = _json(content) if isinstance(content, str) else content
@@ -148,8 +159,17 @@ def _get(
     if parameter:
         operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
     if query:
-        operation["parameters"] = [{"name": name, "in": "query", "schema": STRING} for name in query]
+        operation["parameters"] = [
+            {"name": name, "in": "query", "schema": schema} for name, schema in query.items()
+        ]
     return operation
+
+
+def _act(summary: str) -> dict[str, Any]:
+    """Return an operation of operators on a worker, by its name or cid. Its body is an empty object."""
+    operation = _get(summary, "Drain", parameter="worker", errors=(400, 403, 404, 408, 413, 415, 503))
+    body = {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}
+    return operation | {"requestBody": body}
 
 
 def _probe(summary: str) -> dict[str, Any]:

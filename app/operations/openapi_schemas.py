@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.chat.schema import ChatCompletionRequest
+from app.dispatch.activity import GROWTH, SAMPLE_S
 from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
 from catalogue import TASKS
 
@@ -13,6 +14,7 @@ INTEGER = {"type": "integer"}
 STRING = {"type": "string"}
 BINARY = {"type": "string", "format": "binary"}
 _BOOLEAN = {"type": "boolean"}
+_NULLABLE_INTEGER = {"type": ["integer", "null"]}
 _NULLABLE_STRING = {"type": ["string", "null"]}
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 """Pydantic's names, which it leaves in the schema for bounds of a union, and which JSON Schema ignores."""
@@ -172,6 +174,40 @@ def _operators_schemas() -> dict[str, Any]:
             {**status, "project": STRING, "object": {"const": "list"}, "data": _array(_object(model))}
         ),
         "Workers": _object({**status, "data": _array(_object(worker))}),
+        "Drain": _object({**status, "data": _object({"name": STRING, "under_drain": _BOOLEAN})}),
+        "Activity": _object(status | _activity()),
+    }
+
+
+def _activity() -> dict[str, Any]:
+    times = {
+        "type": "object",
+        "additionalProperties": INTEGER,
+        "description": f"requests by time to first token: by the upper bound of a class in ms, whose lower bound "
+        f"is a {GROWTH:g}th of it",
+    }
+    of_model = _object({"waiting": INTEGER, "running": INTEGER, "first_token_ms": times})
+    sample = _object({"at": INTEGER, "models": {"type": "object", "additionalProperties": of_model}})
+    ended = _object(
+        {
+            **dict.fromkeys(("id", "model", "route", "outcome"), STRING),
+            **dict.fromkeys(("status", "total_ms"), INTEGER),
+            **dict.fromkeys(("queued_ms", "first_token_ms", "images"), _NULLABLE_INTEGER),
+            **dict.fromkeys(("prompt_tokens", "completion_tokens"), _NULLABLE_INTEGER),
+            "cid": {**_NULLABLE_STRING, "description": "the worker that had claimed it"},
+            "ended_at": {"type": "number"},
+        }
+    )
+    return {
+        "now": {"type": "number", "description": "seconds, by the clock of Redis, as all times here"},
+        "cursor": {**STRING, "description": "as `after` of the next call it asks for what is new"},
+        "queues": _array(_object({"model": STRING, "waiting": INTEGER, "running": INTEGER})),
+        "samples": {
+            **_array(sample),
+            "description": f"{SAMPLE_S} s each from `at` on; numbers of requests are the largest in that time",
+        },
+        "requests": {**_array(ended), "description": "the newest first"},
+        "under_drain": {**_array(STRING), "description": "names of workers, running or not"},
     }
 
 

@@ -119,7 +119,7 @@ def test_a_response_that_the_client_did_not_take_says_so(
         access.code = known
         return body
 
-    response: Any = log_accesses(app)({"REQUEST_METHOD": "GET"}, None)
+    response: Any = log_accesses(app, lambda access: None)({"REQUEST_METHOD": "GET"}, None)
     assert list(response) == [b"x"] and not entries(caplog), "the line comes at the end"
     try:
         if failure is not None:

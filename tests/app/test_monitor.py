@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from redis.exceptions import OutOfMemoryError
 
+from app.dispatch.activity import Activity
 from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, UNSERVED_S, RequestMonitor
 from app.dispatch.worker_view import WorkerView
 from config import Settings
@@ -47,6 +48,7 @@ class Web:
         self.leases = Leases(self.redis, keys)
         self.router = EventRouter(self.redis, keys, WEB)
         self.worker_view = WorkerView(self.leases)
+        self.activity = Activity(self.redis, keys, [MODEL])
         self.monitor = self.new_monitor(RequestMonitor)
 
     def new_monitor(self, kind: type[RequestMonitor]) -> RequestMonitor:
@@ -58,6 +60,7 @@ class Web:
             worker_view=self.worker_view,
             router=self.router,
             queue=self.queue,
+            activity=self.activity,
         )
 
     def request(self, name: str = "r") -> Inbox:

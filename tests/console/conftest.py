@@ -12,6 +12,7 @@ from tests.stand_in_node import StandInNode
 
 CATALOGUE = ECHO_CATALOGUE.format(step_ms=20, slots=2)
 KEY = "käse-key-1"
+CLIENT_KEY = "client-key-2"
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +35,15 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 @pytest.fixture(scope="session")
 def keyed(tmp_path_factory: pytest.TempPathFactory, service: Deployment) -> Iterator[Deployment]:
-    """Another web process of `service`, which wants the key KEY."""
+    """Another web process of `service`, which wants a key: KEY is an operator's, CLIENT_KEY a client's."""
     folder: Path = tmp_path_factory.mktemp("console-keyed")
     with Deployment(
-        folder, catalogue=CATALOGUE, redis_server=service.redis, NODE_URL="", API_KEYS=KEY
+        folder,
+        catalogue=CATALOGUE,
+        redis_server=service.redis,
+        NODE_URL="",
+        API_KEYS=f"{KEY},{CLIENT_KEY}",
+        OPERATOR_KEYS=KEY,
     ) as keyed:
         keyed.start_web(NODE_BIND=f"127.0.0.1:{free_port()}")
         yield keyed

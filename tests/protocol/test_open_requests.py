@@ -57,6 +57,15 @@ def test_what_has_ended_leaves_nothing_behind(queue: JobQueue, redis_client: Any
     assert not redis_client.exists(keys.running("one"))
 
 
+def test_a_request_of_a_lost_worker_does_not_run_any_more_once_its_client_knows(
+    queue: JobQueue, redis_client: Any, keys: Keys
+) -> None:
+    admit(queue, "a")
+    queue.claim("a", "one", "gpu0:1")
+    queue.cancel("a", "one")
+    assert not redis_client.exists(keys.running("one"))
+
+
 def test_a_request_whose_client_has_left_is_not_open(queue: JobQueue, requests: OpenRequests) -> None:
     for name in "ab":
         admit(queue, name)

@@ -46,7 +46,7 @@ SEMANTIC = {
 MODELS = {path: "echo" if "chat" in path else "echo-images" for path in SEMANTIC}
 ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
-GETS += ["/healthz", "/readyz", "/health", "/ping", "/version", "/metrics"]
+GETS += ["/healthz", "/readyz", "/health", "/ping", "/version", "/metrics", "/v1/activity"]
 # Values that the schema forbids take the generator ten times as long.
 OPERATIONS = [(path, ALLOWED, GUIDED // 4) for path in SEMANTIC]
 OPERATIONS += [(path, FORBIDDEN, GUIDED // 20) for path in SEMANTIC]

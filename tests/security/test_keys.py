@@ -31,6 +31,7 @@ JSON = {"Content-Type": "application/json"}
 POSTS = ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"]
 GUARDED = [("POST", path) for path in POSTS]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
+GUARDED += [("GET", "/v1/activity"), ("POST", "/v1/workers/x/drain"), ("POST", "/v1/workers/x/resume")]
 GUARDED += [("GET", "/openapi.json"), ("GET", "/static"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
 GUARDED += [("OPTIONS", "/v1/chat/completions"), ("HEAD", "/v1/models"), ("PUT", "/v1/models")]
 # Paths that would get past a check of prefixes.
@@ -274,7 +275,7 @@ def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/images/files/x"]
+    "path", ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/workers/x/drain"]
 )
 def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str) -> None:
     check_error_body(ask(node_port(service), "POST", path, CHAT, JSON), 404)
