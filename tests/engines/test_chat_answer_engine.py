@@ -292,7 +292,7 @@ def test_an_output_format_beside_tools_allows_calls_and_json(scripted):
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"required_tools": ["bad"]}, "tools.0.function.parameters"),
+        ({"required_tools": ["bad"], "strict_tools": ["bad"]}, "tools.0.function.parameters"),
         ({"strict_tools": ["bad"]}, "tools.0.function.parameters"),
     ],
 )

@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import date
 from typing import Any
 
@@ -11,11 +12,12 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from protocol.errors import EngineError, InvalidRequest, Overloaded, UnsupportedParameter
+from protocol.errors import Cancelled, EngineError, InvalidRequest, Overloaded, UnsupportedParameter
 from protocol.jobs import OutputFormat
 from tests.engines.tiny_chat import VOCABULARY, make_tokenizer
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.grammar import compiler as compiler_module
+from workers.engines.chat.grammar import sources, threads
 from workers.engines.chat.grammar.compiler import GrammarCompiler
 from workers.engines.chat.grammar.matcher import Grammar
 
@@ -308,29 +310,86 @@ def test_texts_fit_wholly(kind, text, fits, others):
     assert [accepts(grammar, one) for one in others] == [False] * len(others)
 
 
-def test_a_grammar_that_takes_too_long_is_refused_and_holds_its_place_until_it_ends(monkeypatch):
-    slow, go, started = GrammarCompiler(TOKENIZER, VOCABULARY, ENDS), threading.Event(), threading.Event()
-    source = compiler_module._grammar
+WANTED = OutputFormat(kind="regex", text="a", param="guided")
 
-    def waits(wanted: OutputFormat) -> dict[str, Any]:
-        started.set()
-        go.wait(60)
-        return source(wanted)
 
-    monkeypatch.setattr(compiler_module, "_grammar", waits)
-    monkeypatch.setattr(compiler_module, "LIMIT_S", 0.01)
-    monkeypatch.setattr(compiler_module, "QUEUE_S", 0.01)
-    wanted = OutputFormat(kind="regex", text="a", param="guided")
-    for _ in range(compiler_module.THREADS):
-        with pytest.raises(InvalidRequest, match="too long to prepare") as caught:
-            slow.compile(wanted, "tiny")
-        assert caught.value.param == "guided"
+class SlowCompiler:
+    """A compiler whose threads wait for `go`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.compiler = GrammarCompiler(TOKENIZER, VOCABULARY, ENDS)
+        self.go = threading.Event()
+        source = sources.source_of_format
+
+        def waits(wanted: OutputFormat) -> dict[str, Any]:
+            self.go.wait(60)
+            return source(wanted)
+
+        monkeypatch.setattr(compiler_module, "source_of_format", waits)
+
+    def compile(self, cancelled: Callable[[], bool] = lambda: False) -> Grammar:
+        return self.compiler.compile(WANTED, "tiny", cancelled=cancelled)
+
+    def fill(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let all threads be held by requests that have given up."""
+        monkeypatch.setattr(threads, "LIMIT_S", 0.01)
+        for _ in range(threads.THREADS):
+            with pytest.raises(InvalidRequest, match="too long to prepare") as caught:
+                self.compile()
+            assert caught.value.param == "guided"
+        monkeypatch.setattr(threads, "LIMIT_S", 60)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowCompiler]:
+    made = SlowCompiler(monkeypatch)
+    yield made
+    made.go.set()
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_holds_its_place_until_it_ends(slow, monkeypatch):
+    slow.fill(monkeypatch)
+    monkeypatch.setattr(threads, "BURST_S", 0.01)
+    monkeypatch.setattr(threads, "QUEUE_S", 0.02)
     with pytest.raises(Overloaded):
-        slow.compile(wanted, "tiny")
-    go.set()
-    monkeypatch.setattr(compiler_module, "LIMIT_S", 60)
-    monkeypatch.setattr(compiler_module, "QUEUE_S", 60)
-    assert slow.compile(wanted, "tiny").first.any()
+        slow.compile()
+    slow.go.set()
+    monkeypatch.setattr(threads, "QUEUE_S", 60)
+    assert slow.compile().first.any()
+
+
+def test_few_requests_wait_for_long_and_others_are_told_at_once(slow, monkeypatch):
+    slow.fill(monkeypatch)
+    monkeypatch.setattr(threads, "BURST_S", 0.01)
+    monkeypatch.setattr(threads, "QUEUE_S", 60)
+    with ThreadPoolExecutor(3 * threads.WAITING) as pool:
+        requests = [pool.submit(slow.compile) for _ in range(3 * threads.WAITING)]
+        ended = as_completed(requests, timeout=60)
+        refused = [next(ended) for _ in range(2 * threads.WAITING)]
+        slow.go.set()
+        assert all(isinstance(request.exception(), Overloaded) for request in refused)
+        assert all(request.result().first.any() for request in ended)
+
+
+def test_many_requests_wait_for_a_short_time(slow, monkeypatch):
+    monkeypatch.setattr(threads, "LIMIT_S", 60)
+    monkeypatch.setattr(threads, "BURST_S", 60)
+    polled = [threading.Event() for _ in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        requests = [pool.submit(slow.compile, lambda one=one: bool(one.set())) for one in polled]
+        waiting = all(one.wait(60) for one in polled)
+        slow.go.set()
+        assert waiting
+        assert all(request.result(60).first.any() for request in requests)
+
+
+def test_a_request_that_is_cancelled_stops_waiting(slow, monkeypatch):
+    gone = threading.Event()
+    with ThreadPoolExecutor(threads.THREADS + 1) as pool:
+        requests = [pool.submit(slow.compile, gone.is_set) for _ in range(threads.THREADS + 1)]
+        gone.set()
+        assert all(isinstance(request.exception(60), Cancelled) for request in requests)
+    assert not slow.go.is_set()
 
 
 def word_level() -> PreTrainedTokenizerFast:

@@ -17,6 +17,7 @@ from protocol.jobs import ChatJob, OutputFormat
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, Collector, chat_job, make_engine, run, save_model
 from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.chat import ChatEngine
+from workers.engines.chat.grammar import compiler, sources, threads
 from workers.engines.chat.grammar.filler import exclude
 from workers.engines.chat.pipeline import DecodePipeline
 
@@ -329,6 +330,29 @@ def test_a_text_that_becomes_too_complex_ends_its_request_and_no_other(weights):
         assert free.usage.completion_tokens == 200
         assert engine.parts.cache.num_active == 0
     finally:
+        engine.close()
+
+
+def test_a_request_ends_when_it_is_cancelled_while_its_grammar_is_compiled(weights, monkeypatch):
+    engine, collector = make_engine(weights)
+    source, compiling, go = sources.source_of_format, threading.Event(), threading.Event()
+
+    def waits(wanted: OutputFormat) -> dict[str, Any]:
+        compiling.set()
+        go.wait(60)
+        return source(wanted)
+
+    monkeypatch.setattr(compiler, "source_of_format", waits)
+    monkeypatch.setattr(threads, "LIMIT_S", 60)
+    submitting = threading.Thread(target=engine.submit, args=[schema_job("gone", SMALL)])
+    try:
+        submitting.start()
+        assert compiling.wait(60)
+        engine.cancel("gone", "cancelled")
+        assert collector.result("gone").failed.code == "cancelled" and not go.is_set()
+    finally:
+        go.set()
+        submitting.join(60)
         engine.close()
 
 

@@ -73,7 +73,9 @@ class PromptBuilder:
         return self._vocabulary
 
     def build(self, job: ChatJob, cancelled: Callable[[], bool] = lambda: False) -> Request:
-        """Build the request of a job. `cancelled` is asked before the prompt is encoded.
+        """Build the request of a job.
+
+        `cancelled` is asked before the prompt is encoded and while a grammar is compiled.
 
         Raises InvalidRequest, ContextLengthExceeded, Overloaded or Cancelled.
         """
@@ -102,7 +104,7 @@ class PromptBuilder:
         grammar = None
         if (wanted := self._answers.constraint(job) or job.output_format) is not None:
             reasoning = self._answers.before_content(job, text)
-            grammar = self.grammars.compile(wanted, job.model, reasoning)
+            grammar = self.grammars.compile(wanted, job.model, reasoning, cancelled)
         for index in range(sampling.n):
             answer = self._answers.parser(job, text)
             if answer is None:

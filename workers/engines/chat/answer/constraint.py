@@ -13,18 +13,36 @@ MAX_LENGTH = 64 * 2**10
 """Characters of all schemas in a grammar, as JSON."""
 
 
-class CallConstraint(NamedTuple):
-    """`write` makes the grammar of `schemas`, as llguidance takes them. `param`: the field that asked for it."""
+class WantedSchema(NamedTuple):
+    """A schema in a grammar. `optional`: any object may stand for it, if it can't be enforced."""
 
-    schemas: list[OutputFormat]
+    format: OutputFormat
+    optional: bool = False
+
+
+class CallConstraint(NamedTuple):
+    """`write` makes the grammar of `schemas`, as llguidance takes them. `param`: the field that asked for it.
+
+    `unused`: a schema without effect, which is refused as others are.
+    """
+
+    schemas: list[WantedSchema]
     write: Callable[[list[Any]], str]
     param: str
+    unused: OutputFormat | None = None
+
+    @property
+    def text(self) -> str:
+        """All that the client has written."""
+        unused = [self.unused.text] if self.unused is not None else []
+        return "".join([*(schema.format.text for schema in self.schemas), *unused])
 
 
 def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | None:
     """Return the constraint of a job's calls; None: there is none, or only that of its output format.
 
-    `grammar`: that of the model, None if its calls can't be constrained. Raises UnsupportedParameter.
+    `grammar`: that of the model, None if its calls can't be constrained. Raises InvalidRequest and
+    UnsupportedParameter.
     """
     if not job.tools or not (job.required_tools or job.strict_tools or job.output_format):
         return None
@@ -35,29 +53,15 @@ def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | Non
             " leave it out",
             param=param,
         )
-    names, schemas = [], []
-    for index, tool in enumerate(job.tools):
-        name, schema = tool["function"]["name"], tool["function"]["parameters"]
-        if job.required_tools and name not in job.required_tools:
-            continue
-        enforced = bool(job.required_tools) or name in job.strict_tools
-        names.append(name)
-        text = json.dumps(schema if enforced else ANY_OBJECT)
-        schemas.append(
-            OutputFormat(kind="json_schema", text=text, param=f"tools.{index}.function.parameters")
+    answer = job.output_format
+    if answer is not None and answer.kind != "json_schema":
+        raise UnsupportedParameter(
+            f"{answer.param} can't be combined with tools; send a JSON Schema, or no tools",
+            param=answer.param,
         )
-    if sum(len(schema.text) for schema in schemas) > MAX_LENGTH:
-        raise InvalidRequest(
-            f"the parameters of tools that are enforced must have at most {MAX_LENGTH:,} characters together",
-            param="tools",
-        )
-    answer = None if job.required_tools else job.output_format
-    if answer is not None:
-        if answer.kind != "json_schema":
-            raise UnsupportedParameter(
-                f"{param} can't be combined with tools; send a JSON Schema, or no tools", param=param
-            )
-        schemas.append(answer)
+    names, schemas = _tools(job)
+    if answer is not None and not job.required_tools:
+        schemas.append(WantedSchema(answer))
 
     def write(checked: list[Any]) -> str:
         # the last one is the answer's, if there is one
@@ -68,7 +72,30 @@ def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | Non
             return grammar.either(tools, checked[-1], parallel=job.parallel_tool_calls)
         return grammar.free(tools, parallel=job.parallel_tool_calls)
 
-    return CallConstraint(schemas, write, param)
+    return CallConstraint(schemas, write, param, answer if job.required_tools else None)
+
+
+def _tools(job: ChatJob) -> tuple[list[str], list[WantedSchema]]:
+    """Return names and schemas of the tools that may be called. Raises InvalidRequest."""
+    places = [
+        (index, tool["function"])
+        for index, tool in enumerate(job.tools)
+        if not job.required_tools or tool["function"]["name"] in job.required_tools
+    ]
+    texts = [json.dumps(function["parameters"]) for _, function in places]
+    strict = [function["name"] in job.strict_tools for _, function in places]
+    if sum(len(text) for text, own in zip(texts, strict, strict=True) if own) > MAX_LENGTH:
+        raise InvalidRequest(
+            f"the parameters of tools that are enforced must have at most {MAX_LENGTH:,} characters together",
+            param="tools",
+        )
+    others = bool(job.required_tools) and sum(map(len, texts)) <= MAX_LENGTH
+    schemas = []
+    for (index, _), text, own in zip(places, texts, strict, strict=True):
+        text = text if own or others else json.dumps(ANY_OBJECT)
+        wanted = OutputFormat(kind="json_schema", text=text, param=f"tools.{index}.function.parameters")
+        schemas.append(WantedSchema(wanted, optional=not own))
+    return [function["name"] for _, function in places], schemas
 
 
 def _param(job: ChatJob) -> str:

@@ -6,65 +6,24 @@ Runs in the thread that submits, never in the engine thread.
 import json
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 
-from protocol.errors import EngineError, InvalidRequest, Overloaded, UnsupportedParameter
+from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import OutputFormat
 from workers.engines.chat.answer.constraint import CallConstraint
-from workers.engines.chat.grammar.bounds import excess_of_grammar, excess_of_schema
-from workers.engines.chat.grammar.corrections import exact_formats, unenforceable
 from workers.engines.chat.grammar.matcher import Grammar, Tags
 from workers.engines.chat.grammar.reasoning import Reasoning, after_reasoning
-from workers.engines.chat.grammar.reasons import explain
-from workers.engines.chat.grammar.schema import Schemas
-
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-T = TypeVar("T")
-
-LIMIT_S = 5.0
-"""Time to compile a grammar. Within the bounds (bounds.py) it takes milliseconds, at most half a second."""
-
-QUEUE_S = 20.0
-THREADS = 2
-"""How many grammars are compiled at once. One that exceeds its time goes on: it can't be stopped."""
-
-
-def _limits(items: int) -> LLParserLimits:
-    """`items`: the largest number of ways in which a text so far can be read."""
-    return LLParserLimits(
-        initial_lexer_fuel=200_000,
-        max_grammar_size=30_000,
-        max_lexer_states=20_000,
-        step_lexer_fuel=50_000,
-        step_max_items=2 * items,
-        max_items_in_row=items,
-        verbose_errors=False,
-    )
-
-
-LIMITS = _limits(2000)
-"""Of what isn't ambiguous. A property that may be left out counts up to four times."""
-
-LIMITS_OF_GRAMMARS = _limits(300)
-"""The time of a step grows with the square of it: `s: s s | "a"` takes 10 ms, and with 2,000 it takes a second."""
-
-JSON_OPTIONS: "JsonCompileOptions" = {
-    # models fill whitespace that is allowed without end
-    "whitespace_flexible": False,
-    # what can't be enforced is refused
-    "lenient": False,
-    "coerce_one_of": False,
-}
-
-
-SPACES_OF_CALLS = {"item_separator": ", ", "key_separator": ": "}
-"""As chat templates write the arguments of calls, and models therefore."""
+from workers.engines.chat.grammar.sources import (
+    LIMITS,
+    LIMITS_OF_GRAMMARS,
+    refusal,
+    source_of_format,
+    sources_of_calls,
+)
+from workers.engines.chat.grammar.threads import CompileThreads
 
 
 class GrammarCompiler:
@@ -80,7 +39,7 @@ class GrammarCompiler:
         decoder = tokenizer.added_tokens_decoder
         self._added = {added.content: token for token, added in decoder.items()}
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(THREADS)
+        self._threads = CompileThreads()
 
     @property
     def words(self) -> int:
@@ -88,16 +47,23 @@ class GrammarCompiler:
         return -(-self._bits // 32)
 
     def compile(
-        self, wanted: OutputFormat | CallConstraint, model: str, reasoning: Reasoning | None = None
+        self,
+        wanted: OutputFormat | CallConstraint,
+        model: str,
+        reasoning: Reasoning | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> Grammar:
         """Compile a grammar. `reasoning`: what may come before the text that it describes.
 
-        Raises InvalidRequest, UnsupportedParameter or Overloaded.
+        `cancelled` is asked while this waits. Raises InvalidRequest, UnsupportedParameter, Overloaded or
+        Cancelled.
         """
         tokenizer = self._tokens(wanted.param, model)
-        if not self._slots.acquire(timeout=QUEUE_S):
-            raise Overloaded("too many requests for structured output are being prepared; try again later")
-        return self._within_limit(lambda: self._compile(wanted, tokenizer, reasoning), wanted.param)
+
+        def work(abandoned: Callable[[], bool]) -> Grammar:
+            return self._compile(wanted, tokenizer, reasoning, abandoned)
+
+        return self._threads.run(work, wanted.param, cancelled)
 
     def _tokens(self, param: str, model: str) -> LLTokenizer:
         """Return the tokenizer as llguidance needs it: made once, at the first request that asks for it."""
@@ -118,35 +84,39 @@ class GrammarCompiler:
                     ) from error
             return self._compiled
 
-    def _within_limit(self, work: Callable[[], T], param: str) -> T:
-        """Do `work` in a thread of its own, which holds a slot until it ends."""
-        done: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                done.set_result(work())
-            except BaseException as error:
-                # a panic of llguidance is no Exception
-                done.set_exception(error if isinstance(error, Exception) else EngineError())
-            finally:
-                self._slots.release()
-
-        threading.Thread(target=run, name="grammar", daemon=True).start()
-        try:
-            return done.result(LIMIT_S)
-        except TimeoutError:
-            raise InvalidRequest(f"{param} takes too long to prepare; make it simpler", param=param) from None
-
     def _compile(
-        self, wanted: OutputFormat | CallConstraint, tokenizer: LLTokenizer, reasoning: Reasoning | None
+        self,
+        wanted: OutputFormat | CallConstraint,
+        tokenizer: LLTokenizer,
+        reasoning: Reasoning | None,
+        abandoned: Callable[[], bool],
     ) -> Grammar:
         try:
-            grammars = [_of_calls(wanted) if isinstance(wanted, CallConstraint) else _grammar(wanted)]
+            if isinstance(wanted, CallConstraint):
+                sources = sources_of_calls(wanted, abandoned)
+            else:
+                sources = [source_of_format(wanted)]
         except (ValueError, RecursionError) as error:
-            raise _refusal(wanted, str(error)) from error
-        tags = None
+            raise refusal(wanted, str(error)) from error
+        *earlier, last = sources
+        for source in earlier:
+            try:
+                return self._grammar(wanted, source, tokenizer, reasoning)
+            except InvalidRequest:
+                if abandoned():
+                    raise
+        return self._grammar(wanted, last, tokenizer, reasoning)
+
+    def _grammar(
+        self,
+        wanted: OutputFormat | CallConstraint,
+        source: dict[str, Any],
+        tokenizer: LLTokenizer,
+        reasoning: Reasoning | None,
+    ) -> Grammar:
+        grammars, tags = [source], None
         if reasoning is not None:
-            grammars = after_reasoning(grammars[0], reasoning, self._added)
+            grammars = after_reasoning(source, reasoning, self._added)
             tags = Tags(self._added.get(reasoning.opening), self._added.get(reasoning.closing))
         limits = LIMITS
         if isinstance(wanted, OutputFormat) and wanted.kind == "grammar":
@@ -155,7 +125,7 @@ class GrammarCompiler:
         matcher = LLMatcher(tokenizer, json.dumps({"grammars": grammars}), log_level=0, limits=limits)
         _refuse_error(wanted, matcher)
         if warnings := matcher.get_grammar_warnings():
-            raise _refusal(wanted, "; ".join(warnings))
+            raise refusal(wanted, "; ".join(warnings))
         first = np.empty(self.words, np.int32)
         # the first mask is the one that takes longest, and forks of a choice share it
         matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
@@ -164,65 +134,6 @@ class GrammarCompiler:
         return Grammar(matcher, first, self._ends, wanted.param, tags, thinking=thinking)
 
 
-def _grammar(wanted: OutputFormat) -> dict[str, Any]:
-    """Return the grammar in llguidance's own form. Raises InvalidRequest."""
-    text = wanted.text
-    if wanted.kind == "json_schema":
-        return _only(_json_source(_checked(wanted)), "json_schema")
-    if wanted.kind == "regex":
-        return _only(LLMatcher.grammar_from_regex(text), "lark_grammar")
-    if wanted.kind == "choice":
-        choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
-        # as one terminal they are compiled into one automaton
-        return {"lark_grammar": "start: TEXT\nTEXT: " + " | ".join(choices)}
-    _refuse(wanted, excess_of_grammar(text))
-    return {"lark_grammar": text}
-
-
-def _checked(wanted: OutputFormat) -> Any:
-    """Return a JSON Schema as llguidance enforces it. Raises InvalidRequest."""
-    try:
-        schemas = Schemas(json.loads(wanted.text))
-        _refuse(wanted, excess_of_schema(schemas) or unenforceable(schemas))
-        exact_formats(schemas)
-    except (ValueError, RecursionError) as error:
-        raise _refusal(wanted, str(error)) from error
-    return schemas.root
-
-
-def _json_source(schema: Any) -> str:
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
-
-
-def _of_calls(calls: CallConstraint) -> dict[str, Any]:
-    """Return the grammar of an answer with calls in llguidance's own form. Raises InvalidRequest."""
-    schemas = []
-    for wanted in calls.schemas:
-        schema = _checked(wanted)
-        # by itself at first, so that an error names the tool
-        _, messages = LLMatcher.validate_grammar_with_warnings(_json_source(schema), limits=LIMITS)
-        if messages:
-            raise _refusal(wanted, "; ".join(messages))
-        schemas.append({**schema, "x-guidance": {**JSON_OPTIONS, **SPACES_OF_CALLS}})
-    return {"lark_grammar": calls.write(schemas)}
-
-
-def _only(source: str, kind: str) -> dict[str, Any]:
-    (grammar,) = json.loads(source)["grammars"]
-    return {kind: grammar[kind]}
-
-
-def _refuse(wanted: OutputFormat, reason: str | None) -> None:
-    if reason is not None:
-        raise InvalidRequest(f"{wanted.param} can't be enforced: {reason}", param=wanted.param)
-
-
 def _refuse_error(wanted: OutputFormat | CallConstraint, matcher: LLMatcher) -> None:
     if matcher.is_error():
-        raise _refusal(wanted, matcher.get_error())
-
-
-def _refusal(wanted: OutputFormat | CallConstraint, error: str) -> InvalidRequest:
-    """Make the answer to an error of llguidance, or of what it is given."""
-    text = wanted.text if isinstance(wanted, OutputFormat) else "".join(one.text for one in wanted.schemas)
-    return InvalidRequest(f"{wanted.param} can't be enforced: {explain(error, text)}", param=wanted.param)
+        raise refusal(wanted, matcher.get_error())

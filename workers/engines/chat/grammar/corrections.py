@@ -59,9 +59,14 @@ def _meet(schemas: list[dict[str, Any]]) -> bool:
     return any(bound.is_integer() and 0 < distance < 1 for bound, distance in ends)
 
 
-def exact_formats(schemas: Schemas) -> None:
-    """Replace formats by patterns, in place, where llguidance's own are not exact."""
+def correct(schemas: Schemas) -> None:
+    """Replace formats by patterns, in place, where llguidance's own are not exact.
+
+    What says nothing is left out, as that names are strings: libraries write it, and llguidance refuses it.
+    """
     for schema in schemas.all:
+        if schema.get("propertyNames") in ({"type": "string"}, {}, True):
+            del schema["propertyNames"]
         pattern = FORMATS.get(schema["format"]) if isinstance(schema.get("format"), str) else None
         if pattern is None:
             continue
