@@ -94,6 +94,9 @@ def nested(depth: int, around: Callable[[Any], Any]) -> Any:
         ({"type": "object", "minProperties": 2}, "minProperties"),
         ({"type": "number", "exclusiveMinimum": 1, "maximum": 1.5}, "exclusiveMinimum"),
         ({"anyOf": [{"type": "number", "maximum": 1.5}], "exclusiveMinimum": 1}, "exclusiveMinimum"),
+        ({"type": "number", "minimum": 10**400}, "308 digits"),
+        ({"enum": [10**400]}, "308 digits"),
+        pytest.param('{"minimum": %s}' % ("9" * 5000), "308 digits", id="5000 digits"),
         ("not json", "Expecting value"),
         ([], "object"),
     ],
@@ -132,10 +135,39 @@ def test_a_grammar_with_a_mistake_is_refused(kind, text, words):
         ("regex", "Sesame(?=Sesame)"),
         ("grammar", 'start: Sesame\nother: "Sesame"'),
         ("grammar", "start Sesame"),
+        ("grammar", "start: Sesame\x7fSesame"),
     ],
 )
 def test_a_refusal_does_not_quote_the_client(kind, text):
     assert "sesame" not in refusal(kind, text).lower()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "written"),
+    [
+        ("grammar", 'start: "\x7f\u2028a b"', "a b"),
+        ("grammar", "start: foo /\u2028a b/", "a b"),
+        ("grammar", "start: a b(", "a b"),
+        ("json_schema", {"type": "string", "pattern": "[^\\s\\S]"}, "[^"),
+        ("json_schema", {"format": "a b/c"}, "a b"),
+        ("json_schema", {"type": "a b"}, "a b"),
+        ("json_schema", {"$ref": "#/a b/c"}, "a b"),
+        ("regex", '[^"q', "[^"),
+    ],
+)
+def test_a_refusal_quotes_no_short_text_either(kind, text, written):
+    assert written not in refusal(kind, text)
+
+
+def test_a_fault_of_the_checks_is_a_refusal_and_a_line_in_the_log(monkeypatch, caplog):
+    text = "Sesame"
+
+    def fails(schemas: Any) -> None:
+        raise KeyError(text)
+
+    monkeypatch.setattr(sources, "unenforceable", fails)
+    assert "could not be checked" in refusal("json_schema", {"type": "string"})
+    assert "KeyError" in caplog.text and text not in caplog.text
 
 
 def multiples(*values: float) -> dict[str, Any]:
@@ -250,6 +282,9 @@ def test_what_is_within_the_bounds_compiles(name):
     compiled(*LARGE[name])
 
 
+CONTROLS = ["a\x7fb", "a\x00b", "a\\\x7f", "a\x80b", "a\u2028b", "a/b\t"]
+
+
 def test_dates_exist(name="date"):
     grammar = compiled("json_schema", {"type": "string", "format": name})
     for year in (1, 4, 96, 100, 400, 1900, 1904, 1999, 2000, 2023, 2024, 2100, 9996, 9999):
@@ -300,6 +335,7 @@ def test_a_name_is_not_written_twice_to_reach_minProperties():
             ["yes", 'say "no"', "n\no", "naïve 😀"],
             ["y", "say", ""],
         ),
+        ("choice", CONTROLS, CONTROLS, ["ab"]),
         ("grammar", 'start: "a" start "b" | "c"', ["c", "acb", "aacbb"], ["acbb", "ab"]),
         ("json_schema", {"type": "object"}, ["{}", '{"a":[1,{}]}'], ["[]", "{ }", '{"a": 1}', "{'a':1}"]),
     ],

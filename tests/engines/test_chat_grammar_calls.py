@@ -98,12 +98,13 @@ def test_tools_that_are_not_strict_do_without_their_schemas_beyond_the_bounds():
         {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}},
         {"type": "object", "not": {"required": ["b"]}},
         {"type": "object", "propertyNames": {"maxLength": 3}},
+        {"type": "object", "properties": {"a": {"type": "number", "minimum": 10**400}}},
         {"type": "object", "properties": {"a": {"type": "text"}}},
         HOSTILE,
         {"allOf": patterns(20)},
         {"type": "object", "description": "x" * 70_000},
     ],
-    ids=["uniqueItems", "not", "propertyNames", "type", "multiple", "patterns", "length"],
+    ids=["uniqueItems", "not", "propertyNames", "digits", "type", "multiple", "patterns", "length"],
 )
 def test_what_cannot_be_enforced_is_any_object_without_strict_and_refused_with_it(schema):
     fields = tools(schema, ARGUMENTS)

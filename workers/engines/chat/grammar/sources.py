@@ -4,6 +4,8 @@ Runs in a thread of CompileThreads. Schemas are checked before native code sees 
 """
 
 import json
+import logging
+import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from workers.engines.chat.grammar.schema import Schemas
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
+
+log = logging.getLogger(__name__)
 
 
 def _limits(items: int) -> LLParserLimits:
@@ -62,7 +66,7 @@ def source_of_format(wanted: OutputFormat) -> dict[str, Any]:
     if wanted.kind == "choice":
         choices = (json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         # as one terminal they are compiled into one automaton
-        terminal = " | ".join(choices)
+        terminal = " | ".join(choices).replace("\x7f", r"\u007f")
         return {"lark_grammar": f"start: TEXT\nTEXT: {terminal}"}
     _refuse(wanted, excess_of_grammar(text))
     return {"lark_grammar": text}
@@ -113,8 +117,16 @@ def _checked(wanted: OutputFormat, others: Amounts) -> tuple[Any, Amounts]:
         amounts = others.joined(Amounts.of(schemas))
         _refuse(wanted, amounts.excess() or unenforceable(schemas))
         correct(schemas)
-    except (ValueError, RecursionError) as error:
+    except InvalidRequest:
+        raise
+    except (ValueError, OverflowError, RecursionError) as error:
+        # no JSON, a number that is too large for a float, too deep
         raise refusal(wanted, str(error)) from error
+    except Exception as error:
+        # a fault of the checks, and yet it is the client's schema that can't be enforced
+        places = "".join(traceback.format_tb(error.__traceback__))
+        log.error("a schema could not be checked: %s\n%s", type(error).__name__, places)
+        raise refusal(wanted, "it could not be checked") from None
     return schemas.root, amounts
 
 
