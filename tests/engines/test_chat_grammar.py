@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from datetime import date
 from typing import Any
 
@@ -19,6 +19,7 @@ from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.grammar import compiler as compiler_module
 from workers.engines.chat.grammar import sources, threads
 from workers.engines.chat.grammar.compiler import GrammarCompiler
+from workers.engines.chat.grammar.filler import PendingMasks
 from workers.engines.chat.grammar.matcher import Grammar
 
 TOKENIZER = make_tokenizer()
@@ -473,3 +474,27 @@ def test_a_text_with_too_many_readings_fails_as_the_request_of_its_client():
     assert caught.value.param == "guided"
     with pytest.raises(EngineError):
         compiled("regex", "a").accept(5)
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic in Rust."""
+
+
+class PanickingMatcher:
+    def consume_token(self, token: int) -> bool:
+        raise PanicException("Sesame")
+
+    def is_stopped(self) -> bool:
+        return False
+
+
+def test_a_panic_is_the_error_of_one_request():
+    matcher: Any = PanickingMatcher()
+    grammar = Grammar(matcher, np.zeros(1, np.int32), ENDS, "guided")
+    with pytest.raises(EngineError) as caught:
+        grammar.accept(5)
+    assert "Sesame" not in caught.value.message
+    failed: Future[None] = Future()
+    failed.set_exception(PanicException("Sesame"))
+    with pytest.raises(EngineError):
+        PendingMasks([], None, failed).wait()

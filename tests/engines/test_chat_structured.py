@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from datetime import datetime, time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from tests.engines.tiny_chat import CONFIGS, VOCABULARY, Collector, chat_job, ma
 from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.chat import ChatEngine
 from workers.engines.chat.grammar import compiler, sources, threads
-from workers.engines.chat.grammar.filler import exclude
+from workers.engines.chat.grammar.filler import MaskFiller, PendingMasks, exclude
+from workers.engines.chat.grammar.matcher import Grammar
 from workers.engines.chat.pipeline import DecodePipeline
 
 TEXT = {"type": "string", "maxLength": 6}
@@ -328,6 +330,59 @@ def test_a_text_that_becomes_too_complex_ends_its_request_and_no_other(weights):
         assert (early.failed.code, early.failed.param) == ("invalid_request", "response_format")
         assert result.text() == expected.text()
         assert free.usage.completion_tokens == 200
+        assert engine.parts.cache.num_active == 0
+    finally:
+        engine.close()
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it for a panic in Rust."""
+
+
+class PanickingMatcher:
+    def consume_token(self, token: int) -> bool:
+        raise PanicException("Sesame")
+
+
+@pytest.mark.parametrize("place", ["token", "mask"])
+def test_a_panic_ends_its_request_and_no_other(weights, place, monkeypatch):
+    engine, collector = make_engine(weights)
+    start, accept = MaskFiller.start, Grammar.accept
+    grammars: list[Grammar | None] = []
+    panicking: Any = PanickingMatcher()
+    build = engine.parts.prompts.build
+
+    def noted(job: ChatJob, cancelled: Any) -> Any:
+        request = build(job, cancelled)
+        grammars.extend(row.grammar for row in request.sequences if job.id == "bad")
+        return request
+
+    def panicking_accept(grammar: Grammar, token: int) -> bool:
+        if grammar in grammars:
+            grammar._matcher = panicking
+        return accept(grammar, token)
+
+    def panicking_start(filler: MaskFiller, rows: Any) -> PendingMasks | None:
+        rows = list(rows)
+        if not any(row.grammar in grammars for row in rows if row.output and row.grammar is not None):
+            return start(filler, rows)
+        failed: Future[None] = Future()
+        failed.set_exception(PanicException("Sesame"))
+        return PendingMasks([], None, failed)
+
+    monkeypatch.setattr(engine.parts.prompts, "build", noted)
+    if place == "token":
+        monkeypatch.setattr(Grammar, "accept", panicking_accept)
+    else:
+        monkeypatch.setattr(MaskFiller, "start", panicking_start)
+    try:
+        good, bad = (
+            schema_job("good", array(SMALL, 9, minItems=9)),
+            schema_job("bad", array(SMALL, 9, minItems=9)),
+        )
+        result, failed = run(engine, collector, [good, bad])
+        assert failed.failed.code == "engine_error" and "Sesame" not in failed.failed.message
+        assert len(json.loads(result.text())) == 9
         assert engine.parts.cache.num_active == 0
     finally:
         engine.close()

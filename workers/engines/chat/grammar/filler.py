@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from llguidance import LLExecutor
 
+from workers.engines.chat.grammar.matcher import panics_as_errors
 from workers.engines.chat.sampling.masks import Masks
 from workers.engines.chat.sequence import Sequence
 
@@ -57,9 +58,10 @@ class PendingMasks:
         self._future = future
 
     def wait(self) -> None:
-        """Return when no thread uses the rows' grammars any more."""
+        """Return when no thread uses the rows' grammars any more. Raises EngineError for a panic."""
         if self._future is not None:
-            self._future.result()
+            with panics_as_errors():
+                self._future.result()
 
     def of(self, rows: list[Sequence]) -> Masks | None:
         """Return the masks of a step's rows, which may have forks that `start` did not know."""

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +14,23 @@ from protocol.errors import EngineError, InvalidRequest, ServiceError
 log = logging.getLogger(__name__)
 
 TOO_COMPLEX = re.compile("too (many|big|large|complex)|max is|fuel|limit", re.IGNORECASE)
-"""In what llguidance says when one of its limits is reached (compiler.py)."""
+"""In what llguidance says when one of its limits is reached (sources.py)."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise EngineError for a panic of llguidance: as no Exception it would end the engine thread.
+
+    Its text may quote the answer, and is left out.
+    """
+    try:
+        yield
+    except BaseException as error:
+        # pyo3 exports no name for its class
+        if type(error).__name__ != "PanicException":
+            raise
+        log.error("llguidance panicked")
+        raise EngineError from None
 
 
 class Tags(NamedTuple):
@@ -64,7 +82,8 @@ class Grammar:
 
         Raises InvalidRequest if the grammar takes too much work, EngineError if the token doesn't fit.
         """
-        fits, stopped = self._matcher.consume_token(token), self._matcher.is_stopped()
+        with panics_as_errors():
+            fits, stopped = self._matcher.consume_token(token), self._matcher.is_stopped()
         # after an error, as of a mask that took too much work, it allows an end token, and takes it
         if not fits or (stopped and self._matcher.is_error()):
             raise self._failure()
