@@ -25,11 +25,11 @@ BEGIN = "{%- if add_generation_prompt -%}{{ '<|script:' ~ messages[-1].content ~
 def save_scripted_model(
     folder: Path,
     template: str,
-    scripts: Mapping[str, str],
+    scripts: Mapping[str, str | Sequence[str]],
     special: Sequence[str] = (),
     opening: str = "",
 ) -> Path:
-    """Save a model that answers a last message `name` with `scripts[name]`.
+    """Save a model that answers a last message `name` with `scripts[name]`, a text or its tokens.
 
     `special`: texts in the scripts that are special tokens. Each may occur once in all scripts, since what
     follows depends on the token alone. `opening`: one of them with which every prompt ends; there is one script
@@ -38,16 +38,20 @@ def save_scripted_model(
     chains: dict[str, list[str]] = {}
     used: set[str] = set()
     for name, script in scripts.items():
-        chains[f"<|script:{name}|>"] = list(_tokens(opening + script, special, used))
+        if isinstance(script, str):
+            chain = list(_tokens(opening + script, special, used))
+        else:
+            chain = list(script)
+            assert not used.intersection(chain), f"a token of {chain} occurs twice"
+            used.update(chain)
+        chains[f"<|script:{name}|>"] = chain
     spell = _byte_characters()
 
     def spelled(piece: str) -> str:
         return "".join(spell[byte] for byte in piece.encode())
 
-    pieces = [
-        *spell.values(),
-        *(spelled(piece) for chain in chains.values() for piece in chain if piece not in special),
-    ]
+    texts = (spelled(piece) for chain in chains.values() for piece in chain if piece not in special)
+    pieces = dict.fromkeys([*spell.values(), *texts])
     tokenizer = Tokenizer(models.BPE(vocab={piece: at for at, piece in enumerate(pieces)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
