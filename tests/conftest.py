@@ -16,6 +16,7 @@ from tests.deployment import ROOT, RedisServer
 TOGETHER = {
     f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
 }
+TOGETHER |= {f"tests/clients/test_{name}.py": "clients" for name in ("node", "openai_python", "python")}
 TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("operators", "page")}
 """Files whose tests share one service: file to the name of its unit."""
 APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "same_cid", "web", "workers")}

@@ -1,5 +1,6 @@
 """What a machine can check of the documentation: links, paths, commands, the version, and the files for GitHub."""
 
+import json
 import re
 import subprocess
 import sys
@@ -103,6 +104,25 @@ def test_modules_that_are_run_exist() -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     released = re.findall(r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", text_of("CHANGELOG.md"), re.MULTILINE)
     assert VERSION == tomllib.loads(text_of("pyproject.toml"))["project"]["version"] == released[0]
+
+
+def test_the_clients_that_are_named_are_those_that_are_tested() -> None:
+    package = json.loads(text_of("tests/clients/node/package.json"))
+    versions = {**package["dependencies"], **package["devDependencies"]}
+    pins = text_of("tests/clients/requirements.txt") + text_of("requirements-dev.txt")
+    python = dict(re.findall(r"^([\w-]+)==(\S+)$", pins, re.MULTILINE))
+    tested = {
+        "openai-python": python["openai"],
+        "openai-node": versions["openai"],
+        "Vercel AI SDK": versions["ai"],
+        "langchain-openai": python["langchain-openai"],
+        "LiteLLM": python["litellm"],
+        "instructor": python["instructor"],
+        "`llm`": python["llm"],
+    }
+    table = text_of("docs/api.md").partition("\n## Clients\n")[2]
+    assert dict(re.findall(r"^\| (\S.*?) ([\d.]+) \|", table, re.MULTILINE)) == tested
+    assert f"`@ai-sdk/openai-compatible` {versions['@ai-sdk/openai-compatible']}" in table
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,201 @@
+"""openai-python, unmodified: its helpers for structured answers, tools and streams, images and errors."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+from PIL import Image
+
+from demo.check import dominant_colour
+from tests.clients.conftest import ABSENT, KEY
+from tests.security.conftest import KeyedDeployment
+
+
+class Point(pydantic.BaseModel):
+    colour: Literal["red", "green"]
+    at: Literal[7]
+
+
+class add(pydantic.BaseModel):
+    """Add two numbers."""
+
+    a: Literal[3]
+    b: Literal[4]
+
+
+ADD: Any = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}},
+    },
+}
+"""The same tool without `strict`, whose arguments the model chooses."""
+
+
+@pytest.fixture(scope="module")
+def client(service: KeyedDeployment) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0, timeout=60) as client:
+        yield client
+
+
+def asking(text: str, model: str = "scripted") -> Any:
+    return {"model": model, "messages": [{"role": "user", "content": text}]}
+
+
+def test_parse_returns_the_class_that_it_was_given(client):
+    answer = client.chat.completions.parse(**asking("Where is the ball?"), response_format=Point)
+    assert isinstance(answer.choices[0].message.parsed, Point)
+
+
+def test_parse_reads_the_arguments_of_a_tool(client):
+    answer = client.chat.completions.parse(
+        **asking("What is 3 + 4?"), tools=[openai.pydantic_function_tool(add)]
+    )
+    assert answer.choices[0].finish_reason == "tool_calls"
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == add(a=3, b=4)
+
+
+def test_parse_raises_for_an_answer_that_was_cut(client):
+    with pytest.raises(openai.LengthFinishReasonError):
+        client.chat.completions.parse(**asking("Where is the ball?"), response_format=Point, max_tokens=2)
+
+
+def test_stream_helper_collects_text(client):
+    with client.chat.completions.stream(
+        **asking("Count to twelve."), stream_options={"include_usage": True}
+    ) as stream:
+        events = list(stream)
+        final = stream.get_final_completion()
+    (done,) = [event for event in events if event.type == "content.done"]
+    deltas = [event.delta for event in events if event.type == "content.delta"]
+    assert len(deltas) > 3
+    assert "".join(deltas) == done.content == final.choices[0].message.content
+    assert done.content.endswith("eleven, twelve.")
+    assert final.usage.completion_tokens > 3
+
+
+def test_stream_helper_parses_a_structured_answer(client):
+    with client.chat.completions.stream(**asking("Where is the ball?"), response_format=Point) as stream:
+        (done,) = [event for event in stream if event.type == "content.done"]
+    assert isinstance(done.parsed, Point)
+
+
+def test_stream_helper_collects_calls(client):
+    request = asking("What are 2 + 2 and 5 + 6?")
+    with client.chat.completions.stream(**request, tools=[ADD]) as stream:
+        events = list(stream)
+        final = stream.get_final_completion().choices[0]
+    done = [event for event in events if event.type == "tool_calls.function.arguments.done"]
+    assert [(event.index, event.name, json.loads(event.arguments)) for event in done] == [
+        (0, "add", {"a": 2, "b": 2}),
+        (1, "add", {"a": 5, "b": 6}),
+    ]
+    pieces = [event for event in events if event.type == "tool_calls.function.arguments.delta"]
+    assert len(pieces) > 2
+    assert final.finish_reason == "tool_calls"
+    assert (final.message.content or "").strip() == "I add twice."
+    assert len({call.id for call in final.message.tool_calls}) == 2
+
+
+def test_a_conversation_goes_on_with_the_clients_own_message(client):
+    """What the client parsed is sent back as it is, and the result after it."""
+    request = asking("What is 3 + 4?")
+    tools = [openai.pydantic_function_tool(add)]
+    message = client.chat.completions.parse(**request, tools=tools).choices[0].message
+    (call,) = message.tool_calls
+    request["messages"] += [message, {"role": "tool", "tool_call_id": call.id, "content": "7"}]
+    answer = client.chat.completions.parse(**request, tools=tools)
+    assert answer.choices[0].message.content == "3 + 4 is 7."
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_named_tool_is_called(client):
+    tool: Any = openai.pydantic_function_tool(Point)
+    answer = client.chat.completions.parse(
+        **asking("Point at the ball."),
+        tools=[openai.pydantic_function_tool(add), tool],
+        tool_choice={"type": "function", "function": {"name": "Point"}},
+    )
+    (call,) = answer.choices[0].message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Point)
+
+
+def test_asynchronous_requests_at_once(service):
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0) as client:
+
+            async def ask(text: str) -> str:
+                stream = await client.chat.completions.create(**asking(text), stream=True)
+                return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+            return await asyncio.gather(*(ask(text) for text in ["Hello!", "Count to twelve."] * 4))
+
+    answers = asyncio.run(ask_all())
+    assert len(answers) == 8
+    assert {answer.split()[0] for answer in answers} == {"Hello!", "One,"}
+
+
+def test_a_stream_can_be_left(client):
+    stream = client.chat.completions.create(**asking("Count to twelve."), stream=True)
+    next(iter(stream))
+    stream.close()
+    assert client.chat.completions.create(**asking("Hello!")).choices[0].message.content
+
+
+def test_raw_responses_have_the_request_id(client):
+    raw = client.chat.completions.with_raw_response.create(
+        **asking("Hello!"), extra_headers={"X-Request-Id": "of-the-client"}
+    )
+    assert raw.headers["x-request-id"] == "of-the-client"
+    assert raw.parse().choices[0].message.content == "Hello! How can I help you?"
+
+
+def test_images(client):
+    drawn = client.images.generate(
+        model="shapes", prompt="a red circle", n=2, response_format="b64_json", extra_body={"seed": 5}
+    )
+    red, other = (base64.b64decode(image.b64_json or "") for image in drawn.data or [])
+    assert red != other
+    assert dominant_colour(Image.open(BytesIO(red)).convert("RGB")) == "red"
+    edited = client.images.edit(
+        model="shapes", image=[("red.png", red)], prompt="a blue circle", response_format="b64_json"
+    )
+    (blue,) = (base64.b64decode(image.b64_json or "") for image in edited.data or [])
+    assert dominant_colour(Image.open(BytesIO(blue)).convert("RGB")) == "blue"
+
+
+def test_models(client):
+    assert {model.id for model in client.models.list()} == {"scripted", "thinking", "shapes", ABSENT}
+    assert client.models.retrieve("scripted").owned_by == "Clients"
+
+
+REFUSED: list[tuple[type[openai.APIStatusError], str, dict[str, Any]]] = [
+    (openai.BadRequestError, "context_length_exceeded", asking("word " * 2000)),
+    (openai.BadRequestError, "invalid_request", asking("Hello!") | {"temperature": 9}),
+    (openai.NotFoundError, "model_not_found", asking("Hello!", "gpt-9")),
+    (openai.InternalServerError, "no_worker", asking("Hello!", ABSENT)),
+]
+
+
+@pytest.mark.parametrize(("kind", "code", "request_"), REFUSED, ids=[code for _, code, _ in REFUSED])
+def test_refusals_are_exceptions_of_the_client(client, kind, code, request_):
+    for stream in (False, True):
+        with pytest.raises(kind) as caught:
+            client.chat.completions.create(**request_, stream=stream)
+        assert caught.value.code == code
+        assert caught.value.request_id
+
+
+def test_a_wrong_key_and_a_limit_are_exceptions_of_the_client(client, limited):
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+    with pytest.raises(openai.RateLimitError):
+        client.with_options(base_url=f"{limited.url}/v1").chat.completions.create(**asking("Hello!"))
