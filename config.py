@@ -149,10 +149,6 @@ class Settings(BaseSettings):
         default="text",
         description="what the lines of the logs are: text, or json, an object on each line (docs/operations.md)",
     )
-    prometheus_multiproc_dir: Path | None = Field(
-        default=None,
-        description="folder in which the web processes of one gunicorn share their metrics; gunicorn.conf.py makes one",
-    )
     cuda_visible_devices: str | None = Field(
         default=None,
         description="GPUs that the service may use (CUDA's own variable); GPU indices in the catalogue count "

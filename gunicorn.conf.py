@@ -3,10 +3,8 @@
 import ctypes
 import gc
 import resource
-import shutil
 import signal
 import sys
-import tempfile
 from typing import Any
 
 from catalogue import Catalogue
@@ -30,10 +28,6 @@ if _settings.api_keys:
 _, _open_files = resource.getrlimit(resource.RLIMIT_NOFILE)
 if _open_files != resource.RLIM_INFINITY:  # macOS has no number there, and refuses it as a soft limit
     resource.setrlimit(resource.RLIMIT_NOFILE, (_open_files, _open_files))
-
-# Prometheus reaches one of the processes by chance, and each must tell the sum of all.
-_metrics_folder = str(_settings.prometheus_multiproc_dir or tempfile.mkdtemp(prefix="modelservice-metrics-"))
-raw_env = [f"PROMETHEUS_MULTIPROC_DIR={_metrics_folder}"]
 
 workers = _settings.web_concurrency  # processes; they share only the listeners and Redis
 worker_class = "gunicorn_worker.Worker"
@@ -84,20 +78,6 @@ def post_worker_init(worker: Any) -> None:
     # What is in memory now stays there; a full collection between two tokens would scan all of it.
     gc.collect()
     gc.freeze()
-
-
-def child_exit(server: Any, worker: Any) -> None:
-    """Take the gauges of an ended process out of the shared metrics; its counters stay."""
-    # imported here: it reads the environment that gunicorn has set meanwhile
-    from prometheus_client.multiprocess import mark_process_dead
-
-    mark_process_dead(worker.pid, _metrics_folder)
-
-
-def on_exit(server: Any) -> None:
-    """Remove the metrics with the last process."""
-    if _settings.prometheus_multiproc_dir is None:
-        shutil.rmtree(_metrics_folder, ignore_errors=True)
 
 
 def worker_exit(server: Any, worker: Any) -> None:

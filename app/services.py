@@ -3,9 +3,12 @@
 import uuid
 from dataclasses import dataclass
 
+from prometheus_client import CollectorRegistry
+
 from app.dispatch.activity import Activity
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.monitor import RequestMonitor
+from app.dispatch.request_metrics import RequestMetrics
 from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
 from app.http.operators import Operators
@@ -29,6 +32,7 @@ from protocol.drains import Drains
 from protocol.event_router import EventRouter
 from protocol.image_store import ImageStore
 from protocol.leases import Leases
+from protocol.metrics import MetricStore
 from protocol.names import Keys
 from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue, claim_ttl_s
@@ -87,6 +91,17 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             node_lock,
             deployment=deployment,
         )
+    registry = CollectorRegistry()
+    metrics = Metrics(
+        registry,
+        web_id=web_id,
+        models=[entry.name for entry in catalogue.models],
+        store=MetricStore(background, keys),
+        leases=leases,
+        queue=queue,
+        worker_view=worker_view,
+        router=router,
+    )
     process = WebProcess(
         router=router,
         worker_view=worker_view,
@@ -99,6 +114,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             router=router,
             queue=queue,
             activity=activity,
+            publish_metrics=metrics.publish,
         ),
         reconciler=reconciler,
         warnings=settings.warnings(),
@@ -114,7 +130,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         gate=gate,
         origins=origins,
         operators=Operators(settings, origins, gate.carries_one_of),
-        metrics=Metrics(worker_view, router, settings.prometheus_multiproc_dir),
+        metrics=metrics,
         dispatcher=Dispatcher(
             settings,
             web_id=web_id,
@@ -122,6 +138,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             router=router,
             worker_view=worker_view,
             requests=requests,
+            metrics=RequestMetrics(registry),
             connected=process.connected,
             draining_for_s=process.draining_for_s,
         ),

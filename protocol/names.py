@@ -92,6 +92,15 @@ class Keys(NamedTuple):
         return f"{self.prefix}alarms"
 
     @property
+    def metrics(self) -> str:
+        """Set with a TTL: the processes (web ids and cids) that have metrics."""
+        return f"{self.prefix}metrics"
+
+    def metrics_of(self, process: str) -> str:
+        """String with a TTL: a process's metrics as JSON. It outlives the process."""
+        return f"{self.metrics}:{process}"
+
+    @property
     def drains(self) -> str:
         """Set: Celery's names of the workers under drain. It has no TTL: they are drained until they are resumed."""
         return f"{self.prefix}drains"

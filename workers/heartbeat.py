@@ -42,7 +42,8 @@ class Heartbeat:
 
     `get_record` returns the record to write. `renew_now` is set by others when that record has changed.
     `on_expired` is called when the lease had expired, after which others may have taken this worker for
-    lost. `look_for_drain` is called in each tick, before the lease is renewed, and may raise redis.RedisError.
+    lost. `look_for_drain` is called in each tick, before the lease is renewed, `publish_metrics` after each
+    renewal; both may raise redis.RedisError.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Heartbeat:
         renew_now: threading.Event,
         on_expired: Callable[[], None],
         look_for_drain: Callable[[], None],
+        publish_metrics: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
@@ -70,6 +72,7 @@ class Heartbeat:
         self._renew_now = renew_now
         self._on_expired = on_expired
         self._look_for_drain = look_for_drain
+        self._publish_metrics = publish_metrics
         self._clock = clock
         self._observation = Observation(clock)
         self._stopping = False
@@ -136,6 +139,7 @@ class Heartbeat:
             raise WorkerReplaced
         self._renewed_once = True
         self._cancel_for_lost_webs()
+        self._publish_metrics()
 
     def _check_consuming(self) -> None:
         """Raise NotConsuming after DEAF_LOOKS in a row at which messages waited, a slot was free and none was received.

@@ -32,7 +32,6 @@ class JobLog:
         "_finish_reasons",
         "_first_token_at",
         "_height",
-        "_images",
         "_model",
         "_queued_s",
         "_request_id",
@@ -40,7 +39,10 @@ class JobLog:
         "_task",
         "_usage",
         "_width",
+        "gpu_s",
+        "images",
         "outcome",
+        "steps_done",
     )
 
     def __init__(self, request_id: str, model: str, job: Job | None, queued_s: float | None) -> None:
@@ -54,10 +56,19 @@ class JobLog:
         self._finish_reasons: dict[int, str] = {}
         self._usage: Usage | None = None
         self._steps: int | None = None
-        self._images = 0
+        self.images = 0
+        self.steps_done = 0
+        """Denoising steps so far, over all images."""
         self._width: int | None = None
         self._height: int | None = None
         self.outcome = ""
+        self.gpu_s: float | None = None
+        """Its part of the worker's time (workers.gpu_time); None if the engine never had it."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why the answer of a chat ended, that of the first choice which did; None for images and failures."""
+        return next(iter(self._finish_reasons.values()), None)
 
     def observe(self, event: Event) -> None:
         """Take an event that the engine has made. Of plain text only the first one is needed."""
@@ -71,9 +82,9 @@ class JobLog:
         elif isinstance(event, Failed):
             self.outcome = event.code
         elif isinstance(event, Progress):
-            self._steps = event.total
+            self.steps_done, self._steps = event.step, event.total
         elif isinstance(event, ImageReady):
-            self._images += 1
+            self.images += 1
             self._width, self._height = event.width, event.height
 
     def write(self) -> None:
@@ -89,13 +100,14 @@ class JobLog:
             prompt_tokens=usage and usage.prompt_tokens,
             cached_tokens=usage and usage.cached_tokens,
             completion_tokens=usage and usage.completion_tokens,
-            images=self._images or None,
+            images=self.images or None,
             steps=self._steps,
             width=self._width,
             height=self._height,
             queued_s=None if self._queued_s is None else round(self._queued_s, 3),
             first_token_s=self._since_admission(self._first_token_at),
             total_s=self._since_admission(time.monotonic()),
+            gpu_s=None if self.gpu_s is None else round(self.gpu_s, 3),
         )
         log.info(entry)
 

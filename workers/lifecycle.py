@@ -252,5 +252,6 @@ class Lifecycle:
             on_node = worker.registrar.maybe_registered
             record = msgspec.structs.replace(worker.status.record(), registered=on_node)
             worker.leases.release_worker(record, keep_record=on_node)
+            worker.metrics.publish()
         except RedisError as error:
             log.warning("the lease was not released, it expires: %s", error)

@@ -14,6 +14,7 @@ from protocol.events import Event, Failed, Finished, Started
 from protocol.jobs import work_of
 from protocol.queue import Claimed, JobQueue, UnreadableJob
 from workers.engines.base import CancelReason, Engine
+from workers.gpu_time import GpuTime
 from workers.job_log import UNDELIVERED, JobLog
 from workers.throughput import Throughput
 
@@ -54,13 +55,18 @@ class Runner:
         engine: Engine,
         sender: EventSender,
         throughput: Throughput,
+        gpu_time: GpuTime,
+        on_ended: Callable[[JobLog], None],
     ) -> None:
+        """`on_ended` is called in the thread of the task, with each job that has ended."""
         self._model = model
         self._incarnation_id = incarnation_id
         self._queue = queue
         self._engine = engine
         self._sender = sender
         self._throughput = throughput
+        self._gpu_time = gpu_time
+        self._on_ended = on_ended
         self._lock = threading.Lock()
         self.received = 0
         """Messages that Celery has handed over since the start."""
@@ -152,6 +158,7 @@ class Runner:
         with self._lock:
             self._runs[request_id] = run
         self._throughput.started()
+        self._gpu_time.start(request_id)
         try:
             self._open(request_id, claimed.web_id, claimed.remaining_s, run)
             self._engine.submit(claimed.job)
@@ -169,9 +176,11 @@ class Runner:
             with self._lock:
                 del self._runs[request_id]
             self._throughput.ended(work_of(claimed.job) if run.finished else 0)
+            run.log.gpu_s = self._gpu_time.end(request_id)
             if run.log.outcome == UNDELIVERED and self._was_cancelled(request_id):
                 run.log.outcome = Cancelled.code
             run.log.write()
+            self._on_ended(run.log)
             self._end(request_id)
 
     def _open(self, request_id: str, web_id: str, remaining_s: float, run: _Run) -> None:
@@ -202,6 +211,7 @@ class Runner:
         self._sender.emit([(request_id, Failed.of(error))])
         run.ended.wait()
         run.log.write()
+        self._on_ended(run.log)
         self._end(request_id)
 
     def _end(self, request_id: str) -> None:

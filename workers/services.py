@@ -20,15 +20,18 @@ from protocol.drains import Drains
 from protocol.event_sender import EventSender
 from protocol.image_store import ImageStore
 from protocol.leases import Leases, WorkerRecord
+from protocol.metrics import MetricStore
 from protocol.names import Keys
 from protocol.queue import JobQueue, claim_ttl_s
 from workers.device import visible_gpus
 from workers.engines import LazyEngine
 from workers.engines.base import Engine
+from workers.gpu_time import GpuTime
 from workers.gpu_watch import GpuWatch
 from workers.heartbeat import Heartbeat
 from workers.image_keeper import keep_image
 from workers.intake import Intake
+from workers.metrics import WorkerMetrics
 from workers.operator_drain import OperatorDrain
 from workers.runner import Runner
 from workers.status import WorkerStatus
@@ -50,6 +53,7 @@ class Worker:
     watchdog: Watchdog
     gpu_watch: GpuWatch
     heartbeat: Heartbeat
+    metrics: WorkerMetrics
     leases: Leases
     drain_s: float
 
@@ -70,6 +74,8 @@ def build_worker(
     sender = EventSender(redis, keys, prepare=partial(keep_image, image_store))
     engine = LazyEngine(entry, gpus=identity.gpus, gpu_share=settings.worker_gpu_share)
     throughput = Throughput(entry.engine.max_batch_size)
+    gpu_time = GpuTime()
+    metrics = WorkerMetrics(identity, engine, gpu_time, MetricStore(redis, keys))
     runner = Runner(
         model=entry.name,
         incarnation_id=identity.incarnation_id,
@@ -77,6 +83,8 @@ def build_worker(
         engine=engine,
         sender=sender,
         throughput=throughput,
+        gpu_time=gpu_time,
+        on_ended=metrics.ended,
     )
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
@@ -85,6 +93,11 @@ def build_worker(
     status = WorkerStatus(identity, engine, runner, registrar, throughput, intake, gpu_watch, record_changed)
     operator_drain = OperatorDrain(Drains(redis, keys), node_name, status, registrar, intake)
     watchdog = Watchdog(engine, settings.hang_s)
+
+    def on_expired() -> None:
+        metrics.write_off_running()
+        registrar.lease_was_lost()
+
     heartbeat = Heartbeat(
         leases,
         queue,
@@ -94,8 +107,9 @@ def build_worker(
         model=entry.name,
         get_record=status.record,
         renew_now=record_changed,
-        on_expired=registrar.lease_was_lost,
+        on_expired=on_expired,
         look_for_drain=operator_drain.look,
+        publish_metrics=metrics.publish,
     )
     return Worker(
         entry=entry,
@@ -108,6 +122,7 @@ def build_worker(
         watchdog=watchdog,
         gpu_watch=gpu_watch,
         heartbeat=heartbeat,
+        metrics=metrics,
         leases=leases,
         drain_s=settings.drain_s,
     )

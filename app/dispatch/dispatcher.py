@@ -8,6 +8,7 @@ from typing import Protocol
 
 from redis.exceptions import RedisError
 
+from app.dispatch.request_metrics import RequestMetrics
 from app.dispatch.timings import Timings
 from app.dispatch.worker_view import WorkerView
 from catalogue import ModelEntry, TaskSpec
@@ -129,6 +130,7 @@ class EventReader:
 
     def close(self) -> None:
         """Stop listening, and cancel the request unless it is finished. May be called more than once."""
+        self.timings.end(finished=self.finished)
         self._on_close(self._inbox, self.finished)
 
     def __iter__(self) -> Iterator[list[Event]]:
@@ -170,6 +172,7 @@ class Dispatcher:
         router: EventRouter,
         worker_view: WorkerView,
         requests: OpenRequests,
+        metrics: RequestMetrics,
         connected: Callable[[], bool],
         draining_for_s: Callable[[], float],
     ) -> None:
@@ -180,6 +183,7 @@ class Dispatcher:
         self._router = router
         self._worker_view = worker_view
         self._requests = requests
+        self._metrics = metrics
         self._connected = connected
         self._draining_for_s = draining_for_s
         self._admissions = threading.BoundedSemaphore(ADMISSIONS)
@@ -189,7 +193,14 @@ class Dispatcher:
 
         Raises a ServiceError if the job is refused. A job that may or may not have been queued is cancelled.
         """
-        timings = Timings()
+        try:
+            return self._begin(job, task, client)
+        except ServiceError as error:
+            self._metrics.rejected(job.model, error.code)
+            raise
+
+    def _begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
+        timings = Timings(self._metrics.times_of(job.model))
         deadline_s = task.deadline_s(self._settings)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)

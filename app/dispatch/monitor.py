@@ -2,12 +2,13 @@
 
 It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, sends
 ids again that were lost between the queue and a worker, deletes the replay lists of finished requests, writes
-what the process did and renews its lease.
+what the process did and renews its lease, with which its metrics are written.
 """
 
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from redis.exceptions import RedisError
@@ -49,7 +50,9 @@ class RequestMonitor(threading.Thread):
         router: EventRouter,
         queue: JobQueue,
         activity: Activity,
+        publish_metrics: Callable[[], None],
     ) -> None:
+        """`publish_metrics` is called with each renewal of the lease, and may raise redis.RedisError."""
         super().__init__(name="monitor", daemon=True)
         self._redis = client
         self._keys = keys
@@ -59,6 +62,7 @@ class RequestMonitor(threading.Thread):
         self._router = router
         self._queue = queue
         self._activity = activity
+        self._publish_metrics = publish_metrics
         self._renew_at = 0.0
         self._refusal = ""
         self._stopping = threading.Event()
@@ -80,6 +84,7 @@ class RequestMonitor(threading.Thread):
             self._stopping.wait(INTERVAL_S)
         try:
             self._activity.write()
+            self._publish_metrics()
             self._leases.release_web(self._web_id)
         except RedisError:
             log.info("Redis can't be reached: the lease of this process was not released and will expire")
@@ -123,6 +128,7 @@ class RequestMonitor(threading.Thread):
         else:
             self._refusal = ""
             self._renew_at = now + REFRESH_S
+            self._publish_metrics()
 
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool, bool]]:
         """Feed the inboxes from the replay lists.

@@ -1,25 +1,33 @@
-"""When a request was claimed by a worker and when its first token arrived, and what its events tell of its outcome."""
+"""The times of a request until its claim, its first token and its end, and what its events tell of its outcome."""
 
 import time
 from collections.abc import Callable, Sequence
 
+from app.dispatch.request_metrics import ModelTimes
 from protocol.events import Event, Finished, ImageReady, Started, Usage, has_tokens
 
 
 class Timings:
-    """The times of one request, from when it was validated. Each is None until it is known."""
+    """The times of one request, from when it was validated. Each is None until it is known.
+
+    `metrics`: the histograms of its model, which get each time when it is known.
+    """
 
     __slots__ = (
         "_began_at",
         "_clock",
         "_first_token_at",
+        "_metrics",
         "_started_at",
         "images",
         "incarnation_id",
         "usage",
     )
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, metrics: ModelTimes | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._metrics = metrics
         self._clock = clock
         self._began_at = clock()
         self._started_at: float | None = None
@@ -41,11 +49,26 @@ class Timings:
             if isinstance(event, Started):
                 self._started_at = self._clock()
                 self.incarnation_id = event.incarnation_id
+                if self._metrics is not None:
+                    self._metrics.queue.observe(self._started_at - self._began_at)
             elif isinstance(event, ImageReady):
                 self.images += 1
             elif has_tokens(event):
-                self._first_token_at = self._clock()
+                self._first_token_at = now = self._clock()
+                if self._metrics is not None:
+                    self._metrics.first_token.observe(now - self._began_at)
+                    self._metrics.prefill.observe(now - (self._started_at or self._began_at))
                 return
+
+    def end(self, *, finished: bool) -> None:
+        """The request has ended, `finished`: with a complete answer. May be called more than once."""
+        metrics, self._metrics = self._metrics, None
+        if metrics is None or not finished:
+            return
+        now = self._clock()
+        metrics.request.observe(now - self._began_at)
+        if self._first_token_at is not None:
+            metrics.decode.observe(now - self._first_token_at)
 
     @property
     def queued_s(self) -> float | None:

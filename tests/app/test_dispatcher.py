@@ -5,9 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from app.dispatch import dispatcher
 from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.request_metrics import RequestMetrics
 from app.dispatch.worker_view import WorkerView
 from catalogue import CHAT
 from config import Settings
@@ -49,6 +51,7 @@ class Web:
             router=EventRouter(client, keys, "w"),
             worker_view=worker_view,
             requests=OpenRequests(client, keys, mark_ttl_s=100),
+            metrics=RequestMetrics(CollectorRegistry()),
             connected=lambda: self.connected,
             draining_for_s=lambda: 0.0,
         )

@@ -61,6 +61,7 @@ class Web:
             router=self.router,
             queue=self.queue,
             activity=self.activity,
+            publish_metrics=lambda: None,
         )
 
     def request(self, name: str = "r") -> Inbox:

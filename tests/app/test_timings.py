@@ -7,7 +7,7 @@ from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress
 def timings_of(*batches: list[Event]) -> Timings:
     """A clock that goes on by a second with each batch."""
     now = 0.0
-    timings = Timings(lambda: now)
+    timings = Timings(clock=lambda: now)
     for batch in batches:
         now += 1
         timings.note(batch)

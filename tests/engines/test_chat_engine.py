@@ -145,6 +145,26 @@ def test_requests_share_steps_and_join_a_running_batch(weights):
         engine.close()
 
 
+def test_the_status_counts_tokens_and_their_gaps(weights):
+    engine, collector = make_engine(weights)
+    try:
+        jobs = [chat_job(str(at), content="again " * 40, max_tokens=10, ignore_eos=True) for at in range(2)]
+        results = [result for job in jobs for result in run(engine, collector, [job])]
+        results += run(engine, collector, [chat_job("n", max_tokens=10, ignore_eos=True, n=3)])
+        counts = engine.status().counts
+        assert counts is not None
+        usages = [result.usage for result in results]
+        assert counts.prompt_tokens == counts.prefix_queries == sum(usage.prompt_tokens for usage in usages)
+        assert counts.prefix_hits == sum(usage.cached_tokens for usage in usages) > 0
+        assert counts.generation_tokens == sum(usage.completion_tokens for usage in usages) == 50
+        answers = 2 + 3
+        assert counts.token_gaps.buckets()[-1] == ("+Inf", 50 - answers), "the first tokens have no gap"
+        assert counts.token_gaps.seconds > 0
+    finally:
+        engine.close()
+    assert engine.status().counts is not None, "what was counted is still told"
+
+
 def test_events_of_one_answer(loaded):
     (result,) = ask(loaded, chat_job("events", max_tokens=20, ignore_eos=True))
     deltas = result.deltas()

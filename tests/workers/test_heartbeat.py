@@ -39,6 +39,7 @@ class Bench:
         self.state = "loading"
         self.marked: set[str] = set()
         self.cancelled_requests: list[str] = []
+        self.published = 0
         self.drain_looks: list[int] = []
         """For each look, how many renewals there were before it."""
         stand_in = cast(Any, self)
@@ -53,6 +54,7 @@ class Bench:
             renew_now=self.renew_now,
             on_expired=self.on_expired,
             look_for_drain=self.look_for_drain,
+            publish_metrics=self.publish_metrics,
             clock=lambda: self.now,
         )
 
@@ -101,6 +103,9 @@ class Bench:
 
     def look_for_drain(self) -> None:
         self.drain_looks.append(self.renewals)
+
+    def publish_metrics(self) -> None:
+        self.published += 1
 
     def expire(self) -> None:
         self.client.delete(self.keys.web_lease("web"), self.keys.lease("cid"))
@@ -153,6 +158,17 @@ def test_a_lease_that_had_expired_is_renewed_and_reported(bench: Bench) -> None:
     bench.watch(REFRESH_S)
     assert bench.expired == 1
     assert bench.client.get(bench.keys.lease("cid")) == b"cid:1"
+
+
+def test_metrics_are_published_with_each_renewal_and_never_without_the_lease(bench: Bench) -> None:
+    renewals, published = bench.renewals, bench.published
+    bench.watch(4 * REFRESH_S)
+    assert bench.renewals - renewals == bench.published - published >= 4
+    published = bench.published
+    bench.leases.seize_worker(worker_record(incarnation_id="cid:2"))
+    with pytest.raises(WorkerReplaced):
+        bench.watch(REFRESH_S)
+    assert bench.published == published
 
 
 def test_a_lease_of_another_incarnation_ends_the_worker(bench: Bench) -> None:

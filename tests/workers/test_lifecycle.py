@@ -89,6 +89,7 @@ class Bench:
             watchdog=parts.watchdog,
             gpu_watch=parts.gpu_watch,
             heartbeat=parts.heartbeat,
+            metrics=parts.metrics,
             leases=parts.leases,
             drain_s=drain_s,
         )
@@ -193,6 +194,7 @@ def test_at_a_stop_it_unregisters_then_waits_for_requests_then_ends(bench: Bench
         "sender.stop",
         "heartbeat.stop",
         "leases.release_worker",
+        "metrics.publish",
     ]
 
 
@@ -275,6 +277,7 @@ def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: B
         "registrar.drain",
         "heartbeat.stop",
         "leases.release_worker",
+        "metrics.publish",
     ]
     # the load has ended just before the process does, and Celery is ready
     go.set()
@@ -302,7 +305,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(
     with pytest.raises(SystemExit) as ended:
         bench.lifecycle.start()
     assert ended.value.code == status
-    assert bench.calls()[-2:] == ["heartbeat.stop", "leases.release_worker"]
+    assert bench.calls()[-3:] == ["heartbeat.stop", "leases.release_worker", "metrics.publish"]
     # the supervisor shows this line
     assert caplog.records[-1].getMessage() == reason
 
@@ -335,6 +338,7 @@ def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
         "sender.stop",
         "heartbeat.stop",
         "leases.release_worker",
+        "metrics.publish",
     ]
     (failure,) = bench.parts.runner.fail_all.call_args.args
     assert failure.code == "engine_stopped"
@@ -427,6 +431,7 @@ def test_when_celery_has_ended_it_unregisters_and_releases_the_lease(
         "sender.stop",
         "heartbeat.stop",
         "leases.release_worker",
+        "metrics.publish",
     ]
     # the reconciler finds what may still be at the node by the record
     assert bench.parts.leases.release_worker.call_args.kwargs == {"keep_record": maybe_registered}

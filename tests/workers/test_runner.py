@@ -27,6 +27,8 @@ from protocol.names import Keys
 from protocol.queue import JobQueue
 from tests.deployment import RedisServer, wait_until
 from workers.engines.base import CancelReason, Emit, EngineStatus
+from workers.gpu_time import GpuTime
+from workers.job_log import JobLog
 from workers.runner import Runner
 from workers.throughput import Throughput
 
@@ -70,6 +72,7 @@ class Bench:
         self.engine = HandEngine()
         self.sender = EventSender(self.redis, keys, prepare=lambda event: event)
         self.throughput = Mock(Throughput)
+        self.ended: list[JobLog] = []
         self.runner = Runner(
             model=MODEL,
             incarnation_id=ME,
@@ -77,6 +80,8 @@ class Bench:
             engine=self.engine,
             sender=self.sender,
             throughput=self.throughput,
+            gpu_time=GpuTime(),
+            on_ended=self.ended.append,
         )
         self.tasks: list[threading.Thread] = []
 
@@ -432,6 +437,7 @@ def test_a_chat_is_logged_when_it_has_ended(bench: Bench, caplog: pytest.LogCapt
     join(task)
     (found,) = job_lines(caplog)
     assert 0 <= found.pop("queued_s") <= found.pop("first_token_s") <= found.pop("total_s")
+    assert found.pop("gpu_s") >= 0
     assert found == {
         "request_id": "a",
         "model": MODEL,
@@ -485,6 +491,12 @@ def test_the_outcome_says_how_a_job_failed(bench: Bench, caplog: pytest.LogCaptu
         "lost": "undelivered",
         "cancelled": "cancelled",
     }
+    assert [(log.outcome, log.gpu_s is None) for log in bench.ended] == [
+        ("engine_error", False),
+        ("engine_error", True),  # the engine never had it
+        ("undelivered", False),
+        ("cancelled", False),
+    ]
 
 
 def test_the_time_in_the_queue_is_that_before_the_claim(bench: Bench) -> None:

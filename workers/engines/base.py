@@ -5,11 +5,26 @@ from typing import Literal, NamedTuple, Protocol
 
 from protocol.events import Event
 from protocol.jobs import Job
+from workers.engines.token_gaps import TokenGaps
 
 Emit = Callable[[Sequence[tuple[str, Event]]], None]
 """Takes the events of one step as (request id, event) and returns at once. May be called from any thread."""
 
 CancelReason = Literal["cancelled", "deadline"]
+
+
+class EngineCounts(NamedTuple):
+    """What a chat engine has counted since its start, in tokens but for `preemptions`.
+
+    `prompt_tokens` has those of the prefix cache too. `prefix_queries`: prompt tokens that were looked up there.
+    """
+
+    prompt_tokens: int
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    token_gaps: TokenGaps
 
 
 class EngineStatus(NamedTuple):
@@ -25,6 +40,7 @@ class EngineStatus(NamedTuple):
     steps: int
     max_model_len: int = 0
     kv_cache_usage: float | None = None
+    counts: EngineCounts | None = None
 
 
 class EngineLoadError(Exception):

@@ -17,7 +17,8 @@ from catalogue import ModelEntry
 from protocol.errors import Cancelled, DeadlineExceeded, EngineError, OutOfMemory, ShuttingDown
 from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
 from protocol.jobs import ChatJob, ImageJob, Job
-from workers.engines.base import CancelReason, Emit, EngineStatus
+from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
+from workers.engines.token_gaps import TokenGaps
 
 PREFIX = "echo:"
 FAULTS = ("raise", "out of memory", "hang", "die")
@@ -43,6 +44,8 @@ class EchoEngine:
         self._lock = threading.Condition()
         self._jobs: dict[str, _Running] = {}
         self._steps = 0
+        self._prompt_tokens = self._generated = 0
+        self._gaps = TokenGaps()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="echo-engine", daemon=True)
 
@@ -61,7 +64,8 @@ class EchoEngine:
                 running.cancelled = reason
 
     def status(self) -> EngineStatus:
-        return EngineStatus(self._thread.is_alive(), len(self._jobs), 0, self._steps)
+        counts = EngineCounts(self._prompt_tokens, self._generated, 0, 0, 0, self._gaps)
+        return EngineStatus(self._thread.is_alive(), len(self._jobs), 0, self._steps, counts=counts)
 
     def close(self) -> None:
         with self._lock:
@@ -99,7 +103,12 @@ class EchoEngine:
         if running.cancelled == "deadline":
             return [Delta("", tokens=0, finish_reason="length"), Finished(usage)]
         text = f"{running.done} "
+        if running.done:
+            self._gaps.add(self._step_s, 1)
+        else:
+            self._prompt_tokens += len(running.job.messages)
         running.done += 1
+        self._generated += 1
         if running.done < running.total:
             return [Delta(text)]
         return [Delta(text, finish_reason="length"), Finished(Usage(len(running.job.messages), running.done))]

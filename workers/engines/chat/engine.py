@@ -5,6 +5,7 @@ thread takes it from there: scheduler, model, sampler, events. Each step calls `
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -15,7 +16,7 @@ from catalogue import ChatModelEntry
 from protocol.errors import EngineStopped, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import ChatJob, Job
-from workers.engines.base import CancelReason, Emit, EngineStatus
+from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.sequence import Request
@@ -35,6 +36,8 @@ class ChatEngine:
         self.metrics = Metrics()
         self._parts: EngineParts | None = None
         self._executor: StepExecutor | None = None
+        self._stepped_at = math.inf
+        """When the last step ended, by time.perf_counter; infinite after a pause."""
         self._callback: Emit = lambda events: None
         """Takes the events: the argument of `load`."""
         self._inbox: deque[Request] = deque()
@@ -91,13 +94,24 @@ class ChatEngine:
         self._wake.set()
 
     def status(self) -> EngineStatus:
-        if self._parts is None or not self._thread.is_alive():
-            return EngineStatus(False, 0, 0, self.metrics.steps)
-        waiting = len(self._inbox) + len(self._parts.scheduler.waiting)
-        running = len(self._parts.outputs.by_id)
+        parts, metrics = self._parts, self.metrics
+        if parts is None:
+            return EngineStatus(False, 0, 0, metrics.steps)
+        counts = EngineCounts(
+            prompt_tokens=metrics.prompt_tokens,
+            generation_tokens=metrics.output_tokens,
+            prefix_queries=metrics.prompt_tokens if self.entry.engine.prefix_cache else 0,
+            prefix_hits=metrics.cached_tokens,
+            preemptions=metrics.preemptions,
+            token_gaps=metrics.token_gaps,
+        )
+        if not self._thread.is_alive():
+            return EngineStatus(False, 0, 0, metrics.steps, counts=counts)
+        waiting = len(self._inbox) + len(parts.scheduler.waiting)
         # active_pages and not the cache itself, which the engine thread changes
-        usage = self.metrics.active_pages / self._parts.cache.num_pages
-        return EngineStatus(True, running, waiting, self.metrics.steps, self._parts.max_context, usage)
+        usage = metrics.active_pages / parts.cache.num_pages
+        running = len(parts.outputs.by_id)
+        return EngineStatus(True, running, waiting, metrics.steps, parts.max_context, usage, counts)
 
     def close(self) -> None:
         self._closing = True
@@ -125,12 +139,17 @@ class ChatEngine:
 
     def step(self) -> bool:
         """Admit, schedule, compute, emit. Returns whether there was anything to compute."""
-        started = time.perf_counter()
+        started, decoded_rows = time.perf_counter(), self.metrics.decoded_rows
         self._admit()
         assert self._executor is not None
         worked = self._executor.work()
         self._emit()
-        self.metrics.step_seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self.metrics.step_seconds += now - started
+        # a row that decodes got its last token in the step before this one, if there was none in between
+        if rows := self.metrics.decoded_rows - decoded_rows:
+            self.metrics.token_gaps.add(now - min(self._stepped_at, started), rows)
+        self._stepped_at = now if worked else math.inf
         self.metrics.preemptions = self.parts.scheduler.preemptions
         self.metrics.active_pages = self.parts.cache.num_active
         return worked

@@ -1,6 +1,8 @@
 """Counters of the engine, for tests and benchmarks. Written by the engine thread only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from workers.engines.token_gaps import TokenGaps
 
 
 @dataclass(slots=True)
@@ -18,6 +20,8 @@ class Metrics:
     prefill_chunks: int = 0
     prefill_tokens: int = 0
     """Prompt tokens computed."""
+    prompt_tokens: int = 0
+    """Tokens of the prompts that have been computed, each prompt once, those of the prefix cache included."""
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache."""
     output_tokens: int = 0
@@ -31,5 +35,6 @@ class Metrics:
     """Pages of the KV cache that running sequences hold now."""
     step_seconds: float = 0.0
     """Time inside steps, forward passes included."""
+    token_gaps: TokenGaps = field(default_factory=TokenGaps)
     model_seconds: float = 0.0
     """Time inside the runner's forward passes. On a GPU they return before the device has finished."""

@@ -185,6 +185,7 @@ class StepExecutor:
             scheduler.remember(sequence)
             if sequence.index > 0:
                 continue
+            self._metrics.prompt_tokens += len(sequence.request.prompt)
             self._metrics.cached_tokens += sequence.request.cached_tokens
             for sibling in sequence.request.sequences[1:]:
                 if sibling.status is not SequenceStatus.NEW:
