@@ -149,6 +149,11 @@ class Settings(BaseSettings):
         default="text",
         description="what the lines of the logs are: text, or json, an object on each line (docs/operations.md)",
     )
+    receipts: Path | None = Field(
+        default=None,
+        description="folder to which workers write a signed line for each job (docs/operations.md), and the key, "
+        "which is made at the first start. Default: no receipts",
+    )
     cuda_visible_devices: str | None = Field(
         default=None,
         description="GPUs that the service may use (CUDA's own variable); GPU indices in the catalogue count "

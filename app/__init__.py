@@ -9,6 +9,7 @@ from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
 from app.commands.doctor import doctor_command
+from app.commands.receipts import receipt_commands
 from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
 from app.console.routes import blueprint as console_blueprint
@@ -98,6 +99,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app.register_blueprint(console_blueprint())
     app.cli.add_command(node_commands(services.deployment, leases=services.leases, lock=services.node_lock))
     app.cli.add_command(worker_commands(services.leases, services.drains))
+    app.cli.add_command(receipt_commands(settings.receipts))
     names = [entry.name for entry in catalogue.models]
     app.cli.add_command(request_commands(names, services.requests, services.leases))
     app.cli.add_command(

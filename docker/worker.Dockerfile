@@ -18,6 +18,6 @@ COPY demo/ demo/
 
 # The user's home holds the caches of compiled kernels. A volume takes the owner of the folder that it is mounted on.
 # The files' modes come from the checkout, whose umask may have kept others from reading.
-RUN useradd --uid 10001 --create-home service && install -d -o service /var/lib/weights && chmod -R a+rX .
+RUN useradd --uid 10001 --create-home service && install -d -o service /var/lib/weights /var/lib/receipts && chmod -R a+rX .
 USER service
 CMD ["celery", "-A", "workers", "worker"]

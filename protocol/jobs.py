@@ -70,6 +70,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     required_tools: list[str] = []
     parallel_tool_calls: bool = True
     output_format: OutputFormat | None = None
+    wallet_sha256: str | None = None
+    """Hash of the field `wallet` that the node sends for its user; for receipts."""
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):
@@ -92,6 +94,7 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
     guidance_scale: float | None = None
     strength: float | None = None
     seed: int | None = None
+    wallet_sha256: str | None = None
     image: bytes | None = None
     mask: bytes | None = None
 

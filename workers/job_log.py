@@ -31,36 +31,38 @@ class JobLog:
         "_began_at",
         "_finish_reasons",
         "_first_token_at",
-        "_height",
         "_model",
         "_queued_s",
-        "_request_id",
         "_steps",
-        "_task",
-        "_usage",
-        "_width",
         "gpu_s",
+        "height",
         "images",
         "outcome",
+        "request_id",
         "steps_done",
+        "task",
+        "usage",
+        "wallet_sha256",
+        "width",
     )
 
     def __init__(self, request_id: str, model: str, job: Job | None, queued_s: float | None) -> None:
         """`job`: None if it could not be read. `queued_s`: seconds from its admission to its claim."""
-        self._request_id = request_id
+        self.request_id = request_id
         self._model = model
-        self._task = job.task if isinstance(job, ImageJob) else CHAT.name if job is not None else None
+        self.task = job.task if isinstance(job, ImageJob) else CHAT.name if job is not None else None
+        self.wallet_sha256 = job and job.wallet_sha256
         self._queued_s = queued_s
         self._began_at = time.monotonic()
         self._first_token_at: float | None = None
         self._finish_reasons: dict[int, str] = {}
-        self._usage: Usage | None = None
+        self.usage: Usage | None = None
         self._steps: int | None = None
         self.images = 0
         self.steps_done = 0
         """Denoising steps so far, over all images."""
-        self._width: int | None = None
-        self._height: int | None = None
+        self.width: int | None = None
+        self.height: int | None = None
         self.outcome = ""
         self.gpu_s: float | None = None
         """Its part of the worker's time (workers.gpu_time); None if the engine never had it."""
@@ -78,23 +80,23 @@ class JobLog:
             if event.finish_reason is not None:
                 self._finish_reasons[event.index] = event.finish_reason
         elif isinstance(event, Finished):
-            self._usage, self.outcome = event.usage, COMPLETED
+            self.usage, self.outcome = event.usage, COMPLETED
         elif isinstance(event, Failed):
             self.outcome = event.code
         elif isinstance(event, Progress):
             self.steps_done, self._steps = event.step, event.total
         elif isinstance(event, ImageReady):
             self.images += 1
-            self._width, self._height = event.width, event.height
+            self.width, self.height = event.width, event.height
 
     def write(self) -> None:
         """Write the line."""
-        usage = self._usage
+        usage = self.usage
         entry = Entry(
             "job",
-            request_id=self._request_id,
+            request_id=self.request_id,
             model=self._model,
-            task=self._task,
+            task=self.task,
             outcome=self.outcome,
             finish_reason=",".join(dict.fromkeys(self._finish_reasons.values())) or None,
             prompt_tokens=usage and usage.prompt_tokens,
@@ -102,8 +104,8 @@ class JobLog:
             completion_tokens=usage and usage.completion_tokens,
             images=self.images or None,
             steps=self._steps,
-            width=self._width,
-            height=self._height,
+            width=self.width,
+            height=self.height,
             queued_s=None if self._queued_s is None else round(self._queued_s, 3),
             first_token_s=self._since_admission(self._first_token_at),
             total_s=self._since_admission(time.monotonic()),

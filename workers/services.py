@@ -3,6 +3,7 @@
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -31,6 +32,7 @@ from workers.gpu_watch import GpuWatch
 from workers.heartbeat import Heartbeat
 from workers.image_keeper import keep_image
 from workers.intake import Intake
+from workers.job_log import JobLog
 from workers.metrics import WorkerMetrics
 from workers.operator_drain import OperatorDrain
 from workers.runner import Runner
@@ -76,6 +78,12 @@ def build_worker(
     throughput = Throughput(entry.engine.max_batch_size)
     gpu_time = GpuTime()
     metrics = WorkerMetrics(identity, engine, gpu_time, MetricStore(redis, keys))
+    write_receipt = _receipts(settings, identity, entry)
+
+    def on_ended(job: JobLog) -> None:
+        metrics.ended(job)
+        write_receipt(job)
+
     runner = Runner(
         model=entry.name,
         incarnation_id=identity.incarnation_id,
@@ -84,7 +92,7 @@ def build_worker(
         sender=sender,
         throughput=throughput,
         gpu_time=gpu_time,
-        on_ended=metrics.ended,
+        on_ended=on_ended,
     )
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
@@ -149,6 +157,16 @@ def identify(
         node=settings.node_url,
         gpus=gpus,
     )
+
+
+def _receipts(settings: Settings, identity: WorkerRecord, entry: ModelEntry) -> Callable[[JobLog], None]:
+    """What writes the receipt of a job. Raises ConfigurationError."""
+    if settings.receipts is None:
+        return lambda job: None
+    # imported here, because few deployments have receipts and the others start without the library
+    from workers.receipts import ReceiptWriter
+
+    return ReceiptWriter(settings.receipts, identity, entry).write
 
 
 def _build_registrar(

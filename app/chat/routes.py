@@ -3,6 +3,7 @@
 import uuid
 from typing import Any, NamedTuple
 
+import msgspec
 from flask import Blueprint, Response, request
 
 from app.chat.completion import completion
@@ -13,7 +14,7 @@ from app.dispatch.models import find_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params, parse_json
+from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
 from app.http.sse import EventStream
 from app.http.validation import parse
 from app.http.wsgi import add_timings, name_request
@@ -61,6 +62,7 @@ def _submit(
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
     body = parse(ChatCompletionRequest, raw)
     job = body.to_job(f"cmpl-{uuid.uuid4().hex}", find_model(catalogue, body.model, CHAT))
+    job = msgspec.structs.replace(job, wallet_sha256=wallet_sha256(raw))
     name_request(job.id, job.model)
     params = _ResponseParams(
         job.id,

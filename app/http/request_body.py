@@ -1,5 +1,6 @@
 """Request bodies: read with bounds on bytes and time, parsed as a JSON object, unknown fields reported."""
 
+import hashlib
 import re
 import time
 import zlib
@@ -157,6 +158,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(value).__name__}")
     return value
+
+
+def wallet_sha256(given: Mapping[str, Any]) -> str | None:
+    """Return the hash of the field `wallet`, which the node sends for its user, for receipts; None without one.
+
+    The wallet itself is not kept.
+    """
+    wallet = given.get("wallet")
+    if not isinstance(wallet, str) or not wallet:
+        return None
+    return hashlib.sha256(wallet.encode(errors="surrogatepass")).hexdigest()
 
 
 def ignored_params(body: BaseModel, given: Mapping[str, Any]) -> str:

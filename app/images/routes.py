@@ -12,7 +12,7 @@ from app.dispatch.models import find_model, only_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params
+from app.http.request_body import BodyReader, ignored_params, wallet_sha256
 from app.http.validation import parse
 from app.http.wsgi import add_timings, name_request
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
@@ -48,7 +48,10 @@ def blueprint(
             params = _parse(body, catalogue)
             entry = find_model(catalogue, params.model, body.task)
             # everything is validated before an image is downloaded for this request
-            job = body.attach(params.to_job(f"img-{uuid.uuid4().hex}", entry), fetcher.fetch)
+            job = params.to_job(f"img-{uuid.uuid4().hex}", entry)
+            job = body.attach(
+                msgspec.structs.replace(job, wallet_sha256=wallet_sha256(body.fields)), fetcher.fetch
+            )
             name_request(job.id, job.model)
         with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
             current_access().times = reader.timings

@@ -1,6 +1,7 @@
 """app.http.request_body: bounds of bodies, encodings, and which unknown fields are reported."""
 
 import gzip
+import hashlib
 import json
 import zlib
 from typing import Any
@@ -10,7 +11,7 @@ from flask import Flask, request
 from pydantic import BaseModel
 
 from app.chat.schema import ChatCompletionRequest
-from app.http.request_body import BodyBudget, BodyReader, ignored_params, parse_json
+from app.http.request_body import BodyBudget, BodyReader, ignored_params, parse_json, wallet_sha256
 from app.http.validation import parse
 from protocol.errors import InvalidRequest, Overloaded, PayloadTooLarge, UnsupportedMediaType
 
@@ -24,6 +25,13 @@ def read(data: bytes, encoding: str | None = None, budget: BodyBudget | None = N
     with flask_app.test_request_context("/", method="POST", data=data, headers=headers):
         with BodyReader(budget or BodyBudget()).read(request, LIMIT) as body:
             return body
+
+
+def test_a_wallet_is_known_by_its_hash_alone() -> None:
+    assert wallet_sha256({"wallet": "w"}) == hashlib.sha256(b"w").hexdigest()
+    assert wallet_sha256({"wallet": "\ud800"}) is not None, "whatever it is, the request is served"
+    for given in ({}, {"wallet": ""}, {"wallet": None}, {"wallet": ["w"]}, {"wallet": 1}):
+        assert wallet_sha256(given) is None
 
 
 @pytest.mark.parametrize(
