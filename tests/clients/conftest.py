@@ -46,6 +46,11 @@ workers = [[]]
 [models.engine]
 torch_threads = 1
 [[models]]
+name = "echo"
+tasks = ["chat"]
+weights = "echo:"
+workers = [[]]
+[[models]]
 name = "absent"
 tasks = ["chat"]
 weights = "echo:"
@@ -54,7 +59,8 @@ weights = "echo:"
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedDeployment]:
-    """Two chat models and one image model behind a key. Tests must leave it as it is."""
+    """Three chat models, of which echo fails on demand, and an image model, behind a key. Tests must leave it as
+    it is."""
     folder = tmp_path_factory.mktemp("clients")
     catalogue = CATALOGUE.format(
         scripted=save_scripted_model(folder / "scripted", templates.HERMES, SCRIPTS),
@@ -63,7 +69,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedDeploymen
     )
     with KeyedDeployment(folder / "service", catalogue=catalogue, redis_server=None, **_access()) as service:
         service.key = KEY
-        yield service.start("scripted", "thinking", "shapes")
+        yield service.start("scripted", "thinking", "shapes", "echo")
 
 
 @pytest.fixture(scope="session")

@@ -173,8 +173,25 @@ def test_images(client):
 
 
 def test_models(client):
-    assert {model.id for model in client.models.list()} == {"scripted", "thinking", "shapes", ABSENT}
+    assert {model.id for model in client.models.list()} == {"scripted", "thinking", "shapes", "echo", ABSENT}
     assert client.models.retrieve("scripted").owned_by == "Clients"
+
+
+@pytest.mark.parametrize("helper", [False, True])
+def test_a_stream_that_breaks_off_raises(client, helper):
+    chats = client.chat.completions
+    request = asking("raise after three tokens", "echo")
+    text = ""
+    with pytest.raises(openai.APIError, match="failed on this request") as caught:
+        if helper:
+            with chats.stream(**request) as stream:
+                for event in stream:
+                    text += event.delta if event.type == "content.delta" else ""
+        else:
+            for chunk in chats.create(**request, stream=True):
+                text += chunk.choices[0].delta.content or ""
+    assert text == "0 1 2 "
+    assert caught.value.code == "engine_error"
 
 
 REFUSED: list[tuple[type[openai.APIStatusError], str, dict[str, Any]]] = [
@@ -182,6 +199,7 @@ REFUSED: list[tuple[type[openai.APIStatusError], str, dict[str, Any]]] = [
     (openai.BadRequestError, "invalid_request", asking("Hello!") | {"temperature": 9}),
     (openai.NotFoundError, "model_not_found", asking("Hello!", "gpt-9")),
     (openai.InternalServerError, "no_worker", asking("Hello!", ABSENT)),
+    (openai.InternalServerError, "engine_error", asking("raise", "echo")),
 ]
 
 
@@ -192,6 +210,13 @@ def test_refusals_are_exceptions_of_the_client(client, kind, code, request_):
             client.chat.completions.create(**request_, stream=stream)
         assert caught.value.code == code
         assert caught.value.request_id
+
+
+def test_the_client_does_not_repeat_what_it_should_not(client):
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.with_options(max_retries=2).chat.completions.create(**asking("out of memory", "echo"))
+    assert caught.value.code == "out_of_memory"
+    assert caught.value.request.headers["x-stainless-retry-count"] == "0"
 
 
 def test_a_wrong_key_and_a_limit_are_exceptions_of_the_client(client, limited):

@@ -21,7 +21,8 @@ from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.token_gaps import TokenGaps
 
 PREFIX = "echo:"
-FAULTS = ("raise", "out of memory", "hang", "die")
+RAISE_LATER = "raise after three tokens"
+FAULTS = ("raise", RAISE_LATER, "out of memory", "hang", "die")
 IMAGE_STEPS = 4
 
 
@@ -97,7 +98,7 @@ class EchoEngine:
         if isinstance(running.job, ImageJob):
             return self._image_step(running, running.job)
         fault = str(running.job.messages[-1]["content"])
-        if fault in FAULTS:
+        if fault in FAULTS and not (fault == RAISE_LATER and running.done < 3):
             return self._misbehave(fault)
         usage = Usage(len(running.job.messages), running.done)
         if running.cancelled == "deadline":
@@ -127,7 +128,7 @@ class EchoEngine:
         return [progress, *images, Finished()]
 
     def _misbehave(self, fault: str) -> list[Event]:
-        if fault == "raise":
+        if fault in ("raise", RAISE_LATER):
             return [Failed.of(EngineError())]
         if fault == "out of memory":
             return [Failed.of(OutOfMemory())]

@@ -97,6 +97,18 @@ test("generateImage", async () => {
   assert.equal(image.mediaType, "image/png");
 });
 
+test("a stream that breaks off", async () => {
+  const errors = [];
+  const onError = ({ error }) => errors.push(error);
+  const result = streamText({ ...asking("raise after three tokens", "echo"), onError });
+  const parts = await collect(result.fullStream);
+  const text = parts.filter((part) => part.type === "text-delta").map((part) => part.text);
+  assert.equal(text.join(""), "0 1 2 ");
+  assert.equal(parts.filter((part) => part.type === "error").length, 1);
+  assert.match(JSON.stringify(errors), /failed on this request/);
+  assert.equal(await result.finishReason, "error");
+});
+
 for (const [status, code, request] of [
   [400, "context_length_exceeded", asking("word ".repeat(2000))],
   [404, "model_not_found", asking("Hello!", "gpt-9")],

@@ -133,6 +133,20 @@ test("models", async () => {
   assert.equal((await client.models.retrieve("scripted")).id, "scripted");
 });
 
+test("a stream that breaks off", async () => {
+  const request = asking("raise after three tokens", "echo");
+  let text = "";
+  const read = async () => {
+    for await (const chunk of await client.chat.completions.create({ ...request, stream: true })) {
+      text += chunk.choices[0].delta.content ?? "";
+    }
+  };
+  const isEngineError = (error) => error instanceof OpenAI.APIError && error.code === "engine_error";
+  await assert.rejects(read, isEngineError);
+  assert.equal(text, "0 1 2 ");
+  await assert.rejects(client.chat.completions.stream(request).finalContent(), isEngineError);
+});
+
 const create = (request, options) => client.chat.completions.create(request, options);
 
 for (const [kind, code, request] of [
@@ -140,6 +154,7 @@ for (const [kind, code, request] of [
   [OpenAI.BadRequestError, "invalid_request", { ...asking("Hello!"), temperature: 9 }],
   [OpenAI.NotFoundError, "model_not_found", asking("Hello!", "gpt-9")],
   [OpenAI.InternalServerError, "no_worker", asking("Hello!", ABSENT_MODEL)],
+  [OpenAI.InternalServerError, "engine_error", asking("raise", "echo")],
 ]) {
   for (const stream of [false, true]) {
     test(`${kind.name} ${code}, stream: ${stream}`, async () => {

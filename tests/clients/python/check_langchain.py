@@ -108,6 +108,14 @@ def test_structured_output_without_a_schema(service):
     assert answer["parsed"] == POINT and answer["parsing_error"] is None
 
 
+def test_a_stream_that_breaks_off_raises(service):
+    text = ""
+    with pytest.raises(openai.APIError, match="failed on this request"):
+        for chunk in chat(service, "echo").stream("raise after three tokens"):
+            text += chunk.content
+    assert text == "0 1 2 "
+
+
 def test_errors(service):
     with pytest.raises(openai.BadRequestError, match="maximum context length is 4096 tokens"):
         chat(service).invoke("word " * 2000)

@@ -7,6 +7,7 @@ from typing import Literal
 import httpx
 import litellm
 import pytest
+from litellm.exceptions import MidStreamFallbackError
 from pydantic import BaseModel, ConfigDict
 
 
@@ -94,6 +95,14 @@ def test_structured_output(access):
 def test_images(access):
     drawn = litellm.image_generation(prompt="a red circle", model="openai/shapes", **access)
     assert httpx.get(drawn.data[0].url).content.startswith(b"\x89PNG")
+
+
+def test_a_stream_that_breaks_off_raises(access):
+    text = ""
+    with pytest.raises(MidStreamFallbackError, match="failed on this request"):
+        for chunk in litellm.completion(**asking("raise after three tokens", "echo"), **access, stream=True):
+            text += chunk.choices[0].delta.content or ""
+    assert text == "0 1 2 "
 
 
 CASES = [

@@ -28,6 +28,7 @@ def folder(service, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a user writes to configure the command."""
     folder = tmp_path_factory.mktemp("llm")
     models = [("scripted", "scripted", service.url), ("missing", "gpt-9", service.url)]
+    models += [("echo", "echo", service.url)]
     models += [("limited", "scripted", service.limited_url)]
     text = "".join(MODELS.format(id=name, name=model, url=url) for name, model, url in models)
     (folder / "extra-openai-models.yaml").write_text(text)
@@ -80,6 +81,7 @@ def test_two_calls_at_once(folder):
 @pytest.mark.parametrize(
     ("model", "prompt", "words"),
     [
+        ("echo", "raise after three tokens", "failed on this request"),
         ("missing", "Hello!", "gpt-9"),
         ("scripted", "word " * 2000, "maximum context length is 4096 tokens"),
     ],
