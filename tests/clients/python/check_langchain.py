@@ -63,6 +63,13 @@ def test_asynchronous_stream(service):
     assert asyncio.run(read()).endswith("eleven, twelve.")
 
 
+def test_reasoning_is_kept_out_of_the_content(service):
+    answer = chat(service, "thinking").invoke("What is 2 + 2?")
+    assert answer.content.strip() == "It is 4."
+    assert answer.usage_metadata["output_token_details"]["reasoning"] > 0
+    assert "Two and two" not in str(answer), "docs/api.md says that it drops reasoning"
+
+
 def test_bound_tools_and_their_results(service):
     model = chat(service).bind_tools([add])
     messages = [HumanMessage("What is 3 + 4?")]
