@@ -29,6 +29,16 @@ PONG_S = 5.0
 RECONNECT_PAUSE_S = 0.5
 
 
+Signal = threading.Lock
+
+
+def new_signal() -> threading.Lock:
+    """Make what wakes the reader of an inbox, or of several: it is released when an event has arrived."""
+    signal = threading.Lock()
+    signal.acquire()
+    return signal
+
+
 class Inbox:
     """The events of one open request in order, and what is known of the worker that has it.
 
@@ -51,15 +61,14 @@ class Inbox:
         "resent",
     )
 
-    def __init__(self, request_id: str, model: str) -> None:
+    def __init__(self, request_id: str, model: str, signal: "threading.Lock | None" = None) -> None:
         self.request_id = request_id
         self.model = model
         self.admitted = 0.0
         self.next_seq = 0
         # queue.Queue takes 2 KB more, a deque 700 bytes, and thousands of streams are open at once
         self._arrived: list[Event] = []
-        self._arrival = threading.Lock()
-        self._arrival.acquire()
+        self._arrival = signal or new_signal()
         self.incarnation_id: str | None = None
         self.last_event_at = time.monotonic()
         self.gap_since: float | None = None
@@ -93,9 +102,10 @@ class Inbox:
         """Return the events that have arrived, in order; wait up to `timeout_s` for the first.
 
         For one reader. A terminal event comes last. May be empty before the time is up: the event that
-        wakes the reader may have been returned before.
+        wakes the reader may have been returned before, or be another inbox's.
         """
-        if not self._arrived:
+        # without time to wait the signal stays: it may be for an inbox that was looked at before
+        if not self._arrived and timeout_s:
             self._arrival.acquire(timeout=timeout_s)
         batch = self._arrived[:]
         # another event may have been appended meanwhile
@@ -123,9 +133,9 @@ class EventRouter(threading.Thread):
         self._stopping = False
         self.subscribed = threading.Event()
 
-    def open(self, request_id: str, model: str) -> Inbox:
+    def open(self, request_id: str, model: str, signal: "threading.Lock | None" = None) -> Inbox:
         """Make the inbox of a request. Must come before it is queued, or its first events are dropped."""
-        inbox = self._inboxes[request_id] = Inbox(request_id, model)
+        inbox = self._inboxes[request_id] = Inbox(request_id, model, signal)
         return inbox
 
     def close(self, request_id: str) -> None:

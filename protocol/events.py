@@ -27,6 +27,16 @@ class Usage(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     reasoning_tokens: int | None = None
 
+    def plus(self, other: "Usage | None") -> "Usage":
+        """Return the sum for requests of models that don't reason."""
+        if other is None:
+            return self
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.cached_tokens + other.cached_tokens,
+        )
+
 
 class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
     """One alternative token: its text, its natural log probability and its bytes.
@@ -40,10 +50,13 @@ class TopLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The sampled token, with the fields of TopLogprob, and the most probable alternatives."""
+    """A token, with the fields of TopLogprob, and the most probable alternatives.
+
+    `logprob`: None for the first token of a prompt, which follows nothing.
+    """
 
     token: str
-    logprob: float
+    logprob: float | None
     bytes: list[int]
     top: list[TopLogprob] = []
 
@@ -66,6 +79,34 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     logprobs: list[TokenLogprob] | None = None
+
+
+class Echo(msgspec.Struct, frozen=True, array_like=True, tag="e"):
+    """The prompt, at the beginning of choice `index`: its whole text first, then the logprobs of its tokens in order.
+
+    The engine sends it for choice 0, and it goes for all choices.
+    """
+
+    text: str
+    index: int = 0
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="n"):
+    """What the tokenizer makes of a text. `strings`: the tokens as its vocabulary spells them, if asked for.
+
+    `max_model_len`: limit of prompt and answer together, in tokens.
+    """
+
+    ids: list[int]
+    strings: list[str] | None
+    max_model_len: int
+
+
+class Text(msgspec.Struct, frozen=True, array_like=True, tag="w"):
+    """The text of tokens."""
+
+    text: str
 
 
 class ReasoningDelta(msgspec.Struct, frozen=True, array_like=True, tag="r"):
@@ -129,7 +170,19 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="x"):
         return cls(error.code, error.message, error.param)
 
 
-Event = Started | Delta | ReasoningDelta | ToolCallDelta | Progress | ImageReady | Finished | Failed
+Event = (
+    Started
+    | Delta
+    | ReasoningDelta
+    | ToolCallDelta
+    | Echo
+    | Tokens
+    | Text
+    | Progress
+    | ImageReady
+    | Finished
+    | Failed
+)
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -145,12 +198,12 @@ def is_terminal(event: Event) -> bool:
     return isinstance(event, Finished | Failed)
 
 
-_WITHOUT_TOKENS = (Started, Progress, ImageReady, Finished, Failed)
+_WITH_TOKENS = (Delta, ReasoningDelta, ToolCallDelta)
 
 
 def has_tokens(event: Event) -> bool:
-    """Whether `event` carries tokens of a chat."""
-    return not isinstance(event, _WITHOUT_TOKENS)
+    """Whether `event` carries tokens of an answer."""
+    return isinstance(event, _WITH_TOKENS)
 
 
 _encoder = msgspec.json.Encoder()

@@ -74,6 +74,48 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     """Hash of the field `wallet` that the node sends for its user; for receipts."""
 
 
+class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag="completion", omit_defaults=True):
+    """The continuation of one prompt, a text or tokens, without a chat template.
+
+    `add_special_tokens`: whether a text gets the tokens that the tokenizer puts around one. `echo`: whether the
+    answer begins with the prompt; `sampling.logprobs` then counts for the prompt too. `sampling.max_tokens` may be 0.
+    """
+
+    id: str
+    model: str
+    prompt: str | list[int]
+    sampling: SamplingParams
+    add_special_tokens: bool = True
+    echo: bool = False
+    output_format: OutputFormat | None = None
+    wallet_sha256: str | None = None
+
+
+class TokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize", omit_defaults=True):
+    """The tokens of `text`, or of the prompt that the chat template makes of `chat`.
+
+    `with_strings`: whether the answer has each token as the vocabulary spells it, too.
+    """
+
+    id: str
+    model: str
+    text: str = ""
+    add_special_tokens: bool = True
+    chat: ChatJob | None = None
+    add_generation_prompt: bool = True
+    with_strings: bool = False
+    wallet_sha256: str | None = None
+
+
+class DetokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize", omit_defaults=True):
+    """The text of tokens."""
+
+    id: str
+    model: str
+    tokens: list[int]
+    wallet_sha256: str | None = None
+
+
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):
     """One image generation or edit. Sizes in pixels; None: the pipeline's own default.
 
@@ -99,19 +141,24 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
     mask: bytes | None = None
 
 
-Job = ChatJob | ImageJob
+TextJob = ChatJob | CompletionJob
+"""A job that generates text."""
+
+Job = TextJob | TokenizeJob | DetokenizeJob | ImageJob
 
 USUAL_STEPS = 30
 USUAL_SIDE = 1024
 
 
 def work_of(job: Job) -> float:
-    """How much work a job is beside others of its model: choices of a chat, or images x steps x megapixels.
+    """How much work a job is beside others of its model: choices of a text, or images x steps x megapixels.
 
-    Only ratios within one model count. What a request leaves to the pipeline counts as USUAL_STEPS and USUAL_SIDE.
+    A job for the tokenizer alone is none.     Only ratios within one model count. What a request leaves to the pipeline counts as USUAL_STEPS and USUAL_SIDE.
     """
-    if isinstance(job, ChatJob):
+    if isinstance(job, TextJob):
         return float(job.sampling.n)
+    if not isinstance(job, ImageJob):
+        return 0.0
     pixels = (job.width or USUAL_SIDE) * (job.height or USUAL_SIDE)
     return job.n * (job.num_inference_steps or USUAL_STEPS) * pixels / 2**20
 

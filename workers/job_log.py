@@ -3,7 +3,6 @@
 import logging
 import time
 
-from catalogue import CHAT
 from logs import Entry
 from protocol.events import (
     Delta,
@@ -50,7 +49,7 @@ class JobLog:
         """`job`: None if it could not be read. `queued_s`: seconds from its admission to its claim."""
         self.request_id = request_id
         self._model = model
-        self.task = job.task if isinstance(job, ImageJob) else CHAT.name if job is not None else None
+        self.task = None if job is None else _task(job)
         self.wallet_sha256 = job and job.wallet_sha256
         self._queued_s = queued_s
         self._began_at = time.monotonic()
@@ -115,3 +114,7 @@ class JobLog:
 
     def _since_admission(self, at: float | None) -> float | None:
         return None if at is None else round(at - self._began_at + (self._queued_s or 0.0), 3)
+
+
+def _task(job: Job) -> str:
+    return job.task if isinstance(job, ImageJob) else str(job.__struct_config__.tag)

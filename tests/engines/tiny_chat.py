@@ -25,7 +25,7 @@ from transformers import (
 
 from catalogue import ChatModelEntry
 from protocol.events import Delta, Event, Failed, Finished, is_terminal
-from protocol.jobs import ChatJob, SamplingParams
+from protocol.jobs import ChatJob, SamplingParams, TextJob
 from workers.engines.chat import ChatEngine
 
 TEMPLATE = (
@@ -193,7 +193,7 @@ def together(engine: ChatEngine) -> Iterator[None]:
         go.set()
 
 
-def run(engine: ChatEngine, collector: Collector, jobs: list[ChatJob]) -> list[Result]:
+def run(engine: ChatEngine, collector: Collector, jobs: Sequence[TextJob]) -> list[Result]:
     """Submit all jobs, let the engine admit them in one step, and wait for all results."""
     with together(engine):
         for job in jobs:

@@ -7,6 +7,7 @@ last message that is one of `FAULTS` causes that fault.
 """
 
 import io
+import sys
 import threading
 import time
 from urllib.parse import parse_qsl
@@ -15,8 +16,19 @@ from PIL import Image
 
 from catalogue import ModelEntry
 from protocol.errors import Cancelled, DeadlineExceeded, EngineError, OutOfMemory, ShuttingDown
-from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, Usage
-from protocol.jobs import ChatJob, ImageJob, Job
+from protocol.events import (
+    Delta,
+    Echo,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    Progress,
+    Text,
+    Tokens,
+    Usage,
+)
+from protocol.jobs import ChatJob, CompletionJob, DetokenizeJob, ImageJob, Job, TextJob, TokenizeJob
 from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.token_gaps import TokenGaps
 
@@ -24,12 +36,14 @@ PREFIX = "echo:"
 RAISE_LATER = "raise after three tokens"
 FAULTS = ("raise", RAISE_LATER, "out of memory", "hang", "die")
 IMAGE_STEPS = 4
+MAX_MODEL_LEN = 1024
+"""What it says of itself to /tokenize; it has no limit."""
 
 
 class _Running:
     def __init__(self, job: Job, tokens: int) -> None:
         self.job = job
-        self.total = min(job.sampling.max_tokens, tokens) if isinstance(job, ChatJob) else IMAGE_STEPS
+        self.total = min(job.sampling.max_tokens, tokens) if isinstance(job, TextJob) else IMAGE_STEPS
         self.done = 0
         self.cancelled: CancelReason | None = None
 
@@ -97,22 +111,34 @@ class EchoEngine:
             return [Failed.of(Cancelled())]
         if isinstance(running.job, ImageJob):
             return self._image_step(running, running.job)
-        fault = str(running.job.messages[-1]["content"])
+        if isinstance(running.job, TokenizeJob):
+            codes = [ord(character) for character in running.job.text]
+            return [Tokens(codes, list(running.job.text), MAX_MODEL_LEN), Finished()]
+        if isinstance(running.job, DetokenizeJob):
+            return [Text("".join(chr(code % sys.maxunicode) for code in running.job.tokens)), Finished()]
+        return self._text_step(running, running.job)
+
+    def _text_step(self, running: _Running, job: TextJob) -> list[Event]:
+        fault = str(job.messages[-1]["content"] if isinstance(job, ChatJob) else job.prompt)
         if fault in FAULTS and not (fault == RAISE_LATER and running.done < 3):
             return self._misbehave(fault)
-        usage = Usage(len(running.job.messages), running.done)
-        if running.cancelled == "deadline":
-            return [Delta("", tokens=0, finish_reason="length"), Finished(usage)]
+        size = len(job.messages) if isinstance(job, ChatJob) else len(job.prompt)
+        events: list[Event] = []
+        if isinstance(job, CompletionJob) and job.echo and not running.done:
+            events.append(Echo(fault))
+        if running.cancelled == "deadline" or not running.total:
+            usage = Usage(size, running.done)
+            return [*events, Delta("", tokens=0, finish_reason="length"), Finished(usage)]
         text = f"{running.done} "
         if running.done:
             self._gaps.add(self._step_s, 1)
         else:
-            self._prompt_tokens += len(running.job.messages)
+            self._prompt_tokens += size
         running.done += 1
         self._generated += 1
         if running.done < running.total:
-            return [Delta(text)]
-        return [Delta(text, finish_reason="length"), Finished(Usage(len(running.job.messages), running.done))]
+            return [*events, Delta(text)]
+        return [*events, Delta(text, finish_reason="length"), Finished(Usage(size, running.done))]
 
     def _image_step(self, running: _Running, job: ImageJob) -> list[Event]:
         if running.cancelled == "deadline":

@@ -12,6 +12,7 @@ from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.backend import Backend, build_backend
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.cache.prefix_cache import PrefixCache
+from workers.engines.chat.end_tokens import end_tokens
 from workers.engines.chat.grammar.filler import MaskFiller
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.cuda_graphs import CudaGraphs
@@ -22,8 +23,9 @@ from workers.engines.chat.model.runner import Runner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
 from workers.engines.chat.pipeline import DecodePipeline
-from workers.engines.chat.prompt import PromptBuilder, end_tokens
+from workers.engines.chat.prompt import PromptBuilder
 from workers.engines.chat.sampling.sampler import Sampler
+from workers.engines.chat.sampling.scoring import max_scored
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
 from workers.engines.chat.speculation import NgramDrafter
@@ -52,6 +54,8 @@ class EngineParts:
     drafter: NgramDrafter | None
     pipeline: DecodePipeline | None
     max_context: int
+    sampled_tokens: int
+    """Number of ids, from 0, that are tokens."""
     torch_threads: int
 
     @property
@@ -109,7 +113,7 @@ def _build(
     cache = backend.cache
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
-    scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost)
+    scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
     scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
     prompts = PromptBuilder(
         loaded.tokenizer,
@@ -121,13 +125,9 @@ def _build(
         options.control_tokens_in_content,
         vocabulary,
     )
-    sampler = Sampler(
-        vocabulary,
-        options.max_batch_size,
-        loaded.device,
-        # a sampled token is also the next step's input
-        sampled_tokens(loaded.tokenizer, min(rows, vocabulary)),
-    )
+    # a sampled token is also the next step's input
+    sampled = sampled_tokens(loaded.tokenizer, min(rows, vocabulary))
+    sampler = Sampler(vocabulary, options.max_batch_size, loaded.device, sampled)
     # on a CPU nothing is computed while the host goes on
     pipelined = loaded.device.type == "cuda" and not options.num_speculative_tokens
     return EngineParts(
@@ -145,6 +145,7 @@ def _build(
         if options.num_speculative_tokens
         else None,
         max_context=max_context,
+        sampled_tokens=sampled,
         torch_threads=torch_threads,
     )
 

@@ -183,6 +183,13 @@ class Vocabulary:
     def detokenizer(self, stops: tuple[str, ...]) -> Detokenizer:
         return Detokenizer(self.stream(), stops)
 
+    def continuing(self, tokens: list[int], stops: tuple[str, ...]) -> Detokenizer:
+        """Make the detokenizer of a text that continues that of `tokens`: its first token keeps its space."""
+        stream = self.stream()
+        for token in tokens[-WINDOW:]:
+            stream.add(token)
+        return Detokenizer(stream, stops)
+
     def token_bytes(self, token: int) -> bytes:
         """The token's bytes by itself, for logprobs: two tokens that differ give different bytes.
 

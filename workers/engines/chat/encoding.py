@@ -76,6 +76,18 @@ class PromptEncoder:
         ids: list[int] = encoding.ids
         return ids
 
+    def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text in which control tokens are control tokens.
+
+        `add_special_tokens`: with those that the tokenizer puts around a text, as the one for its beginning.
+        """
+        if self._backend is None:
+            slow: list[int] = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+            return slow
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
     def _encode_slowly(self, text: str, **options: Any) -> list[int]:
         """Encode by a tokenizer that is written in Python."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, **options)["input_ids"]

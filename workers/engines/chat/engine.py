@@ -15,12 +15,13 @@ import torch
 from catalogue import ChatModelEntry
 from protocol.errors import EngineStopped, ShuttingDown
 from protocol.events import Failed
-from protocol.jobs import ChatJob, Job
+from protocol.jobs import ImageJob, Job, TextJob
 from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.sequence import Request
 from workers.engines.chat.step_executor import StepExecutor
+from workers.engines.chat.tokenizing import answer
 from workers.engines.failures import failure_of
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,18 @@ class ChatEngine:
         return self._parts
 
     def submit(self, job: Job) -> None:
-        assert isinstance(job, ChatJob)
+        assert not isinstance(job, ImageJob)
         with self._lock:
             self._open.add(job.id)
             closed = self._closed
         try:
             if closed:
                 raise ShuttingDown
+            if not isinstance(job, TextJob):
+                events = answer(job, self.parts)
+                self._forget(job.id)
+                self._callback([(job.id, event) for event in events])
+                return
             request = self.parts.prompts.build(job, lambda: job.id in self._cancels)
             with self._lock:
                 if not self._closed:

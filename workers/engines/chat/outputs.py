@@ -6,7 +6,7 @@ Used by the engine thread only.
 from collections.abc import Callable
 
 from protocol.errors import Cancelled, DeadlineExceeded, EngineError
-from protocol.events import Event, Failed, Finished, TokenLogprob, TopLogprob
+from protocol.events import Echo, Event, Failed, Finished, TokenLogprob, TopLogprob
 from workers.engines.base import CancelReason
 from workers.engines.chat.answer.pieces import Piece
 from workers.engines.chat.detokenizer import Vocabulary
@@ -39,6 +39,14 @@ class RequestOutputs:
     def add(self, request: Request) -> None:
         """Take a new request and put its first choice into the scheduler's queue."""
         self.by_id[request.id] = request
+        if request.echo is not None:
+            self._events.append((request.id, Echo(request.echo)))
+        if request.scores_prompt:
+            text, own = self._vocabulary.describe(request.prompt[0])
+            self._send_scores(request, [TokenLogprob(text, None, own)])
+        if request.sampling.max_tokens == 0 and not request.unscored:
+            self._finish_all(request)
+            return
         # the other choices are forked from the first one once the prompt is computed
         self._scheduler.add(request.sequences[0])
 
@@ -46,6 +54,22 @@ class RequestOutputs:
         """Return the events since the last call."""
         events, self._events = self._events, []
         return events
+
+    def score(self, request: Request, start: int, logprobs: list[Logprobs]) -> None:
+        """Send the log probabilities of the prompt's tokens from number `start` on, which may be known in part."""
+        known = request.scored - start
+        own = [
+            self._token_logprob(token, each)
+            for token, each in zip(request.prompt[request.scored :], logprobs[known:], strict=False)
+        ]
+        if own:
+            self._send_scores(request, own)
+        if request.sampling.max_tokens == 0 and not request.unscored:
+            self._finish_all(request)
+
+    def _send_scores(self, request: Request, logprobs: list[TokenLogprob]) -> None:
+        request.scored += len(logprobs)
+        self._events.append((request.id, Echo("", logprobs=logprobs)))
 
     def advance(self, sequence: Sequence, token: int, logprobs: Logprobs | None) -> None:
         """Give a choice its token: text, stop conditions, events. logprobs: None if they aren't wanted.
@@ -60,6 +84,8 @@ class RequestOutputs:
         complete = sequence.grammar is not None and sequence.grammar.accept(token)
         may_stop = complete or len(sequence.output) > sampling.min_tokens
         if may_stop and token in sampling.stop_token_ids:
+            if logprobs is not None and sequence.request.reports_stop_token:
+                sequence.unsent_logprobs.append(self._token_logprob(token, logprobs))
             self._finish(sequence, "stop", token)
             return
         if logprobs is not None:
@@ -141,6 +167,9 @@ class RequestOutputs:
         elif not request.has_token:
             self.fail(request, Failed.of(DeadlineExceeded()))
         else:
-            for sequence in request.sequences:
-                if sequence.status is not SequenceStatus.FINISHED:
-                    self._finish(sequence, "length")
+            self._finish_all(request)
+
+    def _finish_all(self, request: Request) -> None:
+        for sequence in request.sequences:
+            if sequence.status is not SequenceStatus.FINISHED:
+                self._finish(sequence, "length", flush=bool(sequence.output))

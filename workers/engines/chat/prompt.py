@@ -10,10 +10,11 @@ from typing import Any
 from jinja2 import TemplateError
 
 from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
-from protocol.jobs import ChatJob, SamplingParams
+from protocol.jobs import ChatJob, CompletionJob, SamplingParams, TextJob
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.encoding import PromptEncoder
+from workers.engines.chat.end_tokens import end_tokens
 from workers.engines.chat.grammar.compiler import GrammarCompiler
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 from workers.engines.chat.text_bound import TextBound
@@ -72,35 +73,26 @@ class PromptBuilder:
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
 
-    def build(self, job: ChatJob, cancelled: Callable[[], bool] = lambda: False) -> Request:
+    def build(self, job: TextJob, cancelled: Callable[[], bool] = lambda: False) -> Request:
         """Build the request of a job.
 
         `cancelled` is asked before the prompt is encoded and while a grammar is compiled.
 
         Raises InvalidRequest, ContextLengthExceeded, Overloaded or Cancelled.
         """
+        return self._chat(job, cancelled) if isinstance(job, ChatJob) else self._completion(job, cancelled)
+
+    def _chat(self, job: ChatJob, cancelled: Callable[[], bool]) -> Request:
         # the text counts, and not the messages: a template may leave out parts of them, as earlier reasoning
-        text = self._render(job)
-        if (tokens := self._bound.tokens(self._encoder.plain(text))) > self._max_context:
-            raise self._too_long(f"at least {tokens}")
-        if cancelled():
-            raise Cancelled
+        text = self.render(job)
+        self._check_length(self._encoder.plain(text), "messages", cancelled)
         prompt = self._encoder.encode(text)
         if not prompt:
             raise InvalidRequest(
                 "the model's chat template turns these messages into an empty prompt", param="messages"
             )
-        if len(prompt) >= self._max_context:
-            raise self._too_long(f"{len(prompt)}")
-        if (outside := max(prompt)) >= self._vocabulary_size:
-            # an embedding's lookup beyond its rows would end the process on a GPU
-            raise InvalidRequest(
-                f"the messages contain token {outside}; the model's tokens are 0 to"
-                f" {self._vocabulary_size - 1}",
-                param="messages",
-            )
-        sampling = self._resolve(job.sampling, self._max_context - len(prompt))
-        request = Request(job.id, prompt, sampling)
+        request = self._request(job, prompt, "messages")
+        sampling = request.sampling
         grammar = None
         if (wanted := self._answers.constraint(job) or job.output_format) is not None:
             reasoning = self._answers.before_content(job, text)
@@ -116,16 +108,74 @@ class PromptBuilder:
             request.sequences.append(sequence)
         return request
 
-    def _too_long(self, tokens: str) -> ContextLengthExceeded:
+    def _completion(self, job: CompletionJob, cancelled: Callable[[], bool]) -> Request:
+        if isinstance(job.prompt, str):
+            self._check_length(job.prompt, "prompt", cancelled)
+            prompt = self.encode(job.prompt, add_special_tokens=job.add_special_tokens)
+        else:
+            prompt = job.prompt
+        if not prompt:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        request = self._request(job, prompt, "prompt")
+        request.reports_stop_token = True
+        if job.echo:
+            request.echo = job.prompt if isinstance(job.prompt, str) else self.decode(prompt)
+            request.scores_prompt = request.sampling.logprobs is not None
+        grammar = None
+        if job.output_format is not None:
+            grammar = self.grammars.compile(job.output_format, job.model, None, cancelled)
+        for index in range(request.sampling.n):
+            detokenizer = self._vocabulary.continuing(prompt, request.sampling.stop)
+            sequence = Sequence(request, index, detokenizer)
+            sequence.grammar = grammar and grammar.copy()
+            request.sequences.append(sequence)
+        return request
+
+    def _request(self, job: TextJob, prompt: list[int], param: str) -> Request:
+        """Make a request without sequences. Raises InvalidRequest and ContextLengthExceeded."""
+        if len(prompt) + min(1, job.sampling.max_tokens) > self._max_context:
+            raise self._too_long(f"{len(prompt)}", param)
+        if (outside := max(prompt)) >= self._vocabulary_size:
+            # an embedding's lookup beyond its rows would end the process on a GPU
+            raise InvalidRequest(
+                f"{'the messages contain' if param == 'messages' else 'the prompt contains'} token {outside};"
+                f" the model's tokens are 0 to {self._vocabulary_size - 1}",
+                param=param,
+            )
+        return Request(job.id, prompt, self._resolve(job.sampling, self._max_context - len(prompt)))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the tokens of a text that is no chat: see PromptEncoder.encode_raw."""
+        return self._encoder.encode_raw(text, add_special_tokens=add_special_tokens)
+
+    def encode_chat(self, job: ChatJob, *, add_generation_prompt: bool) -> list[int]:
+        """Return the tokens of a chat's prompt. Raises InvalidRequest."""
+        return self._encoder.encode(self.render(job, add_generation_prompt=add_generation_prompt))
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of tokens, with the names of special ones."""
+        text: str = self._tokenizer.decode(
+            tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _check_length(self, text: str, param: str, cancelled: Callable[[], bool]) -> None:
+        """Raise ContextLengthExceeded for a text that has too many characters to be encoded, and Cancelled."""
+        if (tokens := self._bound.tokens(text)) > self._max_context:
+            raise self._too_long(f"at least {tokens}", param)
+        if cancelled():
+            raise Cancelled
+
+    def _too_long(self, tokens: str, param: str) -> ContextLengthExceeded:
         """The error in OpenAI's words, which routers recognize."""
         return ContextLengthExceeded(
-            f"This model's maximum context length is {self._max_context} tokens. However, your messages"
-            f" resulted in {tokens} tokens. Please reduce the length of the messages.",
-            param="messages",
+            f"This model's maximum context length is {self._max_context} tokens. However, your {param}"
+            f" resulted in {tokens} tokens. Please reduce the length of the {param}.",
+            param=param,
         )
 
-    def _render(self, job: ChatJob) -> str:
-        """Return the prompt as text, with the encoder's marks."""
+    def render(self, job: ChatJob, *, add_generation_prompt: bool = True) -> str:
+        """Return the prompt as text, with the encoder's marks. Raises InvalidRequest."""
         if clash := RESERVED_TEMPLATE_NAMES & job.chat_template_kwargs.keys():
             raise InvalidRequest(
                 f"chat_template_kwargs can't set {', '.join(sorted(clash))}", param="chat_template_kwargs"
@@ -137,7 +187,7 @@ class PromptBuilder:
             text: str = self._tokenizer.apply_chat_template(
                 self._encoder.protect(self._answers.inputs.messages(job)),
                 tokenize=False,
-                add_generation_prompt=not job.continue_final_message,
+                add_generation_prompt=add_generation_prompt and not job.continue_final_message,
                 continue_final_message=job.continue_final_message,
                 **variables,
             )
@@ -191,41 +241,3 @@ class PromptBuilder:
             return 0.0
         value = getattr(self._generation, name, None)
         return float(neutral if value is None else value)
-
-
-def end_tokens(generation: Any, config: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, from all places that may name one.
-
-    Fine-tunes often change one of these places only. Where a file names none, transformers fills in a number
-    of the architecture, which may be an ordinary word here: what comes from the config must therefore be a
-    special token.
-    """
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    special |= set(tokenizer.all_special_ids)
-    named = _ids(generation)
-    of_config = _ids(config)
-    if getattr(generation, "_from_model_config", False):
-        of_config, named = of_config | named, set()
-    own = tokenizer.eos_token_id
-    named |= set() if own is None else {own}
-    return frozenset(named | ((of_config | _turn_end(tokenizer)) & special))
-
-
-def _ids(config: Any) -> set[int]:
-    eos = getattr(config, "eos_token_id", None)
-    if eos is None:
-        return set()
-    return {eos} if isinstance(eos, int) else set(eos)
-
-
-def _turn_end(tokenizer: Any) -> set[int]:
-    """Return the token that the chat template writes after an assistant's message."""
-    answer = "sentinel"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return set()  # a template that wants other messages tells nothing
-    _, found, rest = text.rpartition(answer)
-    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if found else []
-    return set(ids[:1])

@@ -30,6 +30,8 @@ class ScheduledBatch:
     prefill: list[tuple[Sequence, int]] = field(default_factory=list)
     drafts: dict[Sequence, list[int]] = field(default_factory=dict)
     """Guesses of the tokens after the next one, for sequences of `decode` (speculation.py)."""
+    scored: int = 0
+    """Number of tokens of `prefill` whose logits are all needed."""
 
     def __bool__(self) -> bool:
         return bool(self.decode or self.prefill)
@@ -71,12 +73,19 @@ class BatchScheduler:
     """
 
     def __init__(
-        self, cache: KVCache, prefixes: PrefixCache | None, max_prefill: int, attention_cost: float = 0.0
+        self,
+        cache: KVCache,
+        prefixes: PrefixCache | None,
+        max_prefill: int,
+        attention_cost: float = 0.0,
+        max_scored: int = SMALLEST_CHUNK,
     ) -> None:
         """`max_prefill`: prompt tokens a step computes at most.
 
         `attention_cost`: what each earlier token adds to the cost of computing a later one, relative to the
         cost of that token alone.
+
+        `max_scored`: tokens of scored prompts that a step computes at most, each with a row of logits.
         """
         self._cache = cache
         self._prefixes = prefixes
@@ -84,6 +93,7 @@ class BatchScheduler:
         self.step_overhead = 0.0
         """A forward pass's fixed cost, in tokens. Measured once the model runs (build.py)."""
         self._attention_cost = attention_cost
+        self._max_scored = max_scored
         self._arrivals = 0
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -211,6 +221,11 @@ class BatchScheduler:
             return 1
         price = 1 + sequence.computed * key_cost
         count = min(max(SMALLEST_CHUNK, int(budget / price)), sequence.uncomputed)
+        if sequence.request.unscored:
+            count = min(count, self._max_scored - batch.scored)
+            if not count:
+                return 0
+            batch.scored += count
         batch.prefill.append((sequence, count))
         return count * price
 
@@ -230,7 +245,8 @@ class BatchScheduler:
         """Look up what the prefix cache has of a waiting sequence. None: there is no room for the rest."""
         free = self._cache.num_free_pages
         fits = self._room_for(sequence) > 0
-        if not self._prefixes:
+        # what is cached has no logits
+        if not self._prefixes or sequence.request.unscored:
             return Prefix([]) if fits else None
         # a long prompt isn't looked up again before the number of free pages has changed
         if not fits and self._refused == (sequence, free):

@@ -59,6 +59,8 @@ class Chunk(NamedTuple):
     tokens: list[int]
     wants_logits: bool
     """Whether the step needs the logits after the last token."""
+    scored: bool = False
+    """Whether the step needs the logits after every token: those of a prompt that is scored."""
 
     @property
     def end(self) -> int:
@@ -88,6 +90,19 @@ class Request:
     sequences: list["Sequence"] = field(default_factory=list)
     cached_tokens: int = 0
     """Prompt tokens that came from the prefix cache."""
+    echo: str | None = None
+    """The prompt's text, if the answer begins with it."""
+    scores_prompt: bool = False
+    """Whether the log probabilities of the prompt's tokens are wanted, too."""
+    scored: int = 0
+    """Prompt tokens whose log probabilities were sent."""
+    reports_stop_token: bool = False
+    """Whether logprobs include the token that ended a choice, which has no text."""
+
+    @property
+    def unscored(self) -> bool:
+        """Whether log probabilities of the prompt are still to be computed."""
+        return self.scores_prompt and self.scored < len(self.prompt)
 
     @property
     def finished(self) -> bool:
@@ -167,7 +182,7 @@ class Sequence:
     def chunk(self, count: int) -> Chunk:
         """The next `count` tokens to compute. Logits are wanted if they are the last ones."""
         start, end = self.computed, self.computed + count
-        return Chunk(self.slot, start, self.tokens(start, end), end == self.length)
+        return Chunk(self.slot, start, self.tokens(start, end), end == self.length, self.request.unscored)
 
     def last_token(self) -> Chunk:
         """The chunk of a sequence with one uncomputed token: `chunk(1)`, at less cost."""

@@ -8,6 +8,7 @@ import torch
 from workers.engines.chat.build import EngineParts
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.pipeline import LaunchedStep
+from workers.engines.chat.sampling.scoring import score
 from workers.engines.chat.scheduler import ScheduledBatch
 from workers.engines.chat.sequence import Chunk, Sequence, SequenceStatus
 from workers.engines.failures import failure_of, free_memory
@@ -155,7 +156,32 @@ class StepExecutor:
         for sequence, chunk in zip(sequences, chunks, strict=True):
             if chunk.start < sequence.length:  # the others are drafts
                 sequence.computed = chunk.end
+        if batch.prefill and any(chunk.scored for chunk in chunks[-len(batch.prefill) :]):
+            logits = self._score(sequences, chunks, logits)
         return self._fork_choices([sequence for sequence in sequences if sequence.uncomputed == 0], logits)
+
+    def _score(self, sequences: list[Sequence], chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:
+        """Report the log probabilities of prompt tokens that the step has computed.
+
+        `sequences`: those of the chunks. Returns the logits of the sequences that are fully computed and still run.
+        """
+        last_rows, following = [], []
+        row = 0
+        for sequence, chunk in zip(sequences, chunks, strict=True):
+            if chunk.scored:
+                tokens = sequence.request.prompt[chunk.start + 1 : chunk.end + 1]
+                following.append((sequence.request, chunk.start + 1, slice(row, row + len(tokens)), tokens))
+            row += len(chunk.tokens) if chunk.scored else int(chunk.wants_logits)
+            last_rows.append(row - 1)
+        # all are computed before the first is sent: if one fails, the step is repeated
+        scores = [
+            score(logits[rows], tokens, request.sampling.logprobs or 0, self._parts.sampled_tokens)
+            for request, _, rows, tokens in following
+        ]
+        for (request, start, _, _), own in zip(following, scores, strict=True):
+            self._parts.outputs.score(request, start, own)
+        kept = [row for sequence, row in zip(sequences, last_rows, strict=True) if sequence.uncomputed == 0]
+        return logits[kept]
 
     def _count(self, batch: ScheduledBatch) -> None:
         metrics = self._metrics

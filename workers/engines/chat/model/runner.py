@@ -26,7 +26,8 @@ class Runner(Protocol):
     """Computes a step's chunks: a ModelRunner, or one behind CUDA graphs."""
 
     def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits float32 [chunks that want them, vocabulary], in the order of the chunks.
+        """Logits float32 [rows, vocabulary], in the order of the chunks: a row for each chunk that wants logits, and
+        one for each token of a scored chunk.
 
         Chunks of one token are decode rows and come before longer ones. `ids`, int64 [chunks] on the device,
         replaces their tokens if all chunks are decode rows. The caller may overwrite the result, which is
@@ -103,10 +104,12 @@ def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
     rows = count_rows(chunks)
     ids = [chunk.tokens[0] for chunk in chunks[:rows]]
     positions = [chunk.start for chunk in chunks[:rows]]
-    outputs = [at for at, chunk in enumerate(chunks[:rows]) if chunk.wants_logits]
+    outputs = [at for at, chunk in enumerate(chunks[:rows]) if chunk.wants_logits or chunk.scored]
     for chunk in chunks[rows:]:
         ids += chunk.tokens
         positions += range(chunk.start, chunk.end)
-        if chunk.wants_logits:
+        if chunk.scored:
+            outputs += range(len(ids) - len(chunk.tokens), len(ids))
+        elif chunk.wants_logits:
             outputs.append(len(ids) - 1)
     return np.array([ids, positions], np.int64), np.array(outputs, np.int64)
