@@ -8,6 +8,8 @@ from functools import partial
 from flask import Flask
 
 from app.chat.routes import blueprint as chat_blueprint
+from app.chat.text_routes import blueprint as completions_blueprint
+from app.chat.tokens_routes import blueprint as tokens_blueprint
 from app.commands.doctor import doctor_command
 from app.commands.receipts import receipt_commands
 from app.commands.requests import request_commands
@@ -51,9 +53,10 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     register_error_handlers(app)
     app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), partial(note_ended, services.activity))  # type: ignore[method-assign, assignment]
 
-    app.register_blueprint(
-        chat_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
-    )
+    for blueprint in (chat_blueprint, completions_blueprint, tokens_blueprint):
+        app.register_blueprint(
+            blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
+        )
     app.register_blueprint(
         images_blueprint(
             catalogue=catalogue,

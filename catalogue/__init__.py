@@ -5,9 +5,12 @@ Imports nothing of this project but config, nor Flask, Celery, Redis or torch.
 
 from catalogue.entries import (
     CHAT,
+    COMPLETIONS_PATH,
+    DETOKENIZE_PATH,
     EDIT,
     GENERATION,
     TASKS,
+    TOKENIZE_PATH,
     ChatModelEntry,
     ImageModelEntry,
     ModelEntry,
@@ -24,9 +27,12 @@ from catalogue.options import (
 
 __all__ = [
     "CHAT",
+    "COMPLETIONS_PATH",
+    "DETOKENIZE_PATH",
     "EDIT",
     "GENERATION",
     "TASKS",
+    "TOKENIZE_PATH",
     "Catalogue",
     "ChatDefaults",
     "ChatEngineOptions",

@@ -102,7 +102,7 @@ class TaskSpec(Generic[Entry_co]):
     `path`: its endpoint. `node_type`: the task at the network node (0 text to text, 1 text to image, 2 image
     to image), None if the node does not know it. `deadline`: the setting that limits a request. `job`: the
     tag of its job class in protocol/jobs.py. `entry`: the class of models that serve it, with their options
-    and defaults.
+    and defaults. `more_paths`: further endpoints of these models, unknown to the network node.
     """
 
     name: str
@@ -111,6 +111,12 @@ class TaskSpec(Generic[Entry_co]):
     deadline: str
     job: str
     entry: type[Entry_co]
+    more_paths: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All endpoints of the task."""
+        return (self.path, *self.more_paths)
 
     def deadline_s(self, settings: Settings) -> float:
         """Seconds from a request's first byte to the last byte of its answer, time in the queue included."""
@@ -118,9 +124,14 @@ class TaskSpec(Generic[Entry_co]):
         return seconds
 
 
+COMPLETIONS_PATH = "/v1/completions"
+TOKENIZE_PATH = "/tokenize"
+DETOKENIZE_PATH = "/detokenize"
+
 CHAT = TaskSpec(
     name="chat",
     path="/v1/chat/completions",
+    more_paths=(COMPLETIONS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH),
     node_type=0,
     deadline="chat_deadline_s",
     job="chat",

@@ -14,7 +14,8 @@ from protocol.names import Keys
 from tests.deployment import ROOT, RedisServer
 
 TOGETHER = {
-    f"tests/e2e/test_{name}.py": "demo" for name in ("batching", "openai_client", "refusals", "standard")
+    f"tests/e2e/test_{name}.py": "demo"
+    for name in ("batching", "completions", "openai_client", "refusals", "standard")
 }
 TOGETHER |= {f"tests/clients/test_{name}.py": "clients" for name in ("node", "openai_python", "python")}
 TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("operators", "page")}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
+from app.dispatch.dispatcher import CHECK_S
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
@@ -63,8 +64,12 @@ class Reader(Protocol):
     def next_events(self) -> list[Event]: ...
 
 
-class RequestReader(Reader, Protocol):
+class RequestReader(Protocol):
     """Also tells whether an event is missing before some that have arrived."""
+
+    finished: bool
+
+    def next_events(self, wait_s: float = CHECK_S) -> list[Event]: ...
 
     @property
     def incomplete(self) -> bool: ...
@@ -92,10 +97,10 @@ class ChatEventReader:
         self._tokens = 0
         self.finished = False
 
-    def next_events(self) -> list[Event]:
-        """Return the events since the last call; an empty list after a second of silence."""
+    def next_events(self, wait_s: float = CHECK_S) -> list[Event]:
+        """Return the events since the last call; an empty list after `wait_s` of silence."""
         try:
-            batch = self._reader.next_events()
+            batch = self._reader.next_events(wait_s)
         except DeadlineExceeded:
             is_late = self._clock() - self._arrived_at > ARRIVING_S
             if not self._tokens or is_late or self._reader.incomplete:
@@ -116,6 +121,8 @@ class ChatEventReader:
 class ChunkEncoder:
     """Encodes events as SSE frames. What all chunks of a response have in common is encoded once."""
 
+    object = "chat.completion.chunk"
+
     def __init__(
         self,
         request_id: str,
@@ -131,7 +138,7 @@ class ChunkEncoder:
         self._timings = timings
         head = {
             "id": request_id,
-            "object": "chat.completion.chunk",
+            "object": self.object,
             "created": int(time.time()),
             "model": model,
         }

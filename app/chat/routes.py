@@ -9,13 +9,13 @@ from flask import Blueprint, Response, request
 from app.chat.completion import completion
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.schema import ChatCompletionRequest
+from app.chat.stream import stream_response
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
-from app.http.sse import EventStream
 from app.http.validation import parse
 from app.http.wsgi import add_timings, name_request
 from catalogue import CHAT, Catalogue
@@ -69,7 +69,7 @@ def _submit(
         job.model,
         job.sampling.n,
         stream=bool(body.stream),
-        include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        include_usage=body.includes_usage,
         ignored=ignored_params(body, raw),
     )
     reader = dispatcher.begin(job, CHAT, connection)
@@ -88,27 +88,8 @@ def _respond(params: _ResponseParams, reader: EventReader, connection: Connectio
             include_usage=params.include_usage,
             timings=reader.timings.milliseconds,
         )
-        return _stream(ChunkStream(events, encoder), connection, reader)
+        return stream_response(ChunkStream(events, encoder), connection, reader.close)
     response = json_response(completion(events, params.id, params.model, n=params.n))
     add_timings(response, reader.timings.milliseconds())
     reader.close()
     return response
-
-
-def _stream(chunks: ChunkStream, connection: Connection, reader: EventReader) -> Response:
-    """Make the response that streams the chunks. The WSGI server closes it, and with it the reader."""
-
-    def close() -> None:
-        reader.close()
-        connection.end_sending()
-
-    connection.begin_sending()
-    # gunicorn keeps the environ until the stream ends, and would keep the request and its body with it
-    request.environ.pop("werkzeug.request", None)
-    return Response(
-        EventStream(chunks.next_frames, close, current_access().fail),
-        content_type="text/event-stream; charset=utf-8",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream
-        direct_passthrough=True,
-    )

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from protocol.errors import (
     ShuttingDown,
     from_code,
 )
-from protocol.event_router import EventRouter, Inbox
+from protocol.event_router import EventRouter, Inbox, new_signal
 from protocol.events import Event, Failed, Finished
 from protocol.jobs import Job
 from protocol.open_requests import OpenRequests
@@ -101,8 +101,8 @@ class EventReader:
         self.finished = False
         """True after the batch that ended with a Finished event."""
 
-    def next_events(self) -> list[Event]:
-        """Return the events since the last call, in order; an empty list after a second of silence.
+    def next_events(self, wait_s: float = CHECK_S) -> list[Event]:
+        """Return the events since the last call, in order; an empty list after `wait_s` of silence.
 
         Raises a ServiceError once every event before it was returned: the request failed (the error that its
         Failed event names), DeadlineExceeded, ShuttingDown, or Cancelled when the client has disconnected.
@@ -112,7 +112,7 @@ class EventReader:
         if now >= self._check_at and not self._inbox.ended:
             self._check_at = now + CHECK_S
             self._check(now)
-        batch = self._inbox.next_events(CHECK_S) if self._failure is None else []
+        batch = self._inbox.next_events(wait_s) if self._failure is None else []
         self.timings.note(batch)
         last = batch[-1] if batch else None
         if isinstance(last, Failed):
@@ -188,19 +188,51 @@ class Dispatcher:
         self._draining_for_s = draining_for_s
         self._admissions = threading.BoundedSemaphore(ADMISSIONS)
 
-    def begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
+    def begin_all(self, jobs: Sequence[Job], task: TaskSpec[ModelEntry], client: Client) -> list[EventReader]:
+        """Do as `begin` for all jobs of one request. One that is refused cancels the others.
+
+        The readers share their timings, and wake for each other's events, so that one may wait for all.
+        """
+        timings = Timings(self._metrics.times_of(jobs[0].model))
+        readers: list[EventReader] = []
+        signal = new_signal()
+        try:
+            for job in jobs:
+                readers.append(self.begin(job, task, client, timings, signal))
+        except BaseException:
+            for reader in readers:
+                reader.close()
+            raise
+        return readers
+
+    def begin(
+        self,
+        job: Job,
+        task: TaskSpec[ModelEntry],
+        client: Client,
+        timings: Timings | None = None,
+        signal: "threading.Lock | None" = None,
+    ) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
 
-        Raises a ServiceError if the job is refused. A job that may or may not have been queued is cancelled.
+        `signal`: what wakes the reader, if it shares one. Raises a ServiceError if the job is refused. A job that may
+        or may not have been queued is cancelled.
         """
         try:
-            return self._begin(job, task, client)
+            return self._begin(job, task, client, timings, signal)
         except ServiceError as error:
             self._metrics.rejected(job.model, error.code)
             raise
 
-    def _begin(self, job: Job, task: TaskSpec[ModelEntry], client: Client) -> EventReader:
-        timings = Timings(self._metrics.times_of(job.model))
+    def _begin(
+        self,
+        job: Job,
+        task: TaskSpec[ModelEntry],
+        client: Client,
+        timings: Timings | None,
+        signal: "threading.Lock | None",
+    ) -> EventReader:
+        timings = timings or Timings(self._metrics.times_of(job.model))
         deadline_s = task.deadline_s(self._settings)
         ends_at = time.monotonic() + deadline_s
         self._refuse_early(job.model)
@@ -209,12 +241,11 @@ class Dispatcher:
         try:
             # a request that had to wait for its turn must not find out by a timeout that Redis is gone
             self._refuse_early(job.model)
-            return self._admit(job, client, ends_at, timings)
+            return self._admit(job, client, ends_at, timings, self._router.open(job.id, job.model, signal))
         finally:
             self._admissions.release()
 
-    def _admit(self, job: Job, client: Client, ends_at: float, timings: Timings) -> EventReader:
-        inbox = self._router.open(job.id, job.model)
+    def _admit(self, job: Job, client: Client, ends_at: float, timings: Timings, inbox: Inbox) -> EventReader:
         reader = EventReader(
             inbox,
             client,

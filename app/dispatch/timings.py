@@ -41,8 +41,9 @@ class Timings:
 
     def note(self, batch: Sequence[Event]) -> None:
         """Look at events that have just arrived."""
-        if batch and isinstance(batch[-1], Finished):
-            self.usage = batch[-1].usage
+        if batch and isinstance(batch[-1], Finished) and batch[-1].usage is not None:
+            # a completion has a job for each prompt
+            self.usage = batch[-1].usage.plus(self.usage)
         if self._first_token_at is not None:
             return
         for event in batch:

@@ -26,7 +26,7 @@ _BEARER = re.compile(r"(^|,)\s*bearer(?= |$)", re.IGNORECASE)
 STATIC_PREFIX = "/static/"
 """The files of the console."""
 OPEN_PREFIXES = ("/v1/images/files/", STATIC_PREFIX)
-TASK_PATHS = frozenset(task.path for task in TASKS.values())
+TASK_PATHS = frozenset(path for task in TASKS.values() for path in task.paths)
 NODE_PATHS = frozenset(task.path for task in TASKS.values() if task.node_type is not None)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from app.dispatch.activity import CURSOR
 from app.http.auth import KEY_HEADERS
-from app.operations.openapi_schemas import BINARY, STRING, component_schemas, edit_form, ref
-from catalogue import CHAT, EDIT, GENERATION
+from app.operations.openapi_parts import STRING
+from app.operations.openapi_schemas import BINARY, component_schemas, edit_form, ref
+from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, GENERATION, TOKENIZE_PATH
 from config import VERSION
 
 _EVENT = {
@@ -56,6 +57,27 @@ def _task_paths() -> dict[str, Any]:
                 "Create a chat completion",
                 {"application/json": ref("ChatCompletionRequest")},
                 {"application/json": ref("ChatCompletion"), "text/event-stream": _EVENT},
+            )
+        },
+        COMPLETIONS_PATH: {
+            "post": _post(
+                "Create a completion of one or more prompts",
+                {"application/json": ref("CompletionRequest")},
+                {"application/json": ref("Completion"), "text/event-stream": _EVENT},
+            )
+        },
+        TOKENIZE_PATH: {
+            "post": _post(
+                "Tokenize a text or a chat",
+                {"application/json": ref("TokenizeRequest")},
+                {"application/json": ref("Tokens")},
+            )
+        },
+        DETOKENIZE_PATH: {
+            "post": _post(
+                "Turn tokens into text",
+                {"application/json": ref("DetokenizeRequest")},
+                {"application/json": ref("DetokenizedText")},
             )
         },
         GENERATION.path: {

@@ -5,21 +5,30 @@ from typing import Any
 from pydantic import BaseModel
 
 from app.chat.schema import ChatCompletionRequest
+from app.chat.text_schema import CompletionRequest
+from app.chat.tokens_schema import DetokenizeRequest, TokenizeRequest
 from app.dispatch.activity import GROWTH, SAMPLE_S
 from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+from app.operations.openapi_parts import INTEGER, NULLABLE_STRING, STRING, array, object_of
+from app.operations.openapi_text import text_schemas
 from catalogue import TASKS
 
 REF = "#/components/schemas/{model}"
-INTEGER = {"type": "integer"}
-STRING = {"type": "string"}
 BINARY = {"type": "string", "format": "binary"}
 _BOOLEAN = {"type": "boolean"}
 _NULLABLE_INTEGER = {"type": ["integer", "null"]}
-_NULLABLE_STRING = {"type": ["string", "null"]}
 _BOUNDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 """Pydantic's names, which it leaves in the schema for bounds of a union, and which JSON Schema ignores."""
 _NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
 """A character that str.strip() keeps. It also removes control characters that \\s has not in JSON Schema."""
+REQUESTS: tuple[type[BaseModel], ...] = (
+    ChatCompletionRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    ImageGenerationRequest,
+    ImageEditRequest,
+)
 _SIZE = r"^(auto|[0-9]{1,6}x[0-9]{1,6})?$"
 
 
@@ -27,11 +36,11 @@ def component_schemas() -> dict[str, Any]:
     """Return all schemas by name, for `#/components/schemas`."""
     schemas = {
         "Error": _error(),
-        "ChatCompletion": _chat_completion(),
+        **text_schemas(),
         "ImagesResponse": _images_response(),
         **_operators_schemas(),
     }
-    for model in (ChatCompletionRequest, ImageGenerationRequest, ImageEditRequest):
+    for model in REQUESTS:
         schemas |= _request_schemas(model)
     for model in (ImageGenerationRequest, ImageEditRequest):
         _allow_absent(schemas[model.__name__]["properties"])
@@ -41,7 +50,7 @@ def component_schemas() -> dict[str, Any]:
 
 def edit_form() -> dict[str, Any]:
     """Return the schema of the multipart form that the node and OpenAI's clients send."""
-    return _object(
+    return object_of(
         {
             "image": {**BINARY, "minLength": 1},
             "mask": {**BINARY, "minLength": 1},
@@ -93,21 +102,9 @@ def _json_schema(schema: Any) -> Any:
     return {_BOUNDS.get(name, name): _json_schema(part) for name, part in schema.items()}
 
 
-def _object(properties: dict[str, Any], required: list[str] | None = None) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties) if required is None else required,
-    }
-
-
-def _array(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
 def _error() -> dict[str, Any]:
-    detail = _object({"message": STRING, "type": STRING, "param": _NULLABLE_STRING, "code": STRING})
-    return _object(
+    detail = object_of({"message": STRING, "type": STRING, "param": NULLABLE_STRING, "code": STRING})
+    return object_of(
         {
             "code": {**INTEGER, "minimum": 400, "description": "the HTTP status; never 0"},
             "message": STRING,
@@ -133,8 +130,8 @@ def _operators_schemas() -> dict[str, Any]:
     worker = {
         **dict.fromkeys(("name", "cid", "model", "host", "last_error"), STRING),
         **dict.fromkeys(("pid", "running", "slots", "steps"), INTEGER),
-        "tasks": _array(STRING),
-        "gpus": _array(STRING),
+        "tasks": array(STRING),
+        "gpus": array(STRING),
         "state": {
             **STRING,
             "description": "loading, ready, draining, drained or lost; newer versions may have others",
@@ -145,7 +142,7 @@ def _operators_schemas() -> dict[str, Any]:
             "description": "part of the KV cache that running chats hold, 0 to 1; null without a cache",
         },
         "gpu": {
-            **_object(
+            **object_of(
                 {
                     "memory_used_bytes": INTEGER,
                     "memory_total_bytes": INTEGER,
@@ -159,23 +156,23 @@ def _operators_schemas() -> dict[str, Any]:
     }
     details = {
         "redis": {**STRING, "description": "ok, unreachable, or refuses writes: and the reason"},
-        "models_without_worker": _array(STRING),
+        "models_without_worker": array(STRING),
         "master_pid": INTEGER,
-        "warnings": _array(STRING),
+        "warnings": array(STRING),
     }
     return {
-        "Health": _object({**status, "serves": _BOOLEAN}, required=list(status)),
-        "Readiness": _object(
+        "Health": object_of({**status, "serves": _BOOLEAN}, required=list(status)),
+        "Readiness": object_of(
             {"code": {"enum": [0, 503]}, "message": STRING, **details}, required=["code", "message"]
         ),
-        "Version": _object({"version": STRING}),
-        "Model": _object(status | model),
-        "Models": _object(
-            {**status, "project": STRING, "object": {"const": "list"}, "data": _array(_object(model))}
+        "Version": object_of({"version": STRING}),
+        "Model": object_of(status | model),
+        "Models": object_of(
+            {**status, "project": STRING, "object": {"const": "list"}, "data": array(object_of(model))}
         ),
-        "Workers": _object({**status, "data": _array(_object(worker))}),
-        "Drain": _object({**status, "data": _object({"name": STRING, "under_drain": _BOOLEAN})}),
-        "Activity": _object(status | _activity()),
+        "Workers": object_of({**status, "data": array(object_of(worker))}),
+        "Drain": object_of({**status, "data": object_of({"name": STRING, "under_drain": _BOOLEAN})}),
+        "Activity": object_of(status | _activity()),
     }
 
 
@@ -186,74 +183,36 @@ def _activity() -> dict[str, Any]:
         "description": f"requests by time to first token: by the upper bound of a class in ms, whose lower bound "
         f"is a {GROWTH:g}th of it",
     }
-    of_model = _object({"waiting": INTEGER, "running": INTEGER, "first_token_ms": times})
-    sample = _object({"at": INTEGER, "models": {"type": "object", "additionalProperties": of_model}})
-    ended = _object(
+    of_model = object_of({"waiting": INTEGER, "running": INTEGER, "first_token_ms": times})
+    sample = object_of({"at": INTEGER, "models": {"type": "object", "additionalProperties": of_model}})
+    ended = object_of(
         {
             **dict.fromkeys(("id", "model", "route", "outcome"), STRING),
             **dict.fromkeys(("status", "total_ms"), INTEGER),
             **dict.fromkeys(("queued_ms", "first_token_ms", "images"), _NULLABLE_INTEGER),
             **dict.fromkeys(("prompt_tokens", "completion_tokens"), _NULLABLE_INTEGER),
-            "cid": {**_NULLABLE_STRING, "description": "the worker that had claimed it"},
+            "cid": {**NULLABLE_STRING, "description": "the worker that had claimed it"},
             "ended_at": {"type": "number"},
         }
     )
     return {
         "now": {"type": "number", "description": "seconds, by the clock of Redis, as all times here"},
         "cursor": {**STRING, "description": "as `after` of the next call it asks for what is new"},
-        "queues": _array(_object({"model": STRING, "waiting": INTEGER, "running": INTEGER})),
+        "queues": array(object_of({"model": STRING, "waiting": INTEGER, "running": INTEGER})),
         "samples": {
-            **_array(sample),
+            **array(sample),
             "description": f"{SAMPLE_S} s each from `at` on; numbers of requests are the largest in that time",
         },
-        "requests": {**_array(ended), "description": "the newest first"},
-        "under_drain": {**_array(STRING), "description": "names of workers, running or not"},
+        "requests": {**array(ended), "description": "the newest first"},
+        "under_drain": {**array(STRING), "description": "names of workers, running or not"},
     }
 
 
-def _chat_completion() -> dict[str, Any]:
-    function = _object({"name": STRING, "arguments": STRING})
-    call = _object({"id": STRING, "type": {"const": "function"}, "function": function})
-    message = _object(
-        {
-            "role": STRING,
-            "content": {**_NULLABLE_STRING, "description": "null beside tool_calls if there is no text"},
-            "reasoning_content": STRING,
-            "tool_calls": {"type": "array", "minItems": 1, "items": call},
-        },
-        required=["role", "content"],
-    )
-    choice = _object(
-        {"index": INTEGER, "message": message, "finish_reason": {"enum": ["stop", "length", "tool_calls"]}},
-        required=["index", "message", "finish_reason"],
-    )
-    counts = ["prompt_tokens", "completion_tokens", "total_tokens"]
-    return _object(
-        {
-            "code": {"const": 0},
-            "message": {"const": "success"},
-            "id": STRING,
-            "created": INTEGER,
-            "model": STRING,
-            "choices": {"type": "array", "minItems": 1, "items": choice},
-            "usage": _object(
-                {
-                    **dict.fromkeys(counts, INTEGER),
-                    "prompt_tokens_details": _object({"cached_tokens": INTEGER}),
-                    "completion_tokens_details": _object({"reasoning_tokens": INTEGER}),
-                },
-                required=counts,
-            ),
-        },
-        required=["code", "message", "created", "model", "choices", "usage"],
-    )
-
-
 def _images_response() -> dict[str, Any]:
-    image = _object(
+    image = object_of(
         {"b64_json": STRING, "url": STRING, "revised_prompt": STRING}, required=["b64_json", "url"]
     )
-    return _object(
+    return object_of(
         {
             "code": {"const": 0},
             "message": {"const": "success"},

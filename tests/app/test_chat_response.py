@@ -32,7 +32,7 @@ class Batches:
         self.finished = False
         self.incomplete = False
 
-    def next_events(self) -> list[Event]:
+    def next_events(self, wait_s: float = 1.0) -> list[Event]:
         batch = self._batches.pop(0)
         if isinstance(batch, Exception):
             raise batch

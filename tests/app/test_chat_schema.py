@@ -5,13 +5,8 @@ from typing import Any
 import pytest
 
 from app.chat.messages import MAX_DEPTH, MAX_PARTS, MAX_TOOL_CALLS
-from app.chat.schema import (
-    MAX_LOGIT_BIAS,
-    MAX_MESSAGES,
-    MAX_N,
-    MAX_STOP_SEQUENCES,
-    ChatCompletionRequest,
-)
+from app.chat.sampling import MAX_LOGIT_BIAS, MAX_N, MAX_STOP_SEQUENCES
+from app.chat.schema import MAX_MESSAGES, ChatCompletionRequest
 from app.chat.tools import MAX_TOOLS
 from app.http.validation import parse
 from catalogue import ChatModelEntry

@@ -1,7 +1,17 @@
 """app.dispatch.timings: what the events of a request tell of its times."""
 
 from app.dispatch.timings import Timings
-from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress, ReasoningDelta, Started
+from protocol.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    ImageReady,
+    Progress,
+    ReasoningDelta,
+    Started,
+    Usage,
+)
 
 
 def timings_of(*batches: list[Event]) -> Timings:
@@ -36,3 +46,8 @@ def test_a_client_gets_whole_milliseconds_of_what_is_known() -> None:
     timings = timings_of([Started("w")], [Delta("one")])
     assert timings.milliseconds() == {"queued_ms": 1000, "first_token_ms": 2000, "total_ms": 2000}
     assert timings_of([Started("w")], [Finished()]).milliseconds() == {"queued_ms": 1000, "total_ms": 2000}
+
+
+def test_the_tokens_of_all_jobs_of_a_request_count() -> None:
+    timings = timings_of([Started("w"), Finished(Usage(1, 2, 1))], [Finished()], [Finished(Usage(10, 20))])
+    assert timings.usage == Usage(11, 22, 1)

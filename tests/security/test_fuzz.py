@@ -40,16 +40,20 @@ SEMANTIC = {
         "tool_choice.function.name",
     }
     | FORMATS,
+    "/v1/completions": {"min_tokens", "best_of", "n"} | FORMATS,
+    "/tokenize": {"add_special_tokens", "continue_final_message"},
+    "/detokenize": set(),
     "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
     "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
 }
-MODELS = {path: "echo" if "chat" in path else "echo-images" for path in SEMANTIC}
+MODELS = {path: "echo-images" if "images" in path else "echo" for path in SEMANTIC}
 ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
 GETS += ["/healthz", "/readyz", "/health", "/ping", "/version", "/metrics", "/v1/activity"]
 # Values that the schema forbids take the generator ten times as long.
-OPERATIONS = [(path, ALLOWED, GUIDED // 4) for path in SEMANTIC]
-OPERATIONS += [(path, FORBIDDEN, GUIDED // 20) for path in SEMANTIC]
+SMALL = {"/v1/completions", "/tokenize", "/detokenize"}
+OPERATIONS = [(path, ALLOWED, GUIDED // (16 if path in SMALL else 4)) for path in SEMANTIC]
+OPERATIONS += [(path, FORBIDDEN, GUIDED // (50 if path in SMALL else 20)) for path in SEMANTIC]
 OPERATIONS += [(path, ALLOWED, max(1, GUIDED // 50)) for path in GETS]
 
 
@@ -196,6 +200,7 @@ def bodies(base: dict[str, Any], fields: list[str]) -> st.SearchStrategy[bytes]:
 
 
 CHAT_BODY = {"model": "echo", "messages": HI, "max_tokens": 3}
+COMPLETION_BODY = {"model": "echo", "prompt": "a", "max_tokens": 3}
 IMAGE_BODY = {"model": "echo-images", "prompt": "a", "width": 64, "height": 64}
 EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
 
@@ -204,7 +209,10 @@ EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
 @pytest.mark.parametrize(
     ("path", "base", "share"),
     [
-        ("/v1/chat/completions", CHAT_BODY, 0.5),
+        ("/v1/chat/completions", CHAT_BODY, 0.3),
+        ("/v1/completions", COMPLETION_BODY, 0.1),
+        ("/tokenize", {"model": "echo", "prompt": "a"}, 0.05),
+        ("/detokenize", {"model": "echo", "tokens": [1]}, 0.05),
         ("/v1/images/generations", IMAGE_BODY, 0.25),
         ("/v1/images/edits", EDIT_BODY, 0.25),
     ],
@@ -214,6 +222,8 @@ def test_bodies_of_all_kinds(
 ) -> None:
     schema = api.raw_schema["components"]["schemas"]
     names = {"chat": "ChatCompletionRequest", "generations": "ImageGenerationRequest"}
+    names |= {"completions": "CompletionRequest", "detokenize": "DetokenizeRequest"}
+    names |= {"tokenize": "TokenizeRequest"}
     name = next((schema for word, schema in names.items() if word in path), "ImageEditRequest")
     fields = list(schema[name]["properties"])
     connection = http.client.HTTPConnection("127.0.0.1", echo.port, timeout=60)

@@ -29,7 +29,9 @@ CHAT = json.dumps({"model": "echo", "messages": HI, "max_tokens": 2}).encode()
 JSON = {"Content-Type": "application/json"}
 
 POSTS = ["/v1/chat/completions", "/v1/images/generations", "/v1/images/edits"]
-GUARDED = [("POST", path) for path in POSTS]
+TEXT_POSTS = ["/v1/completions", "/tokenize", "/detokenize"]
+"""Endpoints that need a worker and that the node doesn't know."""
+GUARDED = [("POST", path) for path in (*POSTS, *TEXT_POSTS)]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
 GUARDED += [("GET", "/v1/activity"), ("POST", "/v1/workers/x/drain"), ("POST", "/v1/workers/x/resume")]
 GUARDED += [("GET", "/openapi.json"), ("GET", "/static"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
@@ -255,7 +257,17 @@ PAGE = ("/", "/static/js/main.js")
 NOT_FOR_THE_NODE = [
     (method, path)
     for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH", "TRACE")
-    for path in (*POSTS, "/v1/models", "/v1/workers", "/metrics", "/healthz", "/readyz", "/health", *PAGE)
+    for path in (
+        *POSTS,
+        *TEXT_POSTS,
+        "/v1/models",
+        "/v1/workers",
+        "/metrics",
+        "/healthz",
+        "/readyz",
+        "/health",
+        *PAGE,
+    )
     if (method, path) != ("GET", "/healthz")
 ]
 
@@ -275,7 +287,8 @@ def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/workers/x/drain"]
+    "path",
+    ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/workers/x/drain", *TEXT_POSTS],
 )
 def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str) -> None:
     check_error_body(ask(node_port(service), "POST", path, CHAT, JSON), 404)
@@ -353,6 +366,8 @@ def test_the_rate_limit_counts_by_key_over_all_web_processes(service: KeyedDeplo
                 assert 1 <= int(answer.headers["retry-after"]) <= 3601
         assert chat(service, OTHER, second.port).status == 200, "another key has its own count"
     assert ask(service.port, "GET", "/v1/models", headers=bearer(LIMITED)).status == 200
+    for path in TEXT_POSTS:
+        check_error_body(ask(service.port, "POST", path, CHAT, bearer(LIMITED)), 429)
     listener = node_port(service)
     for _ in range(LIMIT + 1):
         assert ask(listener, "POST", "/v1/chat/completions", CHAT, JSON).status == 200, (

@@ -1,0 +1,98 @@
+"""POST /v1/completions."""
+
+import uuid
+from typing import Any, NamedTuple
+
+import msgspec
+from flask import Blueprint, Response, request
+
+from app.chat.joined_reader import JoinedReader
+from app.chat.response import ChunkStream
+from app.chat.stream import stream_response
+from app.chat.text_response import TextChunkEncoder, text_completion
+from app.chat.text_schema import CompletionRequest
+from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.models import find_model
+from app.http.access_log import current_access
+from app.http.connection import Connection
+from app.http.errors import json_response
+from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
+from app.http.validation import parse
+from app.http.wsgi import add_timings, name_request
+from catalogue import CHAT, COMPLETIONS_PATH, Catalogue
+
+MAX_BODY_BYTES = 8 * 2**20
+
+
+def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReader) -> Blueprint:
+    """Make the blueprint of the completions endpoint."""
+    routes = Blueprint("completions", __name__)
+
+    @routes.post(COMPLETIONS_PATH)
+    def create_completion() -> Response:
+        connection = Connection(request.environ)
+        with bodies.read(request, MAX_BODY_BYTES) as body:
+            params, reader = _submit(parse_json(body), catalogue, dispatcher, connection)
+        del body
+        try:
+            response = _respond(params, reader, connection)
+            if params.ignored:
+                response.headers["X-Ignored-Params"] = params.ignored
+        except BaseException:
+            reader.close()
+            raise
+        return response
+
+    return routes
+
+
+class _ResponseParams(NamedTuple):
+    """What a response needs of its request."""
+
+    id: str
+    model: str
+    choices: int
+    stream: bool
+    include_usage: bool
+    ignored: str
+
+
+def _submit(
+    raw: dict[str, Any], catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
+) -> tuple[_ResponseParams, JoinedReader]:
+    """Validate the request and queue its jobs. Nothing keeps its body after this returns."""
+    body = parse(CompletionRequest, raw)
+    request_id = f"cmpl-{uuid.uuid4().hex}"
+    jobs = body.to_jobs(request_id, find_model(catalogue, body.model, CHAT))
+    n, wallet = jobs[0].sampling.n, wallet_sha256(raw)
+    jobs = [msgspec.structs.replace(job, wallet_sha256=wallet) for job in jobs]
+    name_request(request_id, jobs[0].model)
+    params = _ResponseParams(
+        request_id,
+        jobs[0].model,
+        len(jobs) * n,
+        stream=bool(body.stream),
+        include_usage=body.includes_usage,
+        ignored=ignored_params(body, raw),
+    )
+    reader = JoinedReader(dispatcher.begin_all(jobs, CHAT, connection), n)
+    current_access().times = reader.timings
+    return params, reader
+
+
+def _respond(params: _ResponseParams, reader: JoinedReader, connection: Connection) -> Response:
+    """Wait for the first token of a stream, or for the whole completion."""
+    if params.stream:
+        encoder = TextChunkEncoder(
+            params.id,
+            params.model,
+            n=params.choices,
+            include_usage=params.include_usage,
+            timings=reader.timings.milliseconds,
+        )
+        return stream_response(ChunkStream(reader, encoder), connection, reader.close)
+    body = text_completion(reader, params.id, params.model, choices=params.choices)
+    response = json_response(body)
+    add_timings(response, reader.timings.milliseconds())
+    reader.close()
+    return response

@@ -1,0 +1,104 @@
+"""The body of POST /v1/completions, with OpenAI's fields and those that vLLM adds, and its jobs."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, cast
+
+from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, WithJsonSchema
+
+from app.chat.sampling import SamplingFields, TokenId, stream_options_need_stream
+from catalogue import ChatModelEntry
+from protocol.errors import InvalidRequest
+from protocol.jobs import CompletionJob
+
+MAX_PROMPTS = 128
+MAX_PROMPT_TOKENS = 2**20
+MAX_CHOICES = 1024
+"""Of all prompts together."""
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "suffix": ("",),
+    "best_of": (1,),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "use_beam_search": (False,),
+}
+"""Fields that are not supported, and their values that request nothing; any other is refused by `to_jobs`."""
+
+
+def _unsupported(name: str) -> Any:
+    return WithJsonSchema({"enum": [None, *_UNSUPPORTED[name]]})
+
+
+def _kind(prompt: object) -> str:
+    """Return the tag of the form that a prompt has, so that a long one is validated as that alone."""
+    if not isinstance(prompt, list):
+        return "text"
+    first = prompt[0] if prompt else None
+    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "tokens"
+
+
+_Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
+_Prompt = Annotated[
+    Annotated[StrictStr, Tag("text")]
+    | Annotated[list[StrictStr], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
+    | Annotated[_Tokens, Tag("tokens")]
+    | Annotated[
+        list[_Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("token lists")
+    ],
+    Discriminator(_kind),
+]
+
+
+class CompletionRequest(SamplingFields):
+    """The body. `logprobs`: the number of alternatives to report for each token, of the prompt too with `echo`."""
+
+    model_config = ConfigDict(
+        extra="ignore", protected_namespaces=(), json_schema_extra=stream_options_need_stream
+    )
+
+    model: Annotated[StrictStr, Field(min_length=1, max_length=256)]
+    prompt: _Prompt
+    max_tokens: Annotated[StrictInt, Field(ge=0, le=2**31)] | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    echo: StrictBool | None = None
+    add_special_tokens: StrictBool | None = None
+
+    # refused by `to_jobs` unless the value requests nothing
+    suffix: Annotated[Any, _unsupported("suffix")] = None
+    best_of: Annotated[Any, _unsupported("best_of")] = None
+    prompt_logprobs: Annotated[Any, _unsupported("prompt_logprobs")] = None
+    prompt_embeds: Annotated[Any, _unsupported("prompt_embeds")] = None
+    use_beam_search: Annotated[Any, _unsupported("use_beam_search")] = None
+
+    def to_jobs(self, request_id: str, entry: ChatModelEntry) -> list[CompletionJob]:
+        """Make a job for each prompt. Raises InvalidRequest and UnsupportedParameter."""
+        self.refuse_unsupported(_UNSUPPORTED, entry.name)
+        prompts = self._prompts()
+        if len(prompts) * (self.n or 1) > MAX_CHOICES:
+            raise InvalidRequest(
+                f"n must be at most {MAX_CHOICES // len(prompts)} for {len(prompts)} prompts", param="n"
+            )
+        sampling = self.sampling(
+            entry.defaults,
+            max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+            logprobs=self.logprobs,
+        )
+        output_format = self.output_format()
+        return [
+            CompletionJob(
+                id=request_id if len(prompts) == 1 else f"{request_id}-{place}",
+                model=entry.name,
+                prompt=prompt,
+                sampling=sampling,
+                add_special_tokens=self.add_special_tokens is not False,
+                echo=bool(self.echo),
+                output_format=output_format,
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+
+    def _prompts(self) -> Sequence[str | list[int]]:
+        prompts: Any = self.prompt if _kind(self.prompt) in ("texts", "token lists") else [self.prompt]
+        return cast(Sequence[str | list[int]], prompts)
