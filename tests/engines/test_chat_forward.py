@@ -4,6 +4,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import Qwen2Config
 from catalogue import ChatModelEntry
 from tests.deployment import ROOT
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, save_model
-from workers.engines.chat import backend, build
+from workers.engines.chat import build
 from workers.engines.chat.attention.base import LayerCall
 from workers.engines.chat.attention.cpu import CpuPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
@@ -23,7 +24,7 @@ from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.kernels.cpu import exp_of_differences
 from workers.engines.chat.metrics import Metrics
-from workers.engines.chat.model import linear
+from workers.engines.chat.model import linear, loader
 from workers.engines.chat.model.fused_decoder import FusedDecoder
 from workers.engines.chat.model.linear import PackedLinear, can_pack, linear_product
 from workers.engines.chat.model.loader import LoadedModel, load_model
@@ -47,25 +48,79 @@ def decode_step(cache: KVCache, lengths: list[int], heads: int) -> tuple[list[Ch
     return chunks, list(joined.split(sizes, 1))
 
 
+def transpose_keys(pool: torch.Tensor) -> torch.Tensor:
+    """The pool with keys as the compiled attention keeps them: [kv_heads, head_dim, page_size] in each page."""
+    keys = pool[:, 0]
+    return torch.stack([keys.transpose(-1, -2).reshape(keys.shape), pool[:, 1]], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window", [None, 1, 8, 20])
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 8), (6, 1, 24)])
-def test_the_compiled_attention_gives_what_torchs_operations_give(heads, kv_heads, head_dim, window, softcap):
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 16), (3, 3, 8), (6, 1, 24), (14, 2, 40)])
+def test_the_compiled_attention_gives_what_torchs_operations_give(
+    heads, kv_heads, head_dim, window, softcap, dtype
+):
     torch.manual_seed(1)
     shape = CacheShape(2, kv_heads, head_dim, torch.float32, token_major=False)
-    cache = KVCache(shape, 20, 8, len(LENGTHS), torch.device("cpu"))
-    chunks, tensors = decode_step(cache, LENGTHS, heads)
-    query, key, value = tensors
-    before, found = cache.pool.clone(), []
+    plain = KVCache(shape, 20, 8, len(LENGTHS), torch.device("cpu"))
+    chunks, (query, key, value) = decode_step(plain, LENGTHS, heads)
+    # numbers that bfloat16 holds, so that both compute the same
+    before = plain.pool.copy_(plain.pool.to(dtype)).clone()
+    key, value = key.to(dtype).float(), value.to(dtype).float()
+    own = KVCache(shape._replace(dtype=dtype), 20, 8, len(LENGTHS), torch.device("cpu"))
+    own.pool.copy_(transpose_keys(before))
+    own.tables[:] = plain.tables
     call = LayerCall(0.3, window, softcap)
-    for attention in (PagedAttention(cache), CpuPagedAttention(cache)):
-        cache.pool.copy_(before)
-        attention.bind([torch.from_numpy(array) for array in attention.prepare(chunks)])
-        found.append((attention.attend(1, query, key, value, call), cache.pool.clone()))
-    (expected, pool), (compiled, compiled_pool) = found
+    expected, compiled = (
+        attend(attention, chunks, (query, key, value), call)
+        for attention in (PagedAttention(plain), CpuPagedAttention(own))
+    )
     torch.testing.assert_close(compiled, expected, atol=2e-6, rtol=1e-5)
-    assert torch.equal(pool, compiled_pool)
-    assert not torch.equal(pool, before)
+    assert torch.equal(transpose_keys(plain.pool), own.pool.float())
+    assert not torch.equal(plain.pool, before)
+
+
+def attend(
+    attention: PagedAttention, chunks: list[Chunk], tensors: Iterable[torch.Tensor], call: LayerCall
+) -> torch.Tensor:
+    """Attend in layer 0 with query, key and value."""
+    attention.bind([torch.from_numpy(array) for array in attention.prepare(chunks)])
+    query, key, value = tensors
+    return attention.attend(0, query, key, value, call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_attends_to_the_keys_that_the_compiled_loops_stored(dtype):
+    torch.manual_seed(1)
+    shape = CacheShape(2, 2, 16, torch.float32, token_major=False)
+    caches = [
+        KVCache(shape._replace(dtype=kind), 20, 8, 1, torch.device("cpu")) for kind in (torch.float32, dtype)
+    ]
+    attentions = [PagedAttention(caches[0]), CpuPagedAttention(caches[1])]
+    for cache in caches:
+        cache.grow(cache.take_slot(), 30)
+    for start, end in ((0, 13), (13, 14), (14, 30)):
+        tensors = tuple(torch.randn(end - start, heads, 16).to(dtype).float() for heads in (4, 2, 2))
+        chunks = [Chunk(0, start, [0] * (end - start), True)]
+        expected, compiled = (
+            attend(each, chunks, tensors, LayerCall(0.3, None, None)) for each in attentions
+        )
+        torch.testing.assert_close(compiled, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_keys_are_rounded_to_bfloat16_as_torch_rounds():
+    torch.manual_seed(1)
+    cache = KVCache(CacheShape(1, 1, 1024, torch.bfloat16, token_major=False), 2, 8, 1, torch.device("cpu"))
+    cache.grow(cache.take_slot(), 1)
+    key = torch.randn(1, 1, 1024) * 10.0 ** torch.randint(-30, 30, (1, 1, 1024))
+    # ties, whose bits end in half of the last place
+    key[..., :512] = ((key[..., :512].view(torch.int32) & ~0xFFFF) | 0x8000).view(torch.float32)
+    value = key.flip(-1)
+    attend(CpuPagedAttention(cache), [Chunk(0, 0, [0], True)], (key, key, value), LayerCall(1.0, None, None))
+    page = int(cache.tables[0, 0])
+    assert torch.equal(cache.pool[0, 0, page].view(1024, 8)[:, 0], key.view(-1).bfloat16())
+    assert torch.equal(cache.pool[0, 1, page, 0, 0], value.view(-1).bfloat16())
 
 
 def test_the_compiled_exponential_is_exact_to_rounding():
@@ -150,18 +205,19 @@ def test_products_of_half_precision_weights_take_and_return_float32(dtype, packe
 
 
 def test_many_threads_keep_torchs_attention(tmp_path, monkeypatch):
-    monkeypatch.setattr(backend, "COMPILED_ATTENTION_THREADS", 0)
+    monkeypatch.setattr(loader, "COMPILED_ATTENTION_THREADS", 0)
     parts = built(save_model(tmp_path, CONFIGS["llama"]()))
     assert type(parts.attention) is PagedAttention
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_that_of_the_weights_alone_on_a_cpu(tmp_path, dtype):
+def test_half_precision_on_a_cpu_is_that_of_weights_and_cache_alone(tmp_path, dtype):
     parts = built(save_model(tmp_path, CONFIGS["llama"]()), dtype=dtype)
     forward = forward_of(parts)
     assert isinstance(forward, FusedDecoder)
     assert forward._embedding.dtype == parts.precision.dtype == getattr(torch, dtype)
-    assert parts.cache.pool.dtype == torch.float32
+    # no loop converts float16
+    assert parts.cache.pool.dtype == (torch.bfloat16 if dtype == "bfloat16" else torch.float32)
     assert type(parts.attention) is CpuPagedAttention
 
 

@@ -25,6 +25,7 @@ from workers.engines.chat.model.loader import (
     GPU_PAGE,
     LoadedModel,
     first_line,
+    uses_compiled_attention,
     wants_flash,
 )
 from workers.engines.chat.model.output_check import OutputCheck
@@ -32,13 +33,6 @@ from workers.engines.chat.model.runner import ModelForward, ModelRunner, Runner
 from workers.engines.failures import free_memory
 
 log = logging.getLogger(__name__)
-
-COMPILED_ATTENTION_THREADS = 4
-"""The compiled attention runs in one thread.
-
-For 64 rows it takes 0.4 of the time of torch's operations in one or two threads; with more threads than this,
-torch's operations are faster.
-"""
 
 
 class Backend(NamedTuple):
@@ -120,8 +114,7 @@ def _try_flash(
 
 
 def _paged_attention(cache: KVCache) -> PagedAttention:
-    float_on_cpu = cache.pool.device.type == "cpu" and cache.pool.dtype == torch.float32
-    if float_on_cpu and torch.get_num_threads() <= COMPILED_ATTENTION_THREADS:
+    if uses_compiled_attention(cache.pool.device, cache.shape.head_dim):
         # imported here, so that a worker on a GPU doesn't load a compiler
         from workers.engines.chat.attention.cpu import CpuPagedAttention
 

@@ -96,8 +96,7 @@ class PagedAttention(ModelAttention):
             own = slice(segment.start, segment.end)
             query_of, key_of, value_of = (tensor[own].transpose(0, 1) for tensor in (query, key, value))
             if segment.past:
-                key_of = _gather(self._cache.pool[layer, 0], segment)
-                value_of = _gather(self._cache.pool[layer, 1], segment)
+                key_of, value_of = self._past(layer, segment)
             parts.append(_prefill(segment, query_of, key_of, value_of, call))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -105,6 +104,11 @@ class PagedAttention(ModelAttention):
         """Write new keys and values [tokens, kv_heads, head_dim] to their pages."""
         self._cache.pool[layer, 0][self._pages, :, self._offsets] = key
         self._cache.pool[layer, 1][self._pages, :, self._offsets] = value
+
+    def _past(self, layer: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy a sequence's keys and values, up to the segment's last token: each [kv_heads, keys, head_dim]."""
+        keys, values = (self._cache.pool[layer, kind].index_select(0, segment.pages) for kind in (0, 1))
+        return join_pages(keys, segment, self.dtype), join_pages(values, segment, self.dtype)
 
     def _decode(self, layer: int, query: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """Attend with the decode rows. query [rows, heads, head_dim] -> like query."""
@@ -175,11 +179,11 @@ def _decode(
     return (merged / total[..., None]).to(query.dtype)
 
 
-def _gather(pool: torch.Tensor, segment: Segment) -> torch.Tensor:
-    """Copy a sequence's keys or values, up to the segment's last token, to [kv_heads, keys, head_dim]."""
-    _, kv_heads, _, head_dim = pool.shape
-    pages = pool.index_select(0, segment.pages).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-    return pages[:, : segment.past + segment.end - segment.start]
+def join_pages(pages: torch.Tensor, segment: Segment, dtype: torch.dtype) -> torch.Tensor:
+    """Join pages [pages, kv_heads, page_size, head_dim] to [kv_heads, keys of the segment, head_dim]."""
+    _, kv_heads, _, head_dim = pages.shape
+    joined = pages.transpose(0, 1).reshape(kv_heads, -1, head_dim)
+    return joined[:, : segment.past + segment.end - segment.start].to(dtype)
 
 
 def _prefill(

@@ -1,8 +1,8 @@
-"""Inner loops for float32 on a CPU, compiled by numba: attention, norm, rotation, drawing tokens.
+"""Inner loops for float32 on a CPU, compiled by numba: attention over pages, norm, rotation.
 
-torch needs a dozen passes over scores and partial results for attention and a sort of every row for drawing,
-and takes the interpreter lock again after each operation. These loops run without the lock (figures:
-docs/adr/0004-chat-engine.md). They are in one file because numba's cache is valid until the file changes.
+torch needs a dozen passes over scores and partial results for attention, and takes the interpreter lock again
+after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in one
+file because numba's cache of a function is valid until its file changes, whatever happens to what it calls.
 """
 
 import math
@@ -11,18 +11,15 @@ from typing import Any
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 REORDERED = {"reassoc", "contract", "nsz", "arcp"}
 """LLVM's fast-math flags: sums may be reordered, as vector instructions require.
 
 Infinities keep their meaning.
 """
-
-BITS_OF_ONE = np.int32(0x3F800000)
-"""The bits of 1.0 in float32. Positive floats are ordered like their bits."""
-
-BLOCK = 128
-"""Number of weights that are summed in float32. The sums of these blocks are added in float64."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -38,37 +35,30 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
-def exclude_tokens(logits: Any, places: Any, allowed: Any) -> None:
-    """Set logits[places] to -inf where a bit of `allowed` is 0.
-
-    logits [rows, vocabulary]; allowed int32 [places, words].
-    """
-    vocabulary = logits.shape[1]
-    for row in range(len(places)):
-        own = logits[places[row]]
-        for word in range(-(-vocabulary // 32)):
-            bits = allowed[row, word]
-            if bits == -1:
-                continue
-            start, end = 32 * word, min(32 * word + 32, vocabulary)
-            if bits == 0:
-                own[start:end] = -np.inf
-                continue
-            for token in range(start, end):
-                if not (bits >> (token - start)) & 1:
-                    own[token] = -np.inf
-
-
-@compiled
 def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, values: Any) -> None:
-    """Write key, value [tokens, kv_heads, head_dim] to keys, values[pages[token], :, offsets[token]]."""
+    """Write the bits of float32 key, value, uint32 [tokens, kv_heads, head_dim], to pages[token].
+
+    keys [pages, kv_heads, head_dim, page_size], values [pages, kv_heads, page_size, head_dim], at offsets[token]:
+    the bits of float32, uint32, or of bfloat16, uint16, rounded to the nearest and half to even.
+    """
     tokens, kv_heads, head_dim = key.shape
+    shift = np.uint32(32 - 8 * keys.itemsize)
+    half = np.uint32((1 << shift) >> 1)
     for token in range(tokens):
         page, offset = pages[token], offsets[token]
         for head in range(kv_heads):
             for at in range(head_dim):
-                keys[page, head, offset, at] = key[token, head, at]
-                values[page, head, offset, at] = value[token, head, at]
+                keys[page, head, at, offset] = _shorten(key[token, head, at], shift, half)
+            for at in range(head_dim):
+                values[page, head, offset, at] = _shorten(value[token, head, at], shift, half)
+
+
+@numba.njit(nogil=True)
+def _shorten(bits: Any, shift: Any, half: Any) -> Any:
+    """Round away the last `shift` bits, 0 or 16. `half`: 0, or half of the lowest bit that stays."""
+    if half:
+        bits += half - np.uint32(1) + ((bits >> shift) & np.uint32(1))
+    return bits >> shift
 
 
 @numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
@@ -111,6 +101,103 @@ def exp_of_differences(row: Any, count: int, scale: Any) -> Any:
     return total
 
 
+def _tile(rows: int, width: int) -> Any:
+    """Make the inner loop of `add_product` for `rows` rows and `width` columns, whose sums stay in registers.
+
+    In LLVM's instructions, because its vectorizer takes twice the time: it tests in each of these short loops
+    whether the arrays overlap.
+    """
+    vector, words = ir.VectorType(ir.FloatType(), width), ir.VectorType(ir.IntType(32), width)
+
+    def row_of(builder: Any, array: Any, row: Any, kind: Any) -> Any:
+        """The address of a row's first item, as one of `kind`."""
+        start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        offset = builder.mul(row, builder.extract_value(array.strides, 0))
+        return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
+
+    def load_vector(builder: Any, array: Any, row: Any, half: bool) -> Any:
+        if not half:
+            return builder.load(row_of(builder, array, row, vector), align=4)
+        bits = builder.load(row_of(builder, array, row, ir.VectorType(ir.IntType(16), width)), align=2)
+        return builder.bitcast(builder.shl(builder.zext(bits, words), words([16] * width)), vector)
+
+    def repeat(builder: Any, number: Any) -> Any:
+        empty = ir.Constant(vector, ir.Undefined)
+        first = builder.insert_element(empty, number, ir.IntType(32)(0))
+        return builder.shuffle_vector(first, empty, words([0] * width))
+
+    @intrinsic
+    def tile(_: Any, weights: Any, vectors: Any, out: Any) -> Any:
+        kinds = weights, vectors, out
+
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            weight_rows, vector_rows, out_rows = (
+                context.make_array(kind)(context, builder, array)
+                for kind, array in zip(kinds, arguments, strict=True)
+            )
+            size, flags = context.get_value_type(types.intp), tuple(REORDERED)
+            places = [row_of(builder, out_rows, size(row), vector) for row in range(rows)]
+            weights_of = [row_of(builder, weight_rows, size(row), ir.FloatType()) for row in range(rows)]
+            before, loop, after = builder.block, *(builder.append_basic_block() for _ in range(2))
+            sums = [builder.load(place, align=4) for place in places]
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            at, *totals = (builder.phi(kind) for kind in (size, *(vector for _ in range(rows))))
+            loaded = load_vector(builder, vector_rows, at, vectors.dtype == types.uint16)
+            following = builder.add(at, size(1))
+            at.add_incoming(size(0), before)
+            at.add_incoming(following, loop)
+            for row, total in enumerate(totals):
+                weight = repeat(builder, builder.load(builder.gep(weights_of[row], [at])))
+                total.add_incoming(sums[row], before)
+                sums[row] = builder.fadd(total, builder.fmul(weight, loaded, flags), flags=flags)
+                total.add_incoming(sums[row], loop)
+            length = builder.extract_value(vector_rows.shape, 0)
+            builder.cbranch(builder.icmp_signed("<", following, length), loop, after)
+            builder.position_at_end(after)
+            for total, place in zip(sums, places, strict=True):
+                builder.store(total, place, align=4)
+            return context.get_dummy_value()
+
+        return types.void(*kinds), generate
+
+    return tile
+
+
+_tile_1x16, _tile_2x16, _tile_3x16, _tile_4x16 = (_tile(rows, 16) for rows in (1, 2, 3, 4))
+_tile_1x8, _tile_2x8, _tile_3x8, _tile_4x8 = (_tile(rows, 8) for rows in (1, 2, 3, 4))
+
+
+@compiled
+def add_product(weights: Any, vectors: Any, out: Any) -> None:
+    """out += weights @ vectors, float32 [rows, length] and [length, columns]; columns: a multiple of 8.
+
+    `vectors` may be the bits of bfloat16, uint16. The items of a row are contiguous. length is at least 1.
+    """
+    rows, columns = out.shape
+    for row in range(0, rows, 4):
+        own, left = weights[row:], rows - row
+        for column in range(0, columns, 16):
+            part, sums = vectors[:, column:], out[row:, column:]
+            if columns - column >= 16:
+                if left >= 4:
+                    _tile_4x16(own, part, sums)
+                elif left == 3:
+                    _tile_3x16(own, part, sums)
+                elif left == 2:
+                    _tile_2x16(own, part, sums)
+                else:
+                    _tile_1x16(own, part, sums)
+            elif left >= 4:
+                _tile_4x8(own, part, sums)
+            elif left == 3:
+                _tile_3x8(own, part, sums)
+            elif left == 2:
+                _tile_2x8(own, part, sums)
+            else:
+                _tile_1x8(own, part, sums)
+
+
 @compiled
 def decode_rows(
     query: Any,
@@ -125,46 +212,46 @@ def decode_rows(
 ) -> None:
     """Attention of one query for each row over its pages. Writes out, float32 [rows, heads, head_dim].
 
-    query [rows, heads, head_dim]; keys, values [pages, kv_heads, page_size, head_dim]; tables [rows, most
-    pages of a row]; ends [rows]: number of keys that the row sees. window, softcap: 0 for none.
+    query [rows, heads, head_dim]; keys [pages, kv_heads, head_dim, page_size] and values [pages, kv_heads,
+    page_size, head_dim], both float32 or the bits of bfloat16, uint16; tables [rows, most pages of a row]; ends
+    [rows]: number of keys that the row sees. window, softcap: 0 for none. page_size and head_dim are multiples
+    of 8.
     """
     rows, heads, head_dim = query.shape
-    kv_heads, page_size = keys.shape[1], keys.shape[2]
+    kv_heads, page_size = values.shape[1], values.shape[2]
     group = heads // kv_heads
-    longest = 0
-    for row in range(rows):
-        longest = max(longest, ends[row])
-    scores = np.empty((heads, longest), np.float32)
+    scores = np.empty((heads, tables.shape[1] * page_size), np.float32)
+    scaled = np.empty((heads, head_dim), np.float32)
     for row in range(rows):
         end = ends[row]
         first = max(0, end - window) if window > 0 else 0
-        for page in range(first // page_size, (end - 1) // page_size + 1):
-            block, start = keys[tables[row, page]], page * page_size
-            low, high = max(first, start), min(end, start + page_size)
+        first_page, end_page = first // page_size, -(-end // page_size)
+        # places in `scores` count from the first page that is seen
+        start = first_page * page_size
+        low, high = first - start, end - start
+        scaled[:] = query[row] * scale
+        scores[:, : end_page * page_size - start] = np.float32(0)
+        for number in range(first_page, end_page):
+            block, place = keys[tables[row, number]], number * page_size - start
             for kv_head in range(kv_heads):
-                for place in range(low, high):
-                    for head in range(kv_head * group, kv_head * group + group):
-                        score = np.float32(0)
-                        for at in range(head_dim):
-                            score += query[row, head, at] * block[kv_head, place - start, at]
-                        scores[head, place - first] = score * scale
+                own = slice(kv_head * group, kv_head * group + group)
+                add_product(scaled[own], block[kv_head], scores[own, place : place + page_size])
+        out[row] = 0
         for head in range(heads):
+            seen = scores[head, low:high]
             if softcap > 0:
-                for place in range(end - first):
-                    scores[head, place] = softcap * math.tanh(scores[head, place] / softcap)
-            share = np.float32(1) / exp_of_differences(scores[head], end - first, np.float32(1))
-            for place in range(end - first):
-                scores[head, place] *= share
-            for at in range(head_dim):
-                out[row, head, at] = 0
-        for page in range(first // page_size, (end - 1) // page_size + 1):
-            block, start = values[tables[row, page]], page * page_size
-            low, high = max(first, start), min(end, start + page_size)
-            for head in range(heads):
-                for place in range(low, high):
-                    weight = scores[head, place - first]
-                    for at in range(head_dim):
-                        out[row, head, at] += weight * block[head // group, place - start, at]
+                for at in range(high - low):
+                    seen[at] = softcap * math.tanh(seen[at] / softcap)
+            share = np.float32(1) / exp_of_differences(seen, high - low, np.float32(1))
+            for at in range(high - low):
+                seen[at] *= share
+        for number in range(first_page, end_page):
+            block, place = values[tables[row, number]], number * page_size - start
+            begin, stop = max(low - place, 0), min(high - place, page_size)
+            for kv_head in range(kv_heads):
+                own = slice(kv_head * group, kv_head * group + group)
+                weights = scores[own, place + begin : place + stop]
+                add_product(weights, block[kv_head, begin:stop], out[row, own])
 
 
 @compiled
@@ -198,121 +285,3 @@ def rotate_heads(joined: Any, cos: Any, sin: Any, positions: Any, out: Any) -> N
                 c, s = cos[position, at], sin[position, at]
                 out[token, head, at] = first * c - second * s
                 out[token, head, half + at] = second * c + first * s
-
-
-@compiled
-def draw_tokens(
-    logits: Any,
-    drawn: Any,
-    temperature: Any,
-    top_k: Any,
-    top_p: Any,
-    min_p: Any,
-    uniforms: Any,
-    tokens: Any,
-) -> None:
-    """Draw a token for each of the rows `drawn` of logits [rows, vocabulary]. These rows are overwritten.
-
-    All other arrays are [drawn rows]. Writes tokens.
-
-    In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is the
-    one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
-    uniforms[row] of their sum.
-    """
-    vocabulary = logits.shape[1]
-    for row in range(len(drawn)):
-        weights = logits[drawn[row]]
-        exp_of_differences(weights, vocabulary, np.float32(1) / temperature[row])
-        least = np.float32(min_p[row])
-        if 0 < top_k[row] < vocabulary or top_p[row] < 1:
-            least = max(least, _smallest_kept(weights, top_k[row], top_p[row]))
-        tokens[row] = _pick(weights, least, uniforms[row])
-
-
-@compiled
-def _pick(weights: Any, least: Any, uniform: float) -> int:
-    """Return the index at which the cumulative sum of the weights >= least exceeds `uniform` of their sum.
-
-    Sums of blocks find the right block first: adding all weights one by one would be most of the work.
-    """
-    count = len(weights)
-    sums = np.empty(-(-count // BLOCK), np.float64)
-    for block in range(len(sums)):
-        sums[block] = _amount_in_block(weights[block * BLOCK : block * BLOCK + BLOCK], least, False)
-    point, passed, block = uniform * sums.sum(), 0.0, 0
-    while block < len(sums) - 1 and passed + sums[block] <= point:
-        passed += sums[block]
-        block += 1
-    picked = 0
-    for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
-        if weights[at] > 0 and weights[at] >= least:
-            # the last one is the result if rounding leaves the sum short
-            picked = at
-            passed += weights[at]
-            if passed > point:
-                break
-    return picked
-
-
-@compiled
-def _smallest_kept(weights: Any, top_k: Any, top_p: Any) -> Any:
-    """Return the smallest weight that passes top_k and then top_p. weights: in [0, 1], the largest is 1."""
-    kept = np.float32(0)
-    total = _amount_above(weights, kept, False)
-    if 0 < top_k < len(weights):
-        kept = _bound(weights, kept, top_k, True)
-        # of several weights equal to the bound, top_p counts only as many as top_k has room for
-        surplus = _amount_above(weights, kept, True) - top_k
-        total = _amount_above(weights, kept, False) - surplus * kept
-    if top_p < 1:
-        kept = _bound(weights, kept, top_p * total, False)
-    return kept
-
-
-@compiled
-def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
-    """Return the largest bound >= low that enough weights reach.
-
-    Enough: the weights >= bound have a number (counted) or a sum of at least `goal`. Bisects the interval of
-    the bound's bits. Each pass over all weights is a few hundred vector instructions, so about fifteen passes
-    take less time than one sort or one count into buckets, which proceed number by number.
-    """
-    bound = np.empty(2, np.float32)
-    bits = bound.view(np.int32)
-    bound[0] = low
-    bits[1] = BITS_OF_ONE + 1
-    at_low, at_high = _amount_above(weights, low, counted), np.float64(0)
-    # until a single weight is left in the interval: but for rounding, two weigh at least twice the bound
-    while bits[1] - bits[0] > 1 and at_low - at_high > 1.5 * (1 if counted else bound[0]):
-        low_bits = bits[0]
-        bits[0] = (low_bits + bits[1]) >> 1
-        amount = _amount_above(weights, bound[0], counted)
-        if amount >= goal:
-            at_low = amount
-        else:
-            at_high = amount
-            bits[1] = bits[0]
-            bits[0] = low_bits
-    return bound[0]
-
-
-@compiled
-def _amount_above(weights: Any, least: Any, counted: bool) -> Any:
-    """Return the number (counted) or the sum of the weights >= least, as float64."""
-    total = np.float64(0)
-    for start in range(0, len(weights), BLOCK):
-        total += _amount_in_block(weights[start : start + BLOCK], least, counted)
-    return total
-
-
-@compiled
-def _amount_in_block(block: Any, least: Any, counted: bool) -> Any:
-    # takes a slice, because an index that might be negative rules out vector instructions
-    total = np.float32(0)
-    if counted:
-        for at in range(len(block)):
-            total += np.float32(1) if block[at] >= least else np.float32(0)
-    else:
-        for at in range(len(block)):
-            total += block[at] if block[at] >= least else np.float32(0)
-    return total

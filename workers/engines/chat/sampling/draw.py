@@ -65,7 +65,7 @@ def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torc
 def compiled_draw() -> Draw:
     """Return the `Draw` for a CPU."""
     # imported here, so that a worker on a GPU doesn't load a compiler
-    from workers.engines.chat.kernels.cpu import draw_tokens
+    from workers.engines.chat.kernels.cpu_sampling import draw_tokens
 
     def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
         tokens = torch.zeros(len(uniforms), dtype=torch.int64)

@@ -39,7 +39,7 @@ def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -
 def compiled_exclude() -> Exclude:
     """Return the `Exclude` for a CPU."""
     # imported here, so that a worker on a GPU doesn't load a compiler
-    from workers.engines.chat.kernels.cpu import exclude_tokens
+    from workers.engines.chat.kernels.cpu_sampling import exclude_tokens
 
     def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -> None:
         exclude_tokens(logits.numpy(), masked.numpy(), allowed.numpy())

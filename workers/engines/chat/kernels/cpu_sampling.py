@@ -1,0 +1,157 @@
+"""Inner loops for sampling on a CPU, compiled by numba: excluding and drawing tokens.
+
+torch needs a sort of every row for drawing. numba doesn't see a change of what is imported from cpu.py: such a
+change must touch this file, too.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from workers.engines.chat.kernels.cpu import compiled, exp_of_differences
+
+BITS_OF_ONE = np.int32(0x3F800000)
+"""The bits of 1.0 in float32. Positive floats are ordered like their bits."""
+
+BLOCK = 128
+"""Number of weights that are summed in float32. The sums of these blocks are added in float64."""
+
+
+@compiled
+def exclude_tokens(logits: Any, places: Any, allowed: Any) -> None:
+    """Set logits[places] to -inf where a bit of `allowed` is 0.
+
+    logits [rows, vocabulary]; allowed int32 [places, words].
+    """
+    vocabulary = logits.shape[1]
+    for row in range(len(places)):
+        own = logits[places[row]]
+        for word in range(-(-vocabulary // 32)):
+            bits = allowed[row, word]
+            if bits == -1:
+                continue
+            start, end = 32 * word, min(32 * word + 32, vocabulary)
+            if bits == 0:
+                own[start:end] = -np.inf
+                continue
+            for token in range(start, end):
+                if not (bits >> (token - start)) & 1:
+                    own[token] = -np.inf
+
+
+@compiled
+def draw_tokens(
+    logits: Any,
+    drawn: Any,
+    temperature: Any,
+    top_k: Any,
+    top_p: Any,
+    min_p: Any,
+    uniforms: Any,
+    tokens: Any,
+) -> None:
+    """Draw a token for each of the rows `drawn` of logits [rows, vocabulary]. These rows are overwritten.
+
+    All other arrays are [drawn rows]. Writes tokens.
+
+    In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is the
+    one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
+    uniforms[row] of their sum.
+    """
+    vocabulary = logits.shape[1]
+    for row in range(len(drawn)):
+        weights = logits[drawn[row]]
+        exp_of_differences(weights, vocabulary, np.float32(1) / temperature[row])
+        least = np.float32(min_p[row])
+        if 0 < top_k[row] < vocabulary or top_p[row] < 1:
+            least = max(least, _smallest_kept(weights, top_k[row], top_p[row]))
+        tokens[row] = _pick(weights, least, uniforms[row])
+
+
+@compiled
+def _pick(weights: Any, least: Any, uniform: float) -> int:
+    """Return the index at which the cumulative sum of the weights >= least exceeds `uniform` of their sum.
+
+    Sums of blocks find the right block first: adding all weights one by one would be most of the work.
+    """
+    count = len(weights)
+    sums = np.empty(-(-count // BLOCK), np.float64)
+    for block in range(len(sums)):
+        sums[block] = _amount_in_block(weights[block * BLOCK : block * BLOCK + BLOCK], least, False)
+    point, passed, block = uniform * sums.sum(), 0.0, 0
+    while block < len(sums) - 1 and passed + sums[block] <= point:
+        passed += sums[block]
+        block += 1
+    picked = 0
+    for at in range(block * BLOCK, min(count, block * BLOCK + BLOCK)):
+        if weights[at] > 0 and weights[at] >= least:
+            # the last one is the result if rounding leaves the sum short
+            picked = at
+            passed += weights[at]
+            if passed > point:
+                break
+    return picked
+
+
+@compiled
+def _smallest_kept(weights: Any, top_k: Any, top_p: Any) -> Any:
+    """Return the smallest weight that passes top_k and then top_p. weights: in [0, 1], the largest is 1."""
+    kept = np.float32(0)
+    total = _amount_above(weights, kept, False)
+    if 0 < top_k < len(weights):
+        kept = _bound(weights, kept, top_k, True)
+        # of several weights equal to the bound, top_p counts only as many as top_k has room for
+        surplus = _amount_above(weights, kept, True) - top_k
+        total = _amount_above(weights, kept, False) - surplus * kept
+    if top_p < 1:
+        kept = _bound(weights, kept, top_p * total, False)
+    return kept
+
+
+@compiled
+def _bound(weights: Any, low: Any, goal: Any, counted: bool) -> Any:
+    """Return the largest bound >= low that enough weights reach.
+
+    Enough: the weights >= bound have a number (counted) or a sum of at least `goal`. Bisects the interval of
+    the bound's bits. Each pass over all weights is a few hundred vector instructions, so about fifteen passes
+    take less time than one sort or one count into buckets, which proceed number by number.
+    """
+    bound = np.empty(2, np.float32)
+    bits = bound.view(np.int32)
+    bound[0] = low
+    bits[1] = BITS_OF_ONE + 1
+    at_low, at_high = _amount_above(weights, low, counted), np.float64(0)
+    # until a single weight is left in the interval: but for rounding, two weigh at least twice the bound
+    while bits[1] - bits[0] > 1 and at_low - at_high > 1.5 * (1 if counted else bound[0]):
+        low_bits = bits[0]
+        bits[0] = (low_bits + bits[1]) >> 1
+        amount = _amount_above(weights, bound[0], counted)
+        if amount >= goal:
+            at_low = amount
+        else:
+            at_high = amount
+            bits[1] = bits[0]
+            bits[0] = low_bits
+    return bound[0]
+
+
+@compiled
+def _amount_above(weights: Any, least: Any, counted: bool) -> Any:
+    """Return the number (counted) or the sum of the weights >= least, as float64."""
+    total = np.float64(0)
+    for start in range(0, len(weights), BLOCK):
+        total += _amount_in_block(weights[start : start + BLOCK], least, counted)
+    return total
+
+
+@compiled
+def _amount_in_block(block: Any, least: Any, counted: bool) -> Any:
+    # takes a slice, because an index that might be negative rules out vector instructions
+    total = np.float32(0)
+    if counted:
+        for at in range(len(block)):
+            total += np.float32(1) if block[at] >= least else np.float32(0)
+    else:
+        for at in range(len(block)):
+            total += block[at] if block[at] >= least else np.float32(0)
+    return total
