@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, ConsoleMessage, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 """Debian's, which scripts/test installs where it can."""
@@ -75,6 +75,11 @@ class Watch:
 class WatchedPage(NamedTuple):
     page: Page
     watch: Watch
+
+
+def row(page: Page, table: str, text: str) -> Locator:
+    """The row with `text` in the table under the heading `table`."""
+    return page.get_by_role("region", name=table).get_by_role("row").filter(has_text=text)
 
 
 @contextmanager

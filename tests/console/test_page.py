@@ -7,7 +7,7 @@ from contextlib import closing
 from playwright.sync_api import Browser, expect
 
 from app.console.routes import POLICY
-from tests.console.browser import Screen, open_page
+from tests.console.browser import Screen, open_page, row
 from tests.console.conftest import KEY
 from tests.deployment import ROOT, Deployment
 
@@ -16,10 +16,10 @@ VENDOR = ROOT / "app/console/static/vendor"
 
 def test_the_page_shows_the_workers(browser: Browser, service: Deployment, screen: Screen) -> None:
     with open_page(browser, service.url, screen) as (page, watch):
-        row = page.get_by_role("row").filter(has_text="echo-1@")
-        expect(row).to_contain_text("ready")
-        expect(row).to_contain_text("registered")
-        expect(page.get_by_role("row").filter(has_text="echo-images-2@")).to_contain_text("ready")
+        chat = row(page, "Workers", "echo-1@")
+        expect(chat).to_contain_text("ready")
+        expect(chat).to_contain_text("registered")
+        expect(row(page, "Workers", "echo-images-2@")).to_contain_text("ready")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
         assert watch.refused == []
 
@@ -70,11 +70,11 @@ def test_a_key_is_asked_for_once_and_stays_in_the_tab(
         expect(page.get_by_role("alert")).to_contain_text("does not know this key")
         field.fill(f" {KEY} ")
         field.press("Enter")
-        expect(page.get_by_role("row").filter(has_text="echo-1@")).to_contain_text("ready")
+        expect(row(page, "Workers", "echo-1@")).to_contain_text("ready")
         expect(field).to_have_count(0)
 
         page.reload()
-        expect(page.get_by_role("row").filter(has_text="echo-1@")).to_contain_text("ready")
+        expect(row(page, "Workers", "echo-1@")).to_contain_text("ready")
         assert all("401" in text for text in watch.refused) and len(watch.refused) == 2
 
         other = page.context.new_page()
