@@ -14,7 +14,7 @@ from app.http.auth import Gate, Limiter
 from app.http.operators import Operators
 from app.http.origin import OriginCheck
 from app.http.request_body import BodyBudget, BodyReader
-from app.images.fetch import ImageFetcher
+from app.image_input.fetch import ImageFetcher
 from app.operations.metrics import Metrics
 from app.operations.warnings import Warnings
 from app.process import WebProcess

@@ -34,7 +34,7 @@ _MASK_NAMES = ("mask", "mask[]")
 _FILE_NAMES = _IMAGE_NAMES + _MASK_NAMES
 
 Fetch = Callable[[str, str], bytes]
-"""Downloads a URL, given for the named field (app.images.fetch.ImageFetcher.fetch)."""
+"""Downloads a URL, given for the named field (app.image_input.fetch.ImageFetcher.fetch)."""
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 

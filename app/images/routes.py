@@ -15,8 +15,8 @@ from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, wallet_sha256
 from app.http.validation import parse
 from app.http.wsgi import add_timings, name_request
+from app.image_input.fetch import ImageFetcher
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
-from app.images.fetch import ImageFetcher
 from app.images.file_response import image_file_response
 from app.images.response import collect_images, images_response, images_response_base64
 from app.images.schema import ImageEditRequest, ImageGenerationRequest, ImageRequest

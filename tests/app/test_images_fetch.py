@@ -1,4 +1,4 @@
-"""app.images.fetch: what is refused before a connection, and what is bounded after it.
+"""app.image_input.fetch: what is refused before a connection, and what is bounded after it.
 
 The listener is a real one on loopback that counts connections. `Rerouted` connects to it in place of every
 allowed target, so that a URL which is allowed by mistake shows as a connection.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from app.images.fetch import PARALLEL, PARALLEL_PER_HOST, TOTAL_S, ImageFetcher
-from app.images.public_address import is_public, is_this_machine
+from app.image_input.fetch import PARALLEL, PARALLEL_PER_HOST, TOTAL_S, ImageFetcher
+from app.image_input.public_address import is_public, is_this_machine
 from protocol.errors import InvalidImage, Overloaded
 from protocol.image_files import MAX_BYTES
 
@@ -359,7 +359,7 @@ def test_an_address_of_this_machine_is_recognised():
 
 
 def test_a_public_address_of_this_machine_is_refused(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.is_this_machine", lambda address: address == PUBLIC)
+    monkeypatch.setattr("app.image_input.fetch.is_this_machine", lambda address: address == PUBLIC)
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
     assert listener.connections == 0
 
@@ -457,7 +457,7 @@ def test_a_body_of_exactly_the_limit_is_accepted(listener):
     ],
 )
 def test_a_slow_response_is_ended_in_time(listener, answer, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
+    monkeypatch.setattr("app.image_input.fetch.TOTAL_S", 0.5)
     listener.answers = [answer]
     begun = time.monotonic()
     assert refusal(Rerouted(listener, NAMES), "http://public.test/") == ONE_TEXT
@@ -465,7 +465,7 @@ def test_a_slow_response_is_ended_in_time(listener, answer, monkeypatch):
 
 
 def test_a_resolver_that_hangs_is_abandoned(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.3)
+    monkeypatch.setattr("app.image_input.fetch.TOTAL_S", 0.3)
     release = threading.Event()
     fetcher = ImageFetcher(resolve=lambda host, port: [PUBLIC] if release.wait(30) else [])
     assert refusal(fetcher, "http://slow.test/") == ONE_TEXT
@@ -497,7 +497,7 @@ def test_only_four_downloads_run_at_a_time(listener):
 def test_a_download_that_waits_too_long_for_a_slot_is_refused_and_other_hosts_are_served(
     listener, monkeypatch
 ):
-    monkeypatch.setattr("app.images.fetch.SLOT_S", 0.2)
+    monkeypatch.setattr("app.image_input.fetch.SLOT_S", 0.2)
     fetcher = Rerouted(listener, NAMES)
     with ExitStack() as slots:
         for _ in range(PARALLEL_PER_HOST):
@@ -512,7 +512,7 @@ def test_a_download_that_waits_too_long_for_a_slot_is_refused_and_other_hosts_ar
 
 
 def test_all_hosts_together_have_a_bound(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.SLOT_S", 0.2)
+    monkeypatch.setattr("app.image_input.fetch.SLOT_S", 0.2)
     fetcher = Rerouted(listener, NAMES)
     with ExitStack() as slots:
         for number in range(PARALLEL):
@@ -522,7 +522,7 @@ def test_all_hosts_together_have_a_bound(listener, monkeypatch):
 
 
 def test_a_body_that_arrives_too_slowly_gives_its_slot_up(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.SLOW_AFTER_S", 0.1)
+    monkeypatch.setattr("app.image_input.fetch.SLOW_AFTER_S", 0.1)
     stop = threading.Event()
 
     def drips(stream: socket.socket) -> None:
@@ -612,7 +612,7 @@ def test_a_redirect_from_https_to_http_is_refused(secure):
 
 
 def test_a_handshake_that_never_ends_is_ended(listener, monkeypatch):
-    monkeypatch.setattr("app.images.fetch.TOTAL_S", 0.5)
+    monkeypatch.setattr("app.image_input.fetch.TOTAL_S", 0.5)
     listener.answers = [raw(b"\x16\x03\x03\x40\x00", b"\x02", pause_s=0.02, forever=True)]
     begun = time.monotonic()
     assert refusal(Rerouted(listener, NAMES), "https://public.test/") == ONE_TEXT
@@ -623,11 +623,11 @@ UNDER_GEVENT = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, sys, time
-import app.images.fetch
-from app.images.fetch import ImageFetcher
+import app.image_input.fetch
+from app.image_input.fetch import ImageFetcher
 from protocol.errors import InvalidImage
 good, drip, tls_drip = sys.argv[1:]
-app.images.fetch.TOTAL_S = 3.0
+app.image_input.fetch.TOTAL_S = 3.0
 fetcher = ImageFetcher(allowed_hosts=["127.0.0.1", "localhost"])
 gaps, last, done = [], time.monotonic(), False
 def tick():

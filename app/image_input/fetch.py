@@ -22,7 +22,7 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse
 from typing import NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
-from app.images.public_address import is_public, is_this_machine
+from app.image_input.public_address import is_public, is_this_machine
 from protocol.errors import InvalidImage, Overloaded
 from protocol.image_files import MAX_BYTES
 
