@@ -7,10 +7,10 @@ image may change, 0 where it must not.
 from io import BytesIO
 from typing import NamedTuple
 
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from protocol.errors import InvalidImage
-from protocol.image_files import open_image
+from workers.engines.image_files import decode_image, flatten
 
 _PNG_COMPRESS_LEVEL = 1
 """The zlib level. For a 1024 x 1024 photo, level 6 takes five times as long (0.5 s) and saves a sixth."""
@@ -34,10 +34,10 @@ def decode_source(image_file: bytes, mask_file: bytes | None) -> Source:
     Raises InvalidImage when pixels can't be decoded, when the mask has another size than the image and when
     it marks no pixel.
     """
-    image = _decode(image_file, "image")
+    image = decode_image(image_file, "image")
     if mask_file is None:
-        return Source(_flatten(image), _transparency_mask(image), mask_requested=False)
-    mask_image = _decode(mask_file, "mask")
+        return Source(flatten(image), _transparency_mask(image), mask_requested=False)
+    mask_image = decode_image(mask_file, "mask")
     if mask_image.size != image.size:
         (width, height), (mask_width, mask_height) = image.size, mask_image.size
         raise InvalidImage(
@@ -47,7 +47,7 @@ def decode_source(image_file: bytes, mask_file: bytes | None) -> Source:
     mask = _transparency_mask(mask_image) or _binarize(mask_image.convert("L"))
     if mask.getbbox() is None:
         raise InvalidImage("mask marks no pixel; make the part to edit transparent or white", param="mask")
-    return Source(_flatten(image), mask, mask_requested=True)
+    return Source(flatten(image), mask, mask_requested=True)
 
 
 def fit(source: Source, size: tuple[int, int]) -> Source:
@@ -69,28 +69,6 @@ def encode_png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     image.convert("RGB").save(buffer, "PNG", compress_level=_PNG_COMPRESS_LEVEL)
     return buffer.getvalue()
-
-
-def _decode(data: bytes, param: str) -> Image.Image:
-    """Decode all pixels as RGB or RGBA, rotated as the EXIF orientation says."""
-    image = open_image(data, param)
-    try:
-        image.load()
-        upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):  # 16-bit grey, whose values Pillow would clip to white
-            upright = upright.convert("I").point(lambda value: value / 256).convert("L")
-        return upright.convert("RGBA" if upright.has_transparency_data else "RGB")
-    except Exception:  # damaged data: OSError, SyntaxError, ValueError, struct.error, ...
-        raise InvalidImage(f"{param} is damaged: its pixels can't be decoded", param=param) from None
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Convert to RGB on a white background."""
-    if image.mode == "RGB":
-        return image
-    flat = Image.new("RGB", image.size, "white")
-    flat.paste(image, mask=image.getchannel("A"))
-    return flat
 
 
 def _transparency_mask(image: Image.Image) -> Image.Image | None:
