@@ -5,22 +5,20 @@ They are read in two steps, so that a body is validated before anything is downl
 `read_image_body` separates the fields from the image files, `ImageBody.attach` loads and checks the files.
 """
 
-import base64
-import binascii
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 from flask import Request
-from gevent import get_hub, monkey
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from app.http.request_body import parse_json
+from app.image_input.source import Fetch, load_image
 from app.images.schema import ABSENT_AS_ZERO
 from catalogue import EDIT, GENERATION, ImageModelEntry, TaskSpec
-from protocol.errors import InvalidImage, InvalidRequest, PayloadTooLarge
-from protocol.image_files import MAX_BYTES, open_image
+from protocol.errors import InvalidRequest, PayloadTooLarge
+from protocol.image_files import MAX_BYTES
 from protocol.jobs import ImageJob
 
 _TEXT_BYTES = 1024 * 1024
@@ -33,9 +31,6 @@ _IMAGE_NAMES = ("image", "image[]", "file")
 _MASK_NAMES = ("mask", "mask[]")
 _FILE_NAMES = _IMAGE_NAMES + _MASK_NAMES
 
-Fetch = Callable[[str, str], bytes]
-"""Downloads a URL, given for the named field (app.image_input.fetch.ImageFetcher.fetch)."""
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
@@ -65,8 +60,8 @@ class ImageBody(NamedTuple):
         """
         if self.image is None:
             raise InvalidRequest("image is required: send the image to edit", param="image")
-        image = _load(self.image, "image", fetch)
-        return image, None if self.mask is None else _load(self.mask, "mask", fetch)
+        image = load_image(self.image, "image", fetch).data
+        return image, None if self.mask is None else load_image(self.mask, "mask", fetch).data
 
 
 def read_image_body(request: Request, body: bytes, *, edit: bool) -> ImageBody:
@@ -194,52 +189,3 @@ def _at_most_one(values: list[_T], param: str) -> _T | None:
     if len(values) > 1:
         raise InvalidRequest(f"{param} was sent {len(values)} times; send one image", param=param)
     return values[0] if values else None
-
-
-def _load(source: bytes | str, param: str, fetch: Fetch) -> bytes:
-    if isinstance(source, str):
-        source = source.strip()
-        is_link = source[:8].lower().startswith(("http://", "https://"))
-        source = fetch(source, param) if is_link else _off_loop(_decode_base64, source, param)
-    if len(source) > MAX_BYTES:
-        raise PayloadTooLarge(
-            f"{param} has {len(source)} bytes; at most {MAX_BYTES} are accepted", param=param
-        )
-    # Pillow decompresses text chunks, profiles and EXIF with the header: up to a second for hostile files
-    _off_loop(open_image, source, param)
-    return source
-
-
-def _decode_base64(text: str, param: str) -> bytes:
-    """Decode a data: URL or plain base64. White space and missing padding are accepted."""
-    if text[:5].lower() == "data:":
-        head, comma, text = text.partition(",")
-        if not comma or not head.lower().endswith(";base64"):
-            raise InvalidImage(
-                f"{param} is a data: URL without base64; send data:image/png;base64,...", param=param
-            )
-    packed = "".join(text.split())
-    try:
-        return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        raise InvalidImage(f"{param} must be an http(s) URL, a data: URL or base64", param=param) from None
-
-
-def _off_loop(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Run a function that takes CPU time in gevent's thread pool, so that it does not delay other requests.
-
-    Without gevent it runs in the current thread, which delays nobody.
-    """
-
-    def attempt() -> tuple[_T, None] | tuple[None, Exception]:
-        try:
-            return function(*args, **kwargs), None
-        except Exception as error:  # returned, because gevent prints exceptions that leave its threads
-            return None, error
-
-    if not monkey.is_module_patched("threading"):
-        return function(*args, **kwargs)
-    result, error = get_hub().threadpool.apply(attempt)
-    if error is not None:
-        raise error
-    return cast("_T", result)

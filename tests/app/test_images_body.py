@@ -313,15 +313,16 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, threading, time
 from io import BytesIO
+import app.image_input.source
 import app.images.body
 from PIL import Image
 from protocol.errors import InvalidImage
 main = gevent.get_hub().thread_ident
-seen, real = [], app.images.body.open_image
+seen, real = [], app.image_input.source.open_image
 def check(data, param):
     seen.append(gevent.monkey.get_original("threading", "get_ident")() != main)
     return real(data, param)
-app.images.body.open_image = check
+app.image_input.source.open_image = check
 buffer = BytesIO()
 Image.new("RGB", (4, 4)).save(buffer, "PNG")
 body = app.images.body.ImageBody(app.images.body.EDIT, {}, False, buffer.getvalue())
