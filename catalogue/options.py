@@ -77,6 +77,16 @@ class ChatEngineOptions(EngineOptions):
         description="encode control tokens such as `</s>` in messages as those that the chat template writes; "
         "false: as text, so that a message can't end its turn or begin another",
     )
+    max_images: int = Field(
+        default=8, ge=1, le=64, description="images in the messages of one request, if the model takes any"
+    )
+    max_image_pixels: int = Field(
+        default=1_572_864,
+        ge=4096,
+        le=16_777_216,
+        description="larger images in messages are scaled down to this width x height. While an image is computed, "
+        "all streams wait",
+    )
     compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
     tool_format: ToolFormat | None = Field(
         default=None,

@@ -50,10 +50,22 @@ class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
     param: str
 
 
+class ChatImage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """An image in the messages of a chat: a PNG, JPEG or WEBP file of which the web process has checked the header.
+
+    `param` is its place in the request's body.
+    """
+
+    data: bytes = b""
+    detail: Literal["auto", "low", "high"] = "auto"
+    param: str = ""
+
+
 class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
     """One chat completion.
 
-    The `content` of each message is a string: the web process joins its parts. `tools` are OpenAI's objects, and
+    The `content` of each message is a string: the web process joins its parts. That of a message with images is a
+    list of parts of the types `text` and `image`; `images` are those of all messages, in order. `tools` are OpenAI's objects, and
     empty if the model must not call any. `strict_tools`: names of those whose arguments must be as their schema
     says. `required_tools`: names of those of which one must be called; none if an answer may do without.
     """
@@ -72,6 +84,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     output_format: OutputFormat | None = None
     wallet_sha256: str | None = None
     """Hash of the field `wallet` that the node sends for its user; for receipts."""
+    images: list[ChatImage] = []
 
 
 class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag="completion", omit_defaults=True):
@@ -163,6 +176,10 @@ def work_of(job: Job) -> float:
     return job.n * (job.num_inference_steps or USUAL_STEPS) * pixels / 2**20
 
 
+_IMAGE_FILES = ("image", "mask")
+_CHAT_FILE = "image."
+"""Followed by the number of an image in the messages."""
+
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Job)
 
@@ -170,8 +187,12 @@ _decoder = msgspec.json.Decoder(Job)
 def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
     """Return a job as JSON, and the images to store beside it by field name."""
     files: dict[str, bytes] = {}
-    if isinstance(job, ImageJob):
-        files = {name: data for name in ("image", "mask") if (data := getattr(job, name)) is not None}
+    if isinstance(job, ChatJob):
+        files = {f"{_CHAT_FILE}{number}": image.data for number, image in enumerate(job.images)}
+        empty = [msgspec.structs.replace(image, data=b"") for image in job.images]
+        job = msgspec.structs.replace(job, images=empty) if empty else job
+    elif isinstance(job, ImageJob):
+        files = {name: data for name in _IMAGE_FILES if (data := getattr(job, name)) is not None}
         job = msgspec.structs.replace(job, image=None, mask=None)
     return _encoder.encode(job), files
 
@@ -179,6 +200,15 @@ def encode(job: Job) -> tuple[bytes, dict[str, bytes]]:
 def decode(body: bytes, files: dict[str, bytes]) -> Job:
     """The reverse of `encode`. Raises msgspec.ValidationError for a job of another version."""
     job: Job = _decoder.decode(body)
-    if files:
-        job = msgspec.structs.replace(job, **files)
-    return job
+    if isinstance(job, ChatJob):
+        images = [
+            msgspec.structs.replace(image, data=files[f"{_CHAT_FILE}{number}"])
+            for number, image in enumerate(job.images)
+        ]
+        return msgspec.structs.replace(job, images=images) if images else job
+    return msgspec.structs.replace(job, **files) if files else job
+
+
+def is_file(field: str) -> bool:
+    """Whether a field of a stored job is one of its files."""
+    return field in _IMAGE_FILES or field.startswith(_CHAT_FILE)

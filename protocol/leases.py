@@ -74,11 +74,13 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     rate: float = 0.0
     """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0: unknown."""
     max_model_len: int = 0
-    """Tokens of prompt and answer together that the loaded model takes; 0: unknown, or it takes images."""
+    """Tokens of prompt and answer together that the loaded model takes; 0: unknown, or not a chat model."""
     kv_cache_usage: float | None = None
     """The part of the KV cache that running chats hold, 0 to 1; None for engines without one."""
     gpu: GpuUsage | None = None
     """None on the CPU, and while the driver does not answer."""
+    takes_images: bool = False
+    """Whether the loaded chat model takes images in messages."""
     protocol: int = PROTOCOL_VERSION
 
 

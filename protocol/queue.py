@@ -29,7 +29,7 @@ CLAIM_GRACE_S = 120
 """How long a claim outlives the longest deadline: no late copy of a message may run the request again."""
 
 MAX_WAITING_BYTES = 256 * 2**20
-"""Images of the waiting jobs of one model; an edit can have 20 MiB."""
+"""Images of the waiting jobs of one model; an edit or a chat can have 20 MiB."""
 
 # Stores a job, adds it to the waiting ones and queues its message. Refuses it by the number of waiting requests, or,
 # where the workers' rate is known, by the time that they will take. A job with images is also refused by the bytes
@@ -251,7 +251,7 @@ class JobQueue:
         remaining_s, flat = float(answer[0]), answer[1]
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         web_id = fields[b"web"].decode()
-        files = {name: fields[name.encode()] for name in ("image", "mask") if name.encode() in fields}
+        files = {name: value for key, value in fields.items() if jobs.is_file(name := key.decode())}
         try:
             job = jobs.decode(fields[b"body"], files)
             queued_s = float(fields[b"deadline"]) - float(fields[b"admitted"]) - remaining_s

@@ -87,6 +87,7 @@ class WorkerStatus:
             last_error=self._last_error or self._registrar.last_error,
             steps=engine.steps,
             max_model_len=engine.max_model_len,
+            takes_images=engine.takes_images,
             slots=self._throughput.slots,
             rate=self._throughput.rate,
             kv_cache_usage=engine.kv_cache_usage,

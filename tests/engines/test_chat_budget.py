@@ -108,9 +108,7 @@ def test_weights_go_from_their_file_to_the_gpu_if_they_fit(
         raise Stop
 
     weights = save_model(tmp_path, CONFIGS["llama"]())
-    monkeypatch.setattr(
-        "workers.engines.chat.model.loader.AutoModelForCausalLM.from_pretrained", from_pretrained
-    )
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", from_pretrained)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, GIB))
     with pytest.raises(Stop):
         _read(entry(weights, dtype="bfloat16"), torch.device("cuda"))

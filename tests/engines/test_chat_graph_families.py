@@ -5,6 +5,7 @@ again, or read what is there by then.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def test_a_model_that_reads_on_the_host_can_not_be_recorded(gpu: StandInGpu, rea
     model = FlashModel("llama", device=GPU)
     forward = ModelForward(model.model)
 
-    def reading(ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None) -> torch.Tensor:
+    def reading(
+        ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, images: Any = None
+    ) -> torch.Tensor:
         if reads == "a value":
             assert positions.max() < 1024
         elif reads == "the host's memory":

@@ -124,7 +124,12 @@ def _paged_attention(cache: KVCache) -> PagedAttention:
 
 def _checked_runner(loaded: LoadedModel, attention: ModelAttention, check: OutputCheck) -> ModelRunner:
     """Let the model's layers call `attention`. Raises EngineLoadError if that changes the model's output."""
-    runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
+    runner = ModelRunner(
+        ModelForward(loaded.model),
+        attention,
+        loaded.device,
+        None if loaded.vision is None else loaded.vision.encoder,
+    )
     loaded.model.set_attn_implementation(attention.register())
     check(runner)
     check.windows(attention)

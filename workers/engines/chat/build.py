@@ -29,6 +29,7 @@ from workers.engines.chat.sampling.scoring import max_scored
 from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
 from workers.engines.chat.speculation import NgramDrafter
+from workers.engines.chat.vision.vision import Vision, warn_blind
 from workers.engines.failures import free_memory
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
@@ -111,6 +112,7 @@ def _build(
     prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[loaded.device.type]
     backend = build_backend(loaded, options, prefill_chunk=prefill_chunk, gpu_share=gpu_share)
     cache = backend.cache
+    vision = _checked_vision(loaded, backend, metrics)
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
@@ -124,6 +126,7 @@ def _build(
         options.tool_format,
         options.control_tokens_in_content,
         vocabulary,
+        vision,
     )
     # a sampled token is also the next step's input
     sampled = sampled_tokens(loaded.tokenizer, min(rows, vocabulary))
@@ -148,6 +151,18 @@ def _build(
         sampled_tokens=sampled,
         torch_threads=torch_threads,
     )
+
+
+def _checked_vision(loaded: LoadedModel, backend: Backend, metrics: Metrics) -> Vision | None:
+    """Return the model's sight, if what the backend computes for an image is the model's own output."""
+    vision = loaded.vision
+    if vision is None:
+        return None
+    vision.encoder.on_progress = metrics.count_image_layer
+    if (reason := vision.refusal(backend.runner, backend.cache)) is not None:
+        warn_blind(loaded.name, loaded.architecture, reason)
+        return None
+    return vision
 
 
 def _default_threads() -> int:

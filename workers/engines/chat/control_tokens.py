@@ -16,15 +16,17 @@ TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, IndexError, A
 """What rendering a template raises if it wants other messages."""
 
 
-def control_tokens(tokenizer: Any) -> dict[str, int]:
+def control_tokens(tokenizer: Any, others: Iterable[str] = ()) -> dict[str, int]:
     """Return a tokenizer's control tokens with their ids.
 
     These are the special tokens, and of the other added tokens those that the tokenizer's config lists as
     `chat_control_tokens`, or else those that a chat template writes and does not look for in messages: a
-    template that removes earlier reasoning looks for `</think>`, which belongs to an answer's text.
+    template that removes earlier reasoning looks for `</think>`, which belongs to an answer's text. `others`
+    are control tokens in any case.
     """
     ids = {added.content: token for token, added in tokenizer.added_tokens_decoder.items()}
     found = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special}
+    found |= ids.keys() & set(others)
     if tokenizer.chat_control_tokens is not None:
         found |= ids.keys() & tokenizer.chat_control_tokens
     else:

@@ -19,10 +19,12 @@ from workers.engines.chat.control_tokens import any_of, by_first_character, cont
 class PromptEncoder:
     """Encodes the prompts for one model. Any number of threads may use it at once."""
 
-    def __init__(self, tokenizer: Any, control_tokens_in_content: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, control_tokens_in_content: bool = False, placeholder: str | None = None
+    ) -> None:
         """`tokenizer`: a transformers tokenizer, which nothing may change afterwards.
 
-        With `control_tokens_in_content` those of a message are encoded as the template's are. Raises
+        `placeholder`: what the chat template writes for an image, a control token in any case. With `control_tokens_in_content` those of a message are encoded as the template's are. Raises
         EngineLoadError if they can't be told apart.
         """
         self._tokenizer = tokenizer
@@ -34,7 +36,8 @@ class PromptEncoder:
             # in the pool of tokenizers, which has a thread for each core, short prompts would wait for long
             # ones; tokenizers reads this at each call
             os.putenv("TOKENIZERS_PARALLELISM", "false")
-        self._controls = {} if control_tokens_in_content else control_tokens(tokenizer)
+        marks = [] if placeholder is None else [placeholder]
+        self._controls = {} if control_tokens_in_content else control_tokens(tokenizer, marks)
         self._mark, secret = _secret(), _secret()
         self._names = {control: secret + chr(0xF0000 + at) for at, control in enumerate(self._controls)}
         self._control = re.compile(any_of(self._controls))

@@ -102,7 +102,7 @@ class ChatEngine:
     def status(self) -> EngineStatus:
         parts, metrics = self._parts, self.metrics
         if parts is None:
-            return EngineStatus(False, 0, 0, metrics.steps)
+            return EngineStatus(False, 0, 0, metrics.progress)
         counts = EngineCounts(
             prompt_tokens=metrics.prompt_tokens,
             generation_tokens=metrics.output_tokens,
@@ -112,12 +112,21 @@ class ChatEngine:
             token_gaps=metrics.token_gaps,
         )
         if not self._thread.is_alive():
-            return EngineStatus(False, 0, 0, metrics.steps, counts=counts)
+            return EngineStatus(False, 0, 0, metrics.progress, counts=counts)
         waiting = len(self._inbox) + len(parts.scheduler.waiting)
         # active_pages and not the cache itself, which the engine thread changes
         usage = metrics.active_pages / parts.cache.num_pages
         running = len(parts.outputs.by_id)
-        return EngineStatus(True, running, waiting, metrics.steps, parts.max_context, usage, counts)
+        return EngineStatus(
+            True,
+            running,
+            waiting,
+            metrics.progress,
+            parts.max_context,
+            usage,
+            counts,
+            parts.prompts.takes_images,
+        )
 
     def close(self) -> None:
         self._closing = True

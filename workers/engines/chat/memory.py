@@ -87,7 +87,8 @@ def step_bytes(
 
     These are a decode step of a full batch, sampled in every way, and then, as the sampler keeps counts of
     tokens, a prefill of `chunk` tokens beside decode rows, and one of a prompt that is scored. Both run through the model's own layers, and with
-    `joined` weights through FusedDecoder. CUDA graphs have memory of their own for the decode step.
+    `joined` weights through FusedDecoder. CUDA graphs have memory of their own for the decode step. A
+    model that takes images also needs the memory for the largest one.
     """
     runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
     loaded.model.set_attn_implementation(attention.register())
@@ -123,7 +124,9 @@ def step_bytes(
     try:
         cache.grow(slot, tokens)
         graphs = peak_bytes(recorded, loaded.device) if options.compile else 0
-        return graphs + peak_bytes(steps, loaded.device)
+        images = peak_bytes(loaded.vision.compute_largest, loaded.device) if loaded.vision is not None else 0
+        # an image is computed before the step that needs it
+        return graphs + max(images, peak_bytes(steps, loaded.device))
     finally:
         cache.release(slot)
         attention.unregister()

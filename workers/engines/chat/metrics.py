@@ -36,5 +36,15 @@ class Metrics:
     step_seconds: float = 0.0
     """Time inside steps, forward passes included."""
     token_gaps: TokenGaps = field(default_factory=TokenGaps)
+    image_layers: int = 0
+    """Layers of the vision tower computed: an image may take longer than any step."""
     model_seconds: float = 0.0
     """Time inside the runner's forward passes. On a GPU they return before the device has finished."""
+
+    @property
+    def progress(self) -> int:
+        """Grows while the engine computes anything."""
+        return self.steps + self.image_layers
+
+    def count_image_layer(self) -> None:
+        self.image_layers += 1

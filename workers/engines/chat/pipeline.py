@@ -75,7 +75,10 @@ class DecodePipeline:
             return None
         if len(rows) < len(step.rows):
             ids = ids.index_select(0, self._uploads.tensors([np.array(rows, np.int64)])[0])
-        chunks = [Chunk(sequence.slot, sequence.length, [0], True) for sequence in sequences]
+        chunks = [
+            Chunk(sequence.slot, sequence.length, [0], True, images=sequence.request.images)
+            for sequence in sequences
+        ]
         logits = self._runner.forward(chunks, ids)
         tokens = self._sampler.sample_later(logits, sequences, ids)
         return LaunchedStep(sequences, chunks, tokens)

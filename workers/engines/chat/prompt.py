@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest
+from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, CompletionJob, SamplingParams, TextJob
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
@@ -18,6 +18,8 @@ from workers.engines.chat.end_tokens import end_tokens
 from workers.engines.chat.grammar.compiler import GrammarCompiler
 from workers.engines.chat.sequence import Request, Sampling, Sequence
 from workers.engines.chat.text_bound import TextBound
+from workers.engines.chat.vision.features import PromptImages
+from workers.engines.chat.vision.vision import Vision
 
 RESERVED_TEMPLATE_NAMES = frozenset(
     {
@@ -50,13 +52,15 @@ class PromptBuilder:
         tool_format: str | None = None,
         control_tokens_in_content: bool = False,
         logits: int | None = None,
+        vision: Vision | None = None,
     ) -> None:
         """`generation` and `config`: the model's generation config and its config for text.
 
         `vocabulary_size`: number of rows of the embedding. `logits`: that of the logits, if it differs.
         `max_context`: limit of prompt and answer together, in tokens.
         `tool_format`: the catalogue's, None: as the chat template shows it.
-        `control_tokens_in_content`: see PromptEncoder. Raises EngineLoadError.
+        `control_tokens_in_content`: see PromptEncoder. `vision`: of a model that takes images. Raises
+        EngineLoadError.
         """
         self._tokenizer = tokenizer
         self._generation = generation
@@ -65,9 +69,16 @@ class PromptBuilder:
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
         self._eos = end_tokens(generation, config, tokenizer)
-        self._encoder = PromptEncoder(tokenizer, control_tokens_in_content)
+        self._vision = vision
+        placeholder = vision.reader.placeholder if vision is not None else None
+        self._encoder = PromptEncoder(tokenizer, control_tokens_in_content, placeholder)
         self.grammars = GrammarCompiler(tokenizer, max(vocabulary_size, logits or 0), self._eos)
         self._bound = TextBound(tokenizer)
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether messages may have images."""
+        return self._vision is not None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -83,16 +94,20 @@ class PromptBuilder:
         return self._chat(job, cancelled) if isinstance(job, ChatJob) else self._completion(job, cancelled)
 
     def _chat(self, job: ChatJob, cancelled: Callable[[], bool]) -> Request:
+        self._check_images(job)
         # the text counts, and not the messages: a template may leave out parts of them, as earlier reasoning
         text = self.render(job)
         self._check_length(self._encoder.plain(text), "messages", cancelled)
-        prompt = self._encoder.encode(text)
+        prompt, images = self._encoder.encode(text), None
+        if job.images:
+            prompt, images = self._with_images(prompt, job, cancelled)
         if not prompt:
             raise InvalidRequest(
                 "the model's chat template turns these messages into an empty prompt", param="messages"
             )
         request = self._request(job, prompt, "messages")
         sampling = request.sampling
+        request.images = images
         grammar = None
         if (wanted := self._answers.constraint(job) or job.output_format) is not None:
             reasoning = self._answers.before_content(job, text)
@@ -165,6 +180,36 @@ class PromptBuilder:
             raise self._too_long(f"at least {tokens}", param)
         if cancelled():
             raise Cancelled
+
+    def _check_images(self, job: ChatJob) -> None:
+        """Raise UnsupportedParameter if the model takes no images, InvalidRequest if it takes fewer."""
+        if not job.images:
+            return
+        if self._vision is None:
+            raise UnsupportedParameter(
+                f"model {job.model!r} takes no images; send text parts", param=job.images[0].param
+            )
+        if len(job.images) > (most := self._vision.max_images):
+            raise InvalidRequest(
+                f"the messages have {len(job.images)} images; model {job.model!r} takes at most {most}",
+                param=job.images[most].param,
+            )
+
+    def _with_images(
+        self, prompt: list[int], job: ChatJob, cancelled: Callable[[], bool]
+    ) -> tuple[list[int], PromptImages]:
+        """Return the prompt with its images' tokens. Raises what ImageReader does, and Cancelled."""
+        assert self._vision is not None
+        images = []
+        total = len(prompt) - len(job.images)
+        for image in job.images:
+            if cancelled():
+                raise Cancelled
+            images.append(self._vision.reader.read(image))
+            total += len(images[-1].ids)
+            if total >= self._max_context:
+                raise self._too_long(f"at least {total}", "messages")
+        return self._vision.reader.place(prompt, images)
 
     def _too_long(self, tokens: str, param: str) -> ContextLengthExceeded:
         """The error in OpenAI's words, which routers recognize."""

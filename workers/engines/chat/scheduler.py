@@ -56,7 +56,10 @@ class ScheduledBatch:
 
     def _draft_rows(self, sequence: Sequence, last: Chunk) -> list[Chunk]:
         drafts = self.drafts.get(sequence, ())
-        return [Chunk(last.slot, last.end + at, [token], True) for at, token in enumerate(drafts)]
+        return [
+            Chunk(last.slot, last.end + at, [token], True, images=last.images)
+            for at, token in enumerate(drafts)
+        ]
 
     def split(self) -> list["ScheduledBatch"]:
         """The same work as batches of one sequence each."""
@@ -202,7 +205,7 @@ class BatchScheduler:
     def remember(self, sequence: Sequence) -> None:
         """Keep what a running sequence has computed for later prompts with the same beginning."""
         if self._prefixes is not None and sequence.status is SequenceStatus.RUNNING:
-            self._prefixes.store(sequence.slot, sequence.tokens(0, sequence.computed))
+            self._prefixes.store(sequence.slot, sequence.keys(0, sequence.computed))
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
         """Remove sequences that have ended, whatever their status."""
@@ -251,7 +254,7 @@ class BatchScheduler:
         # a long prompt isn't looked up again before the number of free pages has changed
         if not fits and self._refused == (sequence, free):
             return None
-        prefix = self._prefixes.match(sequence.tokens(0, sequence.length - 1))
+        prefix = self._prefixes.match(sequence.keys(0, sequence.length - 1))
         in_use = sum(map(self._cache.in_use, prefix.pages))
         if fits or self._room_for(sequence, in_use) > 0:
             return prefix

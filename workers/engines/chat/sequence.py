@@ -15,6 +15,7 @@ from workers.engines.chat.detokenizer import Detokenizer
 if TYPE_CHECKING:
     from workers.engines.chat.grammar.matcher import Grammar
     from workers.engines.chat.speculation import NgramIndex
+    from workers.engines.chat.vision.features import PromptImages
 
 
 GREEDY_BELOW = 1e-5
@@ -61,6 +62,8 @@ class Chunk(NamedTuple):
     """Whether the step needs the logits after the last token."""
     scored: bool = False
     """Whether the step needs the logits after every token: those of a prompt that is scored."""
+    images: "PromptImages | None" = None
+    """Of the sequence's prompt; None: it has none, and positions are the numbers of the tokens."""
 
     @property
     def end(self) -> int:
@@ -98,6 +101,8 @@ class Request:
     """Prompt tokens whose log probabilities were sent."""
     reports_stop_token: bool = False
     """Whether logprobs include the token that ended a choice, which has no text."""
+    images: "PromptImages | None" = None
+    """None: the prompt has none."""
 
     @property
     def unscored(self) -> bool:
@@ -179,15 +184,22 @@ class Sequence:
             return self.output[start - len(prompt) : end - len(prompt)]
         return prompt[start:end] + self.output[: max(0, end - len(prompt))]
 
+    def keys(self, start: int, end: int) -> list[int]:
+        """What the prefix cache knows the tokens start..end by: those of an image are known by its bytes, too."""
+        tokens, images = self.tokens(start, end), self.request.images
+        return tokens if images is None else images.keys(tokens, start)
+
     def chunk(self, count: int) -> Chunk:
         """The next `count` tokens to compute. Logits are wanted if they are the last ones."""
         start, end = self.computed, self.computed + count
-        return Chunk(self.slot, start, self.tokens(start, end), end == self.length, self.request.unscored)
+        tokens = self.tokens(start, end)
+        scored, images = self.request.unscored, self.request.images
+        return Chunk(self.slot, start, tokens, end == self.length, scored, images)
 
     def last_token(self) -> Chunk:
         """The chunk of a sequence with one uncomputed token: `chunk(1)`, at less cost."""
         tokens = self.output or self.request.prompt
-        return Chunk(self.slot, self.computed, tokens[-1:], True)
+        return Chunk(self.slot, self.computed, tokens[-1:], True, images=self.request.images)
 
     def take_delta(
         self, text: str, finish_reason: str | None = None, stop_reason: int | str | None = None

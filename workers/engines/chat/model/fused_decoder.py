@@ -7,7 +7,7 @@ transformers' layers are used if it differs, and for every other architecture.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import nn
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.model.layers import LayerAttention, LayerOperations, Norm
 from workers.engines.chat.model.linear import LinearProduct, join, linear_product
+
+if TYPE_CHECKING:
+    from workers.engines.chat.vision.encoder import ImageInput
 
 ARCHITECTURES = frozenset({"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"})
 """Models whose layers are norm, attention with rotary positions, residual, norm, gated MLP, residual.
@@ -90,14 +93,19 @@ class FusedDecoder:
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        outputs: torch.Tensor | None,
+        images: "ImageInput | None" = None,
     ) -> torch.Tensor:
         """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
 
-        ids, positions int64 [tokens].
+        ids, positions int64 [tokens]. `images` replaces the ids; in these architectures positions are in order.
         """
         ops = self._operations
-        x = F.embedding(ids, self._embedding).to(self._dtype)
+        x = F.embedding(ids, self._embedding) if images is None else images.embeds
+        x = x.to(self._dtype)
         normed = ops.norm(x, self._first_norm)
         for layer in self._layers:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)

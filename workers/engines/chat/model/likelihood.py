@@ -32,8 +32,7 @@ def refuse_nonsense(loaded: LoadedModel) -> None:
     try:
         logits = loaded.model(input_ids=ids[None], use_cache=False).logits[0].float()
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        name = type(loaded.model).__name__
-        raise EngineLoadError(f"{name} can't be served: {first_line(error)}") from error
+        raise EngineLoadError(f"{loaded.architecture} can't be served: {first_line(error)}") from error
     if not bool(logits.isfinite().all()):
         raise EngineLoadError("the weights are damaged: the model's logits are not finite")
     if len(ids) < 2 or not _is_trained(loaded.model):

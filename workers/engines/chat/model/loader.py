@@ -4,6 +4,7 @@ A model must be decoder-only with standard attention caches. output_check.py fin
 doesn't tell.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from catalogue import ChatEngineOptions, ChatModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 from workers.engines.chat.model.precision import Precision, choose_precision
 from workers.engines.chat.model.tokenizer import load_tokenizer
+from workers.engines.chat.vision.language_model import auto_class, language_model, takes_images
+from workers.engines.chat.vision.template import adopt_template
+from workers.engines.chat.vision.vision import Vision, load_vision
 from workers.engines.checkpoint import refuse_broken_files, refuse_incomplete
 from workers.engines.device import choose_device
 from workers.engines.load_errors import load_error, refuse_too_large
@@ -48,6 +52,14 @@ class LoadedModel:
     device: torch.device
     name: str
     precision: Precision
+    vision: Vision | None = None
+    """None: the model takes no images."""
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class."""
+        name: str = getattr(self.model, "architecture", type(self.model).__name__)
+        return name
 
 
 def load_model(entry: ChatModelEntry) -> LoadedModel:
@@ -56,6 +68,12 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     device = choose_device()
     config, tokenizer, model, precision = _read(entry, device)
     model = model.to(device).eval()
+    source = _source(entry)
+    vision = None
+    if takes_images(config):
+        adopt_template(tokenizer, entry.weights, source)
+        vision = load_vision(model, config, entry, source, copy.deepcopy(tokenizer))
+        model = language_model(model)
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
         raise EngineLoadError(f"{type(model).__name__} has no standard attention cache")
     if not tokenizer.chat_template:
@@ -70,7 +88,13 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
         device=device,
         name=entry.name,
         precision=precision,
+        vision=vision,
     )
+
+
+def _source(entry: ChatModelEntry) -> dict[str, Any]:
+    """The arguments of `from_pretrained`."""
+    return {"revision": entry.revision, "trust_remote_code": False}
 
 
 def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig, Any, Any, Precision]:
@@ -78,7 +102,7 @@ def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig
 
     Raises EngineLoadError, or what transformers does.
     """
-    source: dict[str, Any] = {"revision": entry.revision, "trust_remote_code": False}
+    source = _source(entry)
     folder = Path(entry.weights)
     # of the hub's files the client library checks the sizes
     refuse_broken_files(folder.iterdir() if folder.is_dir() else [])
@@ -89,10 +113,10 @@ def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig
     dtype = precision.dtype
     if not hasattr(config, "quantization_config"):
         with torch.device("meta"):
-            refuse_too_large([AutoModelForCausalLM.from_config(config, dtype=dtype)], device)
+            refuse_too_large([auto_class(config).from_config(config, dtype=dtype)], device)
     # each weight goes from its file to the GPU; otherwise the host's memory would have to hold all of them
     place = {"device_map": {"": device}} if device.type == "cuda" else {}
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = auto_class(config).from_pretrained(
         entry.weights,
         config=config,
         dtype=dtype,

@@ -66,7 +66,7 @@ class OutputCheck:
     def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
         self._loaded = loaded
         self._cache = cache
-        self._name = type(loaded.model).__name__
+        self._name = loaded.architecture
         room = min(cache.num_pages * cache.page_size, loaded.max_context) - 1
         # random tokens: they attend to more of each other than those of a regular series or a text, and so
         # show a wrong attention better

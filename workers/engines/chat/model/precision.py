@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from workers.engines.chat.model.linear import LinearProduct, linear_product
+from workers.engines.chat.vision.language_model import auto_class, text_layers
 from workers.engines.device import half_precision
 
 ROWS = (1, 16, 64)
@@ -66,7 +67,8 @@ def has_bfloat16() -> bool:
 def layer_shapes(config: PreTrainedConfig) -> list[torch.Size]:
     """The shape [out_features, in_features] of each linear module of a model's first layer."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
+    model = text_layers(model) or model
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     # such as "model.layers.0.self_attn.q_proj"
     return [module.weight.shape for name, module in linears if _first_number(name) == "0"]

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -10,6 +10,9 @@ import torch
 from workers.engines.chat.attention.base import ModelAttention, count_rows
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sequence import Chunk
+
+if TYPE_CHECKING:
+    from workers.engines.chat.vision.encoder import ImageEncoder, ImageInput
 
 
 class DecodeStep(NamedTuple):
@@ -42,11 +45,15 @@ class Forward(Protocol):
     """A model's forward pass over the tokens of a step, all as one row."""
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        outputs: torch.Tensor | None,
+        images: "ImageInput | None" = None,
     ) -> torch.Tensor:
         """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
 
-        ids, positions int64 [tokens].
+        ids, positions int64 [tokens]. `images` replaces both.
         """
 
 
@@ -58,10 +65,24 @@ class ModelForward:
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def __call__(
-        self, ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        outputs: torch.Tensor | None,
+        images: "ImageInput | None" = None,
     ) -> torch.Tensor:
         keep = {"logits_to_keep": outputs} if self._keeps_logits and outputs is not None else {}
-        out = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+        if images is None:
+            out = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+        else:
+            out = self._model(
+                inputs_embeds=images.embeds[None],
+                # [1, tokens] or [3, 1, tokens]
+                position_ids=images.positions.unsqueeze(-2),
+                use_cache=False,
+                **images.extra,
+                **keep,
+            )
         logits: torch.Tensor = out.logits[0]
         return logits if outputs is None or self._keeps_logits else logits[outputs]
 
@@ -69,8 +90,16 @@ class ModelForward:
 class ModelRunner:
     """Turns chunks into the model's input, lets attention prepare for them, and calls `model_forward`."""
 
-    def __init__(self, model_forward: Forward, attention: ModelAttention, device: torch.device) -> None:
+    def __init__(
+        self,
+        model_forward: Forward,
+        attention: ModelAttention,
+        device: torch.device,
+        encoder: "ImageEncoder | None" = None,
+    ) -> None:
+        """`encoder`: of a model that takes images."""
         self.model_forward = model_forward
+        self._encoder = encoder
         self.attention = attention
         self.uploads = Uploads(device)
 
@@ -80,20 +109,21 @@ class ModelRunner:
         inputs = self.uploads.tensors([*model_input(chunks), *self.attention.prepare(chunks)])
         if ids is not None:
             inputs[0][0].copy_(ids)
-        return self.run(inputs).float()
+        images = None if self._encoder is None else self._encoder.inputs(chunks, inputs[0][0])
+        return self.run(inputs, images).float()
 
     def decode_steps(self) -> list[DecodeStep]:
         """Implements Runner.decode_steps: kernels divide few rows among the multiprocessors in other ways."""
         return [DecodeStep(f"rows: {rows}", rows, self.forward) for rows in (1, 2, 4, 8)]
 
-    def run(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+    def run(self, inputs: list[torch.Tensor], images: "ImageInput | None" = None) -> torch.Tensor:
         """Run the forward pass that attention was prepared for last. Returns logits in the model's dtype.
 
-        `inputs`: `model_input` and attention's own, on the device.
+        `inputs`: `model_input` and attention's own, on the device. `images`: of a step that computes any.
         """
         (ids, positions), outputs, *others = inputs
         self.attention.bind(others)
-        return self.model_forward(ids, positions, None if len(outputs) == len(ids) else outputs)
+        return self.model_forward(ids, positions, None if len(outputs) == len(ids) else outputs, images)
 
 
 def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
@@ -103,11 +133,16 @@ def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
     """
     rows = count_rows(chunks)
     ids = [chunk.tokens[0] for chunk in chunks[:rows]]
-    positions = [chunk.start for chunk in chunks[:rows]]
+    positions = [
+        chunk.start if chunk.images is None else chunk.images.position(chunk.start) for chunk in chunks[:rows]
+    ]
     outputs = [at for at, chunk in enumerate(chunks[:rows]) if chunk.wants_logits or chunk.scored]
     for chunk in chunks[rows:]:
         ids += chunk.tokens
-        positions += range(chunk.start, chunk.end)
+        if chunk.images is None:
+            positions += range(chunk.start, chunk.end)
+        else:
+            positions += chunk.images.positions(chunk.start, chunk.end)[0].tolist()
         if chunk.scored:
             outputs += range(len(ids) - len(chunk.tokens), len(ids))
         elif chunk.wants_logits:
