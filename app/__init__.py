@@ -7,6 +7,7 @@ from functools import partial
 
 from flask import Flask
 
+from app.chat.routes import ChatInputs
 from app.chat.routes import blueprint as chat_blueprint
 from app.chat.text_routes import blueprint as completions_blueprint
 from app.chat.tokens_routes import blueprint as tokens_blueprint
@@ -53,7 +54,13 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     register_error_handlers(app)
     app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), partial(note_ended, services.activity))  # type: ignore[method-assign, assignment]
 
-    for blueprint in (chat_blueprint, completions_blueprint, tokens_blueprint):
+    app.register_blueprint(
+        chat_blueprint(
+            ChatInputs(catalogue, services.dispatcher, services.worker_view, services.fetcher.fetch),
+            services.bodies,
+        )
+    )
+    for blueprint in (completions_blueprint, tokens_blueprint):
         app.register_blueprint(
             blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
         )

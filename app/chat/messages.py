@@ -1,6 +1,7 @@
 """The messages of a chat as clients send them, and as chat templates expect them."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from pydantic import (
@@ -23,6 +24,8 @@ MAX_DEPTH = 100
 
 FunctionName = Annotated[StrictStr, Field(pattern=FUNCTION_NAME)]
 CallId = Annotated[StrictStr, Field(min_length=1, max_length=256)]
+
+IMAGE_ROLES = ("user", "tool")
 
 OF_ONE_ROLE = {
     "tool_calls": "assistant",
@@ -52,20 +55,53 @@ def _state_roles(schema: dict[str, Any]) -> None:
     ]
 
 
-def _part_of(kind: str) -> dict[str, Any]:
-    return {"properties": {"type": {"const": kind}, kind: {"type": "string"}}, "required": ["type", kind]}
+def _part_of(kind: str, types: list[str]) -> dict[str, Any]:
+    return {"properties": {"type": {"const": kind}, kind: {"type": types}}, "required": ["type", kind]}
+
+
+class ImageSource(NamedTuple):
+    """An image as a request has it. `param`: its place in the body."""
+
+    url: str
+    detail: Literal["auto", "low", "high"]
+    param: str
+
+
+class ImageUrl(BaseModel):
+    """A link, or the image itself as a data: URL."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    url: StrictStr
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class ContentPart(BaseModel):
-    """One part of a message's content: text, or an assistant's refusal. Other types are refused by name."""
+    """One part of a message's content: text, an image, or an assistant's refusal. Others are refused by name."""
 
     model_config = ConfigDict(
-        extra="ignore", json_schema_extra={"anyOf": [_part_of("text"), _part_of("refusal")]}
+        extra="ignore",
+        json_schema_extra={
+            "anyOf": [
+                _part_of("text", ["string"]),
+                _part_of("refusal", ["string"]),
+                _part_of("image_url", ["string", "object"]),
+            ]
+        },
     )
 
-    type: Annotated[StrictStr, WithJsonSchema({"enum": ["text", "refusal"]})]
+    type: Annotated[StrictStr, WithJsonSchema({"enum": ["text", "refusal", "image_url"]})]
     text: StrictStr | None = None
     refusal: StrictStr | None = None
+    image_url: ImageUrl | StrictStr | None = None
+
+    def image(self, place: str) -> ImageSource | None:
+        """The image of the part; None for one of another type. `place`: the part's path in the body."""
+        if self.type != "image_url" or self.image_url is None:
+            return None
+        if isinstance(self.image_url, str):
+            return ImageSource(self.image_url, "auto", place)
+        return ImageSource(self.image_url.url, self.image_url.detail or "auto", place)
 
     @property
     def own_text(self) -> str | None:
@@ -116,8 +152,9 @@ class ChatMessage(BaseModel):
     def to_template(self, place: str) -> dict[str, Any]:
         """Return the message for a chat template. `place`: its path in the body, "messages.0".
 
-        Text parts are joined, the role "developer" is "system", arguments of calls are objects. Raises
-        InvalidRequest and UnsupportedParameter.
+        Text parts are joined, or are `{"type": "text", "text": ...}` beside `{"type": "image"}` in a message with
+        images. The role "developer" is "system", arguments of calls are objects. Raises InvalidRequest and
+        UnsupportedParameter.
         """
         for name, role in OF_ONE_ROLE.items():
             if getattr(self, name) is not None and self.role != role:
@@ -128,7 +165,7 @@ class ChatMessage(BaseModel):
         message: dict[str, Any] = {
             "role": "system" if self.role == "developer" else self.role,
             # templates join it with other text, whether or not there are calls
-            "content": self._text(place) or self.refusal or "",
+            "content": self._content(place) or self.refusal or "",
         }
         if (reasoning := first_given(self.reasoning_content, self.reasoning)) is not None:
             message["reasoning_content"] = reasoning
@@ -149,18 +186,42 @@ class ChatMessage(BaseModel):
                 message[name] = value
         return message
 
-    def _text(self, place: str) -> str | None:
+    def images(self, place: str) -> Iterator[ImageSource]:
+        """Yield the images of the message. `place`: as for `to_template`."""
+        if isinstance(self.content, list):
+            for number, part in enumerate(self.content):
+                if (image := part.image(f"{place}.content.{number}")) is not None:
+                    yield image
+
+    def _content(self, place: str) -> str | list[dict[str, Any]] | None:
         if not isinstance(self.content, list):
             return self.content
-        texts = []
+        parts: list[dict[str, Any]] = []
         for number, part in enumerate(self.content):
-            if (text := part.own_text) is None:
+            param = f"{place}.content.{number}"
+            if (text := part.own_text) is not None:
+                parts.append({"type": "text", "text": text})
+            elif part.image(param) is None:
                 raise UnsupportedParameter(
-                    f"content parts of type {part.type!r} are not supported by this model; send text parts",
-                    param=f"{place}.content.{number}",
+                    f"content parts of type {part.type[:40]!r} are not supported as they were sent; send"
+                    " text or image_url parts",
+                    param=param,
                 )
-            texts.append(text)
-        return "".join(texts)
+            elif self.role not in IMAGE_ROLES:
+                raise InvalidRequest(
+                    f"images belong into messages with the role {' or '.join(IMAGE_ROLES)}, not {self.role}",
+                    param=param,
+                )
+            else:
+                parts.append({"type": "image"})
+        if any(part["type"] == "image" for part in parts):
+            return parts
+        return "".join(part["text"] for part in parts)
+
+
+def images_of(messages: list[ChatMessage]) -> list[ImageSource]:
+    """Return the images of all messages, in order."""
+    return [image for index, message in enumerate(messages) for image in message.images(f"messages.{index}")]
 
 
 def is_too_deep(value: Any) -> bool:

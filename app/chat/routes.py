@@ -1,5 +1,6 @@
 """POST /v1/chat/completions."""
 
+import time
 import uuid
 from typing import Any, NamedTuple
 
@@ -7,23 +8,44 @@ import msgspec
 from flask import Blueprint, Response, request
 
 from app.chat.completion import completion
+from app.chat.images import MAX_TOTAL_BYTES, load_images
+from app.chat.messages import ImageSource
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.schema import ChatCompletionRequest
 from app.chat.stream import stream_response
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
+from app.dispatch.worker_view import WorkerView
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
 from app.http.validation import parse
 from app.http.wsgi import add_timings, name_request
-from catalogue import CHAT, Catalogue
+from app.image_input.source import Fetch
+from catalogue import CHAT, Catalogue, ChatModelEntry
+from protocol.errors import PayloadTooLarge, UnsupportedParameter
+from protocol.jobs import ChatImage
 
-MAX_BODY_BYTES = 8 * 2**20
+MAX_TEXT_BYTES = 8 * 2**20
+"""Of a body without its images."""
+
+MAX_BODY_BYTES = MAX_TEXT_BYTES + MAX_TOTAL_BYTES * 4 // 3
+MAX_DELIMITERS = 2**20
+"""Commas and opening brackets of a body that is longer than MAX_TEXT_BYTES: as JSON becomes Python's objects, most of
+which have fifty times the size of their text. Images in base64 have none."""
 
 
-def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReader) -> Blueprint:
+class ChatInputs(NamedTuple):
+    """What turns bodies into jobs."""
+
+    catalogue: Catalogue
+    dispatcher: Dispatcher
+    worker_view: WorkerView
+    fetch: Fetch
+
+
+def blueprint(inputs: ChatInputs, bodies: BodyReader) -> Blueprint:
     """Make the blueprint of the chat endpoint."""
     routes = Blueprint("chat", __name__)
 
@@ -31,7 +53,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
         with bodies.read(request, MAX_BODY_BYTES) as body:
-            params, reader = _submit(parse_json(body), catalogue, dispatcher, connection)
+            params, reader = _submit(body, inputs, connection)
         del body
         try:
             response = _respond(params, reader, connection)
@@ -57,13 +79,22 @@ class _ResponseParams(NamedTuple):
 
 
 def _submit(
-    raw: dict[str, Any], catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
+    received: bytes, inputs: ChatInputs, connection: Connection
 ) -> tuple[_ResponseParams, EventReader]:
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
+    started = time.monotonic()
+    raw = _parse_json(received)
     body = parse(ChatCompletionRequest, raw)
-    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", find_model(catalogue, body.model, CHAT))
+    entry = find_model(inputs.catalogue, body.model, CHAT)
+    job = body.to_job(f"cmpl-{uuid.uuid4().hex}", entry)
     job = msgspec.structs.replace(job, wallet_sha256=wallet_sha256(raw))
     name_request(job.id, job.model)
+    sources = body.images()
+    if len(received) - sum(len(source.url) for source in sources) > MAX_TEXT_BYTES:
+        raise _too_large(received)
+    if sources:
+        # everything else is validated before an image is downloaded
+        job = msgspec.structs.replace(job, images=_load_images(sources, entry, inputs, connection, started))
     params = _ResponseParams(
         job.id,
         job.model,
@@ -72,9 +103,44 @@ def _submit(
         include_usage=body.includes_usage,
         ignored=ignored_params(body, raw),
     )
-    reader = dispatcher.begin(job, CHAT, connection)
+    reader = inputs.dispatcher.begin(job, CHAT, connection, started=started)
     current_access().times = reader.timings
     return params, reader
+
+
+def _parse_json(body: bytes) -> dict[str, Any]:
+    """Parse a body of at most MAX_BODY_BYTES. Raises InvalidRequest, and PayloadTooLarge for one that is not mostly
+    images."""
+    if len(body) > MAX_TEXT_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_DELIMITERS:
+        raise _too_large(body)
+    return parse_json(body)
+
+
+def _too_large(body: bytes) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"the body has {len(body)} bytes; at most {MAX_TEXT_BYTES} are accepted besides images"
+    )
+
+
+def _load_images(
+    sources: list[ImageSource],
+    entry: ChatModelEntry,
+    inputs: ChatInputs,
+    connection: Connection,
+    started: float,
+) -> list[ChatImage]:
+    inputs.dispatcher.refuse_early(entry.name)
+    if not inputs.worker_view.takes_images(entry.name):
+        raise UnsupportedParameter(
+            f"model {entry.name!r} takes no images; send text parts", param=sources[0].param
+        )
+    return load_images(
+        sources,
+        inputs.fetch,
+        most=entry.engine.max_images,
+        ends_at=started + CHAT.deadline_s(inputs.dispatcher.settings),
+        disconnected=connection.disconnected,
+    )
 
 
 def _respond(params: _ResponseParams, reader: EventReader, connection: Connection) -> Response:

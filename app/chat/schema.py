@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, StrictInt, StrictStr, WithJsonSchema
 
-from app.chat.messages import ChatMessage
+from app.chat.messages import ChatMessage, ImageSource, images_of
 from app.chat.sampling import SamplingFields, stream_options_need_stream
 from app.chat.tools import ToolChoice, Tools, tools_for_job
 from catalogue import ChatDefaults, ChatModelEntry
@@ -62,9 +62,13 @@ class ChatCompletionRequest(SamplingFields):
     prediction: Annotated[Any, _unsupported("prediction")] = None
     web_search_options: Annotated[Any, _unsupported("web_search_options")] = None
 
+    def images(self) -> list[ImageSource]:
+        """Return the images of all messages, in order."""
+        return images_of(self.messages)
+
     def to_job(self, request_id: str, entry: ChatModelEntry) -> ChatJob:
-        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
-        it is None and the model's generation config decides.
+        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else it is
+        None and the model's generation config decides. The files of images are added later (app/chat/images.py).
 
         Raises InvalidRequest and UnsupportedParameter.
         """

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema, model_validator
 
-from app.chat.messages import ChatMessage
+from app.chat.messages import ChatMessage, images_of
 from app.chat.sampling import TokenId
 from app.chat.schema import MAX_MESSAGES
 from app.chat.tools import Tools, tools_for_job
@@ -74,6 +74,8 @@ class TokenizeRequest(BaseModel):
             )
         if self.messages is None:
             return None
+        if images := images_of(self.messages):
+            raise UnsupportedParameter("images are not counted here; send text parts", param=images[0].param)
         if self.add_special_tokens:
             raise UnsupportedParameter(
                 "add_special_tokens is not supported beside messages: the chat template writes such tokens",

@@ -177,7 +177,7 @@ class Dispatcher:
         draining_for_s: Callable[[], float],
     ) -> None:
         """`connected` and `draining_for_s` are those of app.process.WebProcess."""
-        self._settings = settings
+        self.settings = settings
         self._web_id = web_id
         self._queue = queue
         self._router = router
@@ -212,14 +212,16 @@ class Dispatcher:
         client: Client,
         timings: Timings | None = None,
         signal: "threading.Lock | None" = None,
+        started: float | None = None,
     ) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
 
-        `signal`: what wakes the reader, if it shares one. Raises a ServiceError if the job is refused. A job that may
+        `signal`: what wakes the reader, if it shares one. `started`: when the request did, by the monotonic clock;
+        None: now. Raises a ServiceError if the job is refused. A job that may
         or may not have been queued is cancelled.
         """
         try:
-            return self._begin(job, task, client, timings, signal)
+            return self._begin(job, task, client, timings, signal, started)
         except ServiceError as error:
             self._metrics.rejected(job.model, error.code)
             raise
@@ -231,16 +233,19 @@ class Dispatcher:
         client: Client,
         timings: Timings | None,
         signal: "threading.Lock | None",
+        started: float | None,
     ) -> EventReader:
         timings = timings or Timings(self._metrics.times_of(job.model))
-        deadline_s = task.deadline_s(self._settings)
-        ends_at = time.monotonic() + deadline_s
-        self._refuse_early(job.model)
+        now = time.monotonic()
+        ends_at = task.deadline_s(self.settings) + (now if started is None else started)
+        if (deadline_s := ends_at - now) <= 0:
+            raise DeadlineExceeded
+        self.refuse_early(job.model)
         if not self._admissions.acquire(timeout=min(ADMISSION_WAIT_S, deadline_s / 2)):
             raise Overloaded("too many requests arrived at once; try again soon")
         try:
             # a request that had to wait for its turn must not find out by a timeout that Redis is gone
-            self._refuse_early(job.model)
+            self.refuse_early(job.model)
             return self._admit(job, client, ends_at, timings, self._router.open(job.id, job.model, signal))
         finally:
             self._admissions.release()
@@ -260,7 +265,7 @@ class Dispatcher:
                 job,
                 web_id=self._web_id,
                 deadline_s=ends_at - time.monotonic(),
-                max_waiting=self._settings.max_waiting,
+                max_waiting=self.settings.max_waiting,
                 rate=self._worker_view.rate(job.model),
             )
         except QueueUnavailable:
@@ -273,7 +278,7 @@ class Dispatcher:
             raise
         return reader
 
-    def _refuse_early(self, model: str) -> None:
+    def refuse_early(self, model: str) -> None:
         """Refuse a job that could not be processed now, before anything is written for it."""
         if not self._connected():
             raise QueueUnavailable

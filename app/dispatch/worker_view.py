@@ -76,6 +76,11 @@ class WorkerView:
         ]
         return min(known, default=None)
 
+    def takes_images(self, model: str) -> bool:
+        """Whether every ready worker of `model` takes images in messages. True while none is ready."""
+        ready = [record for record in self._records if record.model == model and record.state == "ready"]
+        return all(record.takes_images for record in ready)
+
     def unserved_s(self, model: str) -> float:
         """Return for how long, without a gap in observation, `model` has had no worker that is ready or loads."""
         since_served = self._refreshed_at - self._served_at.get(model, -math.inf)

@@ -41,6 +41,7 @@ def blueprint(
     routes = Blueprint("images", __name__)
 
     def create(*, edit: bool) -> Response:
+        started = time.monotonic()
         # a form with an image is an edit at both endpoints, because the node knows one URL for each model
         limit = MAX_FORM_BYTES if request.mimetype == "multipart/form-data" else MAX_JSON_BYTES
         with bodies.read(request, limit) as content:
@@ -53,7 +54,9 @@ def blueprint(
                 msgspec.structs.replace(job, wallet_sha256=wallet_sha256(body.fields)), fetcher.fetch
             )
             name_request(job.id, job.model)
-        with closing(dispatcher.begin(job, body.task, Connection(request.environ))) as reader:
+        with closing(
+            dispatcher.begin(job, body.task, Connection(request.environ), started=started)
+        ) as reader:
             current_access().times = reader.timings
             # The images are in Redis now; kept here too, each waiting edit would take up to 50 MiB.
             del content

@@ -7,7 +7,7 @@ from flask import Blueprint, Response
 
 from app.dispatch.worker_view import WorkerView
 from app.http.errors import json_response
-from catalogue import TASKS, Catalogue, ModelEntry
+from catalogue import EDIT, TASKS, Catalogue, ModelEntry
 from protocol.errors import ModelNotFound
 
 
@@ -15,6 +15,12 @@ def blueprint(*, catalogue: Catalogue, public_url: str, worker_view: WorkerView)
     """Make the blueprint of the model endpoints. `public_url` is the base of the models' URLs."""
     routes = Blueprint("models", __name__)
     created = int(time.time())
+
+    def modalities(entry: ModelEntry) -> list[str]:
+        if EDIT.name in entry.tasks:
+            return ["text", "image"]
+        sees = worker_view.has_ready(entry.name) and worker_view.takes_images(entry.name)
+        return ["text", "image"] if sees else ["text"]
 
     def row(entry: ModelEntry) -> dict[str, Any]:
         endpoints = {task: public_url + TASKS[task].path for task in entry.tasks}
@@ -29,6 +35,7 @@ def blueprint(*, catalogue: Catalogue, public_url: str, worker_view: WorkerView)
             "task": entry.tasks[0],
             # the workers tell it once they have loaded the model; only a text model has one
             "max_model_len": worker_view.max_model_len(entry.name),
+            "input_modalities": modalities(entry),
         }
 
     @routes.get("/v1/models")

@@ -126,6 +126,10 @@ def _operators_schemas() -> dict[str, Any]:
             "description": "tokens of prompt and answer together, the least of the ready workers; "
             "null while there is none, and for image models",
         },
+        "input_modalities": {
+            **array({"enum": ["text", "image"]}),
+            "description": "what requests may contain. Of a chat model the workers tell it once they have loaded it",
+        },
     }
     worker = {
         **dict.fromkeys(("name", "cid", "model", "host", "last_error"), STRING),

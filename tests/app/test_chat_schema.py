@@ -214,7 +214,37 @@ def test_text_parts_are_joined():
     assert messages({"role": "user", "content": []}) == [{"role": "user", "content": ""}]
 
 
-@pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "http://h/"}}, {"type": "text"}])
+IMAGE = {"type": "image_url", "image_url": {"url": "https://h/a.png", "detail": "low"}}
+
+
+def test_a_message_with_images_is_a_list_of_parts():
+    text = {"type": "text", "text": "one"}
+    content = [text, IMAGE, text, {**IMAGE, "image_url": "data:x"}]
+    given = {"model": "chat", "messages": [USER, {"role": "user", "content": content}]}
+    body = parse(ChatCompletionRequest, given)
+    assert body.images() == [
+        ("https://h/a.png", "low", "messages.1.content.1"),
+        ("data:x", "auto", "messages.1.content.3"),
+    ]
+    image = {"type": "image"}
+    made = body.to_job("id", entry())
+    assert made.messages == [USER, {"role": "user", "content": [text, image, text, image]}]
+    assert made.images == []
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "assistant", "function"])
+def test_images_belong_into_messages_of_users_and_tools(role):
+    assert messages({"role": "tool", "content": [IMAGE]})[0]["content"] == [{"type": "image"}]
+    assert refusal(messages=[{"role": role, "content": [IMAGE]}]).param == "messages.0.content.0"
+
+
+@pytest.mark.parametrize("detail", ["", "auto ", 1])
+def test_an_unknown_detail_is_refused(detail):
+    part = {"type": "image_url", "image_url": {"url": "data:x", "detail": detail}}
+    assert "messages.0" in (refusal(messages=[{"role": "user", "content": [part]}]).param or "")
+
+
+@pytest.mark.parametrize("part", [{"type": "image_url"}, {"type": "input_audio"}, {"type": "text"}])
 def test_other_parts_are_refused_with_their_place(part):
     content = [{"type": "text", "text": "one"}, part]
     with pytest.raises(UnsupportedParameter) as caught:

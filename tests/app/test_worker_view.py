@@ -130,3 +130,14 @@ def test_the_context_of_a_model_is_the_least_that_its_ready_workers_tell(bench: 
     bench.view.refresh()
     assert bench.view.max_model_len("echo") == 4096
     assert bench.view.max_model_len("other") is None
+
+
+def test_a_model_takes_images_if_all_ready_workers_do(bench: Bench) -> None:
+    assert bench.view.takes_images("echo"), "no worker has told it yet"
+    for cid, state, takes in (("one", "ready", True), ("two", "loading", False)):
+        bench.leases.renew_worker(worker_record(cid, state=state, takes_images=takes))
+    bench.view.refresh()
+    assert bench.view.takes_images("echo")
+    bench.leases.renew_worker(worker_record("two", state="ready"))
+    bench.view.refresh()
+    assert not bench.view.takes_images("echo")

@@ -35,6 +35,7 @@ CHATS: list[tuple[str, dict[str, Any], int, str]] = [
     ("unknown role", {"model": CHAT, "messages": [{"role": "narrator", "content": "Hi"}]}, 400, "role"),
     ("no content", {"model": CHAT, "messages": [{"role": "user"}]}, 400, "content"),
     ("an image part", {"model": CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "image_url"),
+    ("an image", {"model": CHAT, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "data:,"}]}]}, 400, "takes no images"),
     ("stream of a wrong type", {"model": CHAT, "messages": HI, "stream": "yes"}, 400, "stream"),
     ("max_tokens 0", {"model": CHAT, "messages": HI, "max_tokens": 0}, 400, "max_tokens"),
     ("temperature below 0", {"model": CHAT, "messages": HI, "temperature": -0.1}, 400, "temperature"),

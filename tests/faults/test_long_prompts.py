@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from app.chat.routes import MAX_BODY_BYTES
+from app.chat.routes import MAX_TEXT_BYTES
 from tests.deployment import ROOT, Deployment, wait_until
 from tests.faults.conftest import Reader
 
@@ -26,7 +26,7 @@ kv_cache_tokens = 8192
 [models.defaults]
 temperature = 0.0
 """
-LONG = "the quick brown fox " * (MAX_BODY_BYTES // 20 - 10)
+LONG = "the quick brown fox " * (MAX_TEXT_BYTES // 20 - 10)
 LONGEST_TOKEN = 4096
 """Characters. With the model's context of 4096 tokens, no prompt of 8 MiB is refused before it is encoded."""
 

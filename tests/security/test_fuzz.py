@@ -124,6 +124,8 @@ def excused(path: str, error: Any) -> bool:
         error["param"] in SEMANTIC[path]
         or (error["param"] or "").endswith("function.arguments")
         or error["code"] == "invalid_image"
+        # of a model for text, or in a message whose role has no images
+        or "images" in error["message"]
         or "not a fraction" in error["message"]
         or "NUL" in error["message"]
     )
