@@ -42,6 +42,16 @@ def test_images_and_failures_have_no_first_token() -> None:
         assert timings_of([Started("w")], [*events]).first_token_s is None
 
 
+def test_the_outcome_names_worker_tokens_and_images() -> None:
+    chat = timings_of([Started("gpu0:1")], [Delta("one")], [Delta("two"), Finished(Usage(3, 2))])
+    assert (chat.incarnation_id, chat.usage, chat.images) == ("gpu0:1", Usage(3, 2), 0)
+    ready = [ImageReady(number, 0, 64, 64) for number in range(2)]
+    images = timings_of([Started("gpu1:1")], [Progress(1, 2), ready[0]], [ready[1], Finished()])
+    assert (images.incarnation_id, images.usage, images.images) == ("gpu1:1", None, 2)
+    waiting = timings_of([], [])
+    assert (waiting.incarnation_id, waiting.usage, waiting.images) == (None, None, 0)
+
+
 def test_a_client_gets_whole_milliseconds_of_what_is_known() -> None:
     timings = timings_of([Started("w")], [Delta("one")])
     assert timings.milliseconds() == {"queued_ms": 1000, "first_token_ms": 2000, "total_ms": 2000}
