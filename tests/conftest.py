@@ -52,10 +52,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> UnitScheduli
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the units with slow tests first under `pytest -n`: begun last, they would end long after all.
 
-    A test with the trained model may be the one that downloads it, and gets the time for it.
+    A test with a trained model may be the one that downloads it, and gets the time for it.
     """
     for item in items:
-        if "smollm2" in getattr(item, "fixturenames", ()):
+        if {"smollm2", "minilm"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.timeout(900))
     if hasattr(config, "workerinput"):
         slow = {unit_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
@@ -86,6 +86,17 @@ def keys() -> Keys:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct, a trained model. The first test ever to use it downloads it."""
-    done = subprocess.run([ROOT / "scripts/fetch-smollm2"], capture_output=True, text=True, check=False)
+    return fetched("fetch-smollm2", "smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2, a trained embedding model. The first test ever to use it downloads it."""
+    return fetched("fetch-minilm", "all-minilm-l6-v2")
+
+
+def fetched(script: str, folder: str) -> Path:
+    """Return a folder of weights/, which the script makes if it is missing."""
+    done = subprocess.run([ROOT / "scripts" / script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return ROOT / "weights/smollm2-135m-instruct"
+    return ROOT / "weights" / folder

@@ -132,7 +132,7 @@ def test_several_gpus_for_an_engine_that_uses_one(tmp_path: Path) -> None:
     status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")
     assert status == 78
     assert line == (
-        f"run: {path}: workers of 'echo': [0, 1] gives one worker 2 GPUs, and the engines of chat and images use one;"
+        f"run: {path}: workers of 'echo': [0, 1] gives one worker 2 GPUs, and the engines use one;"
         " write [0], [1] for a worker on each"
     )
 
