@@ -124,6 +124,9 @@ class Settings(BaseSettings):
         gt=0,
         description="the same for an image edit; the node's limit is 180, AIL2-ComputeNet's 300 (set 290)",
     )
+    embedding_deadline_s: float = Field(
+        default=170, gt=0, description="the same for a request of embeddings; the node does not know these"
+    )
     max_waiting: int = Field(
         default=256, ge=1, description="requests that may wait in the queue of each model; more get 503"
     )

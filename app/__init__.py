@@ -16,6 +16,7 @@ from app.commands.receipts import receipt_commands
 from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
 from app.console.routes import blueprint as console_blueprint
+from app.embeddings.routes import blueprint as embeddings_blueprint
 from app.http.access_log import log_accesses
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
@@ -64,6 +65,9 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
         app.register_blueprint(
             blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
         )
+    app.register_blueprint(
+        embeddings_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
+    )
     app.register_blueprint(
         images_blueprint(
             catalogue=catalogue,

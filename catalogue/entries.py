@@ -12,6 +12,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from catalogue.options import (
     ChatDefaults,
     ChatEngineOptions,
+    EmbeddingDefaults,
+    EmbeddingEngineOptions,
     EngineOptions,
     ImageDefaults,
     ImageEngineOptions,
@@ -92,6 +94,15 @@ class ImageModelEntry(ModelEntry):
     defaults: ImageDefaults = Field(default_factory=ImageDefaults)
 
 
+class EmbeddingModelEntry(ModelEntry):
+    """A sentence embedding model that transformers loads."""
+
+    weights_file = "config.json"
+
+    engine: EmbeddingEngineOptions = Field(default_factory=EmbeddingEngineOptions)
+    defaults: EmbeddingDefaults = Field(default_factory=EmbeddingDefaults)
+
+
 Entry_co = TypeVar("Entry_co", bound=ModelEntry, covariant=True)
 
 
@@ -153,8 +164,16 @@ EDIT = TaskSpec(
     job="image",
     entry=ImageModelEntry,
 )
+EMBEDDING = TaskSpec(
+    name="embedding",
+    path="/v1/embeddings",
+    node_type=None,
+    deadline="embedding_deadline_s",
+    job="embedding",
+    entry=EmbeddingModelEntry,
+)
 
-TASKS: dict[str, TaskSpec[ModelEntry]] = {task.name: task for task in (CHAT, GENERATION, EDIT)}
+TASKS: dict[str, TaskSpec[ModelEntry]] = {task.name: task for task in (CHAT, GENERATION, EDIT, EMBEDDING)}
 """Every task, by name. A model that serves several is registered at the network node under the first one."""
 
 

@@ -125,6 +125,36 @@ class ImageEngineOptions(EngineOptions):
     )
 
 
+class EmbeddingEngineOptions(EngineOptions):
+    """`[models.engine]` of an embedding model."""
+
+    max_batch_size: int = Field(
+        default=64, ge=1, le=1024, description="requests whose inputs are computed together"
+    )
+    max_batch_tokens: int | None = Field(
+        default=None,
+        ge=64,
+        description="tokens of a forward pass, with padding; a longer input has one of its own. "
+        "Default: 2048 on a CPU, 32768 on a GPU",
+    )
+    max_context: int | None = Field(
+        default=None,
+        ge=16,
+        description="tokens of an input. Default: max_seq_length of the model's sentence_bert_config.json, or the "
+        "most that the model can have",
+    )
+    matryoshka: bool | None = Field(
+        default=None,
+        description="the first numbers of a vector are a vector too, so that requests may set `dimensions`. Default: "
+        "as config.json says (is_matryoshka, matryoshka_dimensions)",
+    )
+    torch_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of torch. Default: all cores but one on a CPU, torch's own number with a GPU",
+    )
+
+
 class ChatDefaults(Table):
     """`[models.defaults]` of a chat model, for fields that a request leaves out.
 
@@ -173,3 +203,13 @@ class ImageDefaults(Table):
         default=None, gt=0, le=1, description="edits: how much of the given image may change"
     )
     negative_prompt: str | None = Field(default=None, description="what the image should not show")
+
+
+class EmbeddingDefaults(Table):
+    """`[models.defaults]` of an embedding model, for fields that a request leaves out."""
+
+    truncate_prompt_tokens: int | None = Field(
+        default=None,
+        ge=-1,
+        description="cut longer inputs to this number of tokens, -1: to max_context. Default: they are refused",
+    )

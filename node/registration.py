@@ -1,6 +1,7 @@
 """What is registered with the node for a worker, and the cid of a worker without WORKER_CID."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from catalogue import TASKS, ModelEntry
@@ -26,6 +27,11 @@ def registration_for(entry: ModelEntry, settings: Settings, project: str, cid: s
     (code 1001).
     """
     return _registration(project, entry.name, entry.tasks, settings.service_url, cid)
+
+
+def has_node_type(tasks: Iterable[str]) -> bool:
+    """Whether the node knows one of these tasks. Workers without such a task are never registered."""
+    return any(task.name in tasks and task.node_type is not None for task in TASKS.values())
 
 
 def registration_of(record: WorkerRecord, service_url: str) -> Registration | None:

@@ -151,6 +151,16 @@ class ImageReady(msgspec.Struct, frozen=True, array_like=True, tag="i"):
     name: str = ""
 
 
+class Vectors(msgspec.Struct, frozen=True, array_like=True, tag="v"):
+    """The vectors of some inputs of an embedding request, which come in any order.
+
+    `data` has those of `indices` one after another, as float32, little endian. In JSON it is base64.
+    """
+
+    indices: list[int]
+    data: bytes
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="f"):
     """The request is complete. `usage` is None for images."""
 
@@ -180,6 +190,7 @@ Event = (
     | Text
     | Progress
     | ImageReady
+    | Vectors
     | Finished
     | Failed
 )

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from catalogue import CHAT, GENERATION
+from catalogue import CHAT, EMBEDDING, GENERATION
 
 FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """The name of a tool, which requests send and models write."""
@@ -154,22 +154,41 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
     mask: bytes | None = None
 
 
+class EmbeddingJob(msgspec.Struct, frozen=True, kw_only=True, tag=EMBEDDING.job, omit_defaults=True):
+    """A vector for each input, a text or the model's own tokens.
+
+    `dimensions`: numbers of a vector, None: all that the model gives. `truncate_prompt_tokens`: tokens to which longer
+    inputs are cut, -1: the model's limit, None: they are refused.
+    """
+
+    id: str
+    model: str
+    inputs: list[str | list[int]]
+    dimensions: int | None = None
+    truncate_prompt_tokens: int | None = None
+    wallet_sha256: str | None = None
+
+
 TextJob = ChatJob | CompletionJob
 """A job that generates text."""
 
-Job = TextJob | TokenizeJob | DetokenizeJob | ImageJob
+Job = TextJob | TokenizeJob | DetokenizeJob | ImageJob | EmbeddingJob
 
 USUAL_STEPS = 30
 USUAL_SIDE = 1024
+CHARACTERS_OF_A_TOKEN = 4
 
 
 def work_of(job: Job) -> float:
-    """How much work a job is beside others of its model: choices of a text, or images x steps x megapixels.
+    """How much work a job is beside others of its model: choices of a text, images x steps x megapixels, or tokens.
 
-    A job for the tokenizer alone is none.     Only ratios within one model count. What a request leaves to the pipeline counts as USUAL_STEPS and USUAL_SIDE.
+    A job for the tokenizer alone is none. Only ratios within one model count. What a request leaves to the
+    pipeline counts as USUAL_STEPS and USUAL_SIDE.
     """
     if isinstance(job, TextJob):
         return float(job.sampling.n)
+    if isinstance(job, EmbeddingJob):
+        return sum(len(part) / (CHARACTERS_OF_A_TOKEN if isinstance(part, str) else 1) for part in job.inputs)
     if not isinstance(job, ImageJob):
         return 0.0
     pixels = (job.width or USUAL_SIDE) * (job.height or USUAL_SIDE)

@@ -53,7 +53,7 @@ def _check_gpus(model: ModelEntry, settings: Settings, models_file: Path) -> Non
             alone = ", ".join(f"[{gpu}]" for gpu in gpus)
             raise ConfigurationError(
                 f"{models_file}: workers of {model.name!r}: {list(gpus)} gives one worker {len(gpus)} GPUs, and the"
-                f" engines of chat and images use one; write {alone} for a worker on each"
+                f" engines use one; write {alone} for a worker on each"
             )
     visible = visible_gpus(settings)
     if visible is not None:

@@ -6,12 +6,23 @@ import pytest
 from pydantic import Field, ValidationError
 
 import catalogue.entries
-from catalogue import CHAT, EDIT, GENERATION, TASKS, Catalogue, ChatModelEntry, ImageModelEntry, TaskSpec
+from catalogue import (
+    CHAT,
+    EDIT,
+    EMBEDDING,
+    GENERATION,
+    TASKS,
+    Catalogue,
+    ChatModelEntry,
+    EmbeddingModelEntry,
+    ImageModelEntry,
+    TaskSpec,
+)
 from catalogue.entries import ModelEntry
 from catalogue.options import EngineOptions, Table
 from config import ConfigurationError, Settings
 from node.registration import registration_for
-from protocol.jobs import ChatJob, ImageJob
+from protocol.jobs import ChatJob, EmbeddingJob, ImageJob
 from workers.canary import JOBS
 
 MODEL = '[[models]]\nname = "m"\nweights = "w"\n'
@@ -35,6 +46,7 @@ def complaint(folder: Path, text: str) -> str:
         ('["chat"]', ChatModelEntry),
         ('["generation"]', ImageModelEntry),
         ('["edit"]', ImageModelEntry),
+        ('["embedding"]', EmbeddingModelEntry),
         ('["generation", "edit"]', ImageModelEntry),
         ('["edit", "generation"]', ImageModelEntry),
     ],
@@ -53,7 +65,7 @@ def test_tasks_that_no_model_serves_together_are_named_with_those_that_do(tmp_pa
     if "3" in tasks:
         assert found == "models.0.tasks.1: Input should be a valid string"
     else:
-        choices = '["chat"], ["generation"], ["edit"] or ["generation", "edit"]'
+        choices = '["chat"], ["generation"], ["edit"], ["embedding"] or ["generation", "edit"]'
         assert found == f"models.0.tasks: must be {choices}"
 
 
@@ -109,11 +121,11 @@ def test_weights_are_searched_beside_the_file_first(tmp_path: Path) -> None:
 
 def test_the_table_holds_every_task_and_names_what_exists() -> None:
     rows = [value for value in vars(catalogue.entries).values() if isinstance(value, TaskSpec)]
-    assert list(TASKS.values()) == rows == [CHAT, GENERATION, EDIT]
+    assert list(TASKS.values()) == rows == [CHAT, GENERATION, EDIT, EMBEDDING]
     assert set(JOBS) == set(TASKS)
     for task in rows:
         assert Settings.model_fields[task.deadline].annotation is float
-        assert task.job in {ChatJob.__struct_config__.tag, ImageJob.__struct_config__.tag}
+        assert task.job in {kind.__struct_config__.tag for kind in (ChatJob, ImageJob, EmbeddingJob)}
 
 
 def test_a_task_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,17 +140,17 @@ def test_a_task_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         defaults: Table = Field(default_factory=Table)
 
     row = TaskSpec(
-        name="embedding",
-        path="/v1/embeddings",
+        name="rerank",
+        path="/v1/rerank",
         node_type=None,
         deadline="chat_deadline_s",
-        job="embedding",
+        job="rerank",
         entry=Entry,
     )
-    monkeypatch.setitem(TASKS, "embedding", row)
-    (entry,) = read(tmp_path, f'{MODEL}tasks = ["embedding"]\n[models.engine]\nmax_batch_size = 8').models
+    monkeypatch.setitem(TASKS, "rerank", row)
+    (entry,) = read(tmp_path, f'{MODEL}tasks = ["rerank"]\n[models.engine]\nmax_batch_size = 8').models
     settings = Settings(chat_deadline_s=7)
     assert isinstance(entry, Entry) and entry.engine.max_batch_size == 8
     assert row.deadline_s(settings) == 7
     assert registration_for(entry, settings, "P", "c-1") is None
-    assert 'edit"], ["embedding"] or ["generation"' in complaint(tmp_path, f'{MODEL}tasks = ["x"]')
+    assert '"embedding"], ["rerank"] or ["generation"' in complaint(tmp_path, f'{MODEL}tasks = ["x"]')

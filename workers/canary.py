@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from catalogue import CHAT, EDIT, GENERATION, ModelEntry
+from catalogue import CHAT, EDIT, EMBEDDING, GENERATION, ModelEntry
 from protocol.errors import OutOfMemory
 from protocol.events import Event, Failed, is_terminal
-from protocol.jobs import ChatJob, ImageJob, Job, SamplingParams
+from protocol.jobs import ChatJob, EmbeddingJob, ImageJob, Job, SamplingParams
 from workers.engines.base import Emit, Engine, EngineLoadError, TemporaryLoadError
 
 CANARY_ID = "canary"
@@ -80,5 +80,14 @@ def _edit(model: str) -> Job:
     )
 
 
-JOBS: dict[str, Callable[[str], Job]] = {CHAT.name: _chat, GENERATION.name: _generation, EDIT.name: _edit}
+def _embedding(model: str) -> Job:
+    return EmbeddingJob(id=CANARY_ID, model=model, inputs=["Hello!"])
+
+
+JOBS: dict[str, Callable[[str], Job]] = {
+    CHAT.name: _chat,
+    GENERATION.name: _generation,
+    EDIT.name: _edit,
+    EMBEDDING.name: _embedding,
+}
 """Makes a small job for a model, by task."""

@@ -14,7 +14,7 @@ from protocol.events import (
     Usage,
     has_tokens,
 )
-from protocol.jobs import ImageJob, Job
+from protocol.jobs import EmbeddingJob, ImageJob, Job
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class JobLog:
         "_began_at",
         "_finish_reasons",
         "_first_token_at",
+        "_inputs",
         "_model",
         "_queued_s",
         "_steps",
@@ -51,6 +52,7 @@ class JobLog:
         self._model = model
         self.task = None if job is None else _task(job)
         self.wallet_sha256 = job and job.wallet_sha256
+        self._inputs = len(job.inputs) if isinstance(job, EmbeddingJob) else None
         self._queued_s = queued_s
         self._began_at = time.monotonic()
         self._first_token_at: float | None = None
@@ -101,6 +103,7 @@ class JobLog:
             prompt_tokens=usage and usage.prompt_tokens,
             cached_tokens=usage and usage.cached_tokens,
             completion_tokens=usage and usage.completion_tokens,
+            inputs=self._inputs,
             images=self.images or None,
             steps=self._steps,
             width=self.width,

@@ -7,6 +7,7 @@ import click
 from flask.cli import AppGroup
 
 from app.commands.errors import CommandFailed, redis_needed
+from node.registration import has_node_type
 from node.table import print_table
 from protocol.drains import Drains
 from protocol.leases import Leases, WorkerRecord
@@ -117,7 +118,7 @@ def _row(record: WorkerRecord, drained: Sequence[str]) -> tuple[str, ...]:
         record.model,
         record.state,
         str(record.running),
-        "yes" if record.registered else "no",
+        _registered(record),
         "yes" if record.name in drained else "no",
         record.host,
         str(record.pid),
@@ -140,3 +141,8 @@ def _find(wanted: str, names: Sequence[str]) -> str:
     if found:
         raise CommandFailed(f"{wanted!r} names several workers: {', '.join(found)}")
     raise CommandFailed(f"there is no worker {wanted!r}; there are: {', '.join(names) or 'none'}")
+
+
+def _registered(record: WorkerRecord) -> str:
+    """A dash for a task that the node does not know."""
+    return "-" if not has_node_type(record.tasks) else "yes" if record.registered else "no"

@@ -11,7 +11,7 @@ from app.dispatch.activity import CURSOR
 from app.http.auth import KEY_HEADERS
 from app.operations.openapi_parts import STRING
 from app.operations.openapi_schemas import BINARY, component_schemas, edit_form, ref
-from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, GENERATION, TOKENIZE_PATH
+from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
 from config import VERSION
 
 _EVENT = {
@@ -88,6 +88,13 @@ def _task_paths() -> dict[str, Any]:
                 "Edit an image",
                 {"application/json": ref("ImageEditRequest"), "multipart/form-data": edit_form()},
                 images,
+            )
+        },
+        EMBEDDING.path: {
+            "post": _post(
+                "Create a vector for each input",
+                {"application/json": ref("EmbeddingRequest")},
+                {"application/json": ref("Embeddings")},
             )
         },
     }

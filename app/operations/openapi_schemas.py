@@ -8,7 +8,9 @@ from app.chat.schema import ChatCompletionRequest
 from app.chat.text_schema import CompletionRequest
 from app.chat.tokens_schema import DetokenizeRequest, TokenizeRequest
 from app.dispatch.activity import GROWTH, SAMPLE_S
+from app.embeddings.schema import EmbeddingRequest
 from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+from app.operations.openapi_embeddings import embeddings
 from app.operations.openapi_parts import INTEGER, NULLABLE_STRING, STRING, array, object_of
 from app.operations.openapi_text import text_schemas
 from catalogue import TASKS
@@ -26,6 +28,7 @@ REQUESTS: tuple[type[BaseModel], ...] = (
     CompletionRequest,
     TokenizeRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     ImageGenerationRequest,
     ImageEditRequest,
 )
@@ -37,6 +40,7 @@ def component_schemas() -> dict[str, Any]:
     schemas = {
         "Error": _error(),
         **text_schemas(),
+        "Embeddings": embeddings(),
         "ImagesResponse": _images_response(),
         **_operators_schemas(),
     }
@@ -123,7 +127,7 @@ def _operators_schemas() -> dict[str, Any]:
         "endpoints": {"type": "object", "additionalProperties": STRING},
         "max_model_len": {
             "type": ["integer", "null"],
-            "description": "tokens of prompt and answer together, the least of the ready workers; "
+            "description": "tokens of prompt and answer together, or of an input; the least of the ready workers; "
             "null while there is none, and for image models",
         },
         "input_modalities": {
@@ -140,7 +144,10 @@ def _operators_schemas() -> dict[str, Any]:
             **STRING,
             "description": "loading, ready, draining, drained or lost; newer versions may have others",
         },
-        "registered": _BOOLEAN,
+        "registered": {
+            "type": ["boolean", "null"],
+            "description": "whether the node has the worker in its list; null for tasks that it does not know",
+        },
         "kv_cache_usage": {
             "type": ["number", "null"],
             "description": "part of the KV cache that running chats hold, 0 to 1; null without a cache",

@@ -11,6 +11,8 @@ from app.http.errors import json_response
 from app.operations.metrics import Metrics
 from catalogue import ModelEntry
 from config import VERSION
+from node.registration import has_node_type
+from protocol.leases import WorkerRecord
 
 WORKER_FIELDS = (
     "name",
@@ -94,7 +96,7 @@ def blueprint(
 
     @routes.get("/v1/workers")
     def workers() -> Response:
-        rows = [{name: getattr(record, name) for name in WORKER_FIELDS} for record in worker_view.records()]
+        rows = [_worker(record) for record in worker_view.records()]
         return json_response({"code": 0, "message": "success", "data": rows})
 
     @routes.get("/metrics")
@@ -106,3 +108,10 @@ def blueprint(
         return json_response(description)
 
     return routes
+
+
+def _worker(record: WorkerRecord) -> dict[str, Any]:
+    row = {name: getattr(record, name) for name in WORKER_FIELDS}
+    if not has_node_type(record.tasks):
+        row["registered"] = None
+    return row

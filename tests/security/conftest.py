@@ -35,6 +35,12 @@ weights = "echo:"
 [models.engine]
 max_pixels = 1048576
 """
+EMBEDDINGS = """
+[[models]]
+name = "echo-embeddings"
+tasks = ["embedding"]
+weights = "echo:"
+"""
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -114,10 +120,12 @@ def check_error_body(answer: Answer, status: int | None = None) -> None:
 
 @pytest.fixture(scope="session")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Web, a chat and an image worker of the echo engine, without keys. Tests must not break it."""
+    """Web, a worker of the echo engine for each kind of model, without keys. Tests must not break it."""
     folder: Path = tmp_path_factory.mktemp("echo")
-    with Deployment(folder, catalogue=CATALOGUE, redis_server=None, CHAT_DEADLINE_S="20") as service:
-        yield service.start("echo", "echo-images")
+    with Deployment(
+        folder, catalogue=CATALOGUE + EMBEDDINGS, redis_server=None, CHAT_DEADLINE_S="20"
+    ) as service:
+        yield service.start("echo", "echo-images", "echo-embeddings")
         check_unharmed(service)
 
 

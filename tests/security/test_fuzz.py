@@ -45,8 +45,10 @@ SEMANTIC = {
     "/detokenize": set(),
     "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
     "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
+    "/v1/embeddings": set(),
 }
 MODELS = {path: "echo-images" if "images" in path else "echo" for path in SEMANTIC}
+MODELS["/v1/embeddings"] = "echo-embeddings"
 ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
 GETS += ["/healthz", "/readyz", "/health", "/ping", "/version", "/metrics", "/v1/activity"]
@@ -90,7 +92,7 @@ def api(echo: Deployment) -> Any:
 
 
 def steer(path: str, body: Any) -> None:
-    """Give most bodies a served model and a valid image, so that they reach a worker."""
+    """Give most bodies a served model, a valid image and whole tokens, so that they reach a worker."""
     if path not in MODELS or not isinstance(body, dict):
         return
     if isinstance(name := body.get("model"), str) and len(name) % 8:
@@ -100,6 +102,15 @@ def steer(path: str, body: Any) -> None:
             body[field] = PNG
         elif isinstance(given, str) and len(given) % 8:
             body[field] = base64.b64encode(PNG).decode()
+    if "input" in body:
+        body["input"] = whole(body["input"])
+
+
+def whole(value: Any) -> Any:
+    """Return lists of tokens without numbers such as 1.0, which JSON Schema takes for integers."""
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) else value
 
 
 def is_valid_as_sent(case: Any, message: str) -> bool:
@@ -205,6 +216,7 @@ CHAT_BODY = {"model": "echo", "messages": HI, "max_tokens": 3}
 COMPLETION_BODY = {"model": "echo", "prompt": "a", "max_tokens": 3}
 IMAGE_BODY = {"model": "echo-images", "prompt": "a", "width": 64, "height": 64}
 EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
+EMBEDDING_BODY = {"model": "echo-embeddings", "input": ["a", "b"], "encoding_format": "base64"}
 
 
 @pytest.mark.timeout(max(120, CASES // 5))
@@ -217,6 +229,7 @@ EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
         ("/detokenize", {"model": "echo", "tokens": [1]}, 0.05),
         ("/v1/images/generations", IMAGE_BODY, 0.25),
         ("/v1/images/edits", EDIT_BODY, 0.25),
+        ("/v1/embeddings", EMBEDDING_BODY, 0.25),
     ],
 )
 def test_bodies_of_all_kinds(
@@ -225,7 +238,7 @@ def test_bodies_of_all_kinds(
     schema = api.raw_schema["components"]["schemas"]
     names = {"chat": "ChatCompletionRequest", "generations": "ImageGenerationRequest"}
     names |= {"completions": "CompletionRequest", "detokenize": "DetokenizeRequest"}
-    names |= {"tokenize": "TokenizeRequest"}
+    names |= {"tokenize": "TokenizeRequest", "embeddings": "EmbeddingRequest"}
     name = next((schema for word, schema in names.items() if word in path), "ImageEditRequest")
     fields = list(schema[name]["properties"])
     connection = http.client.HTTPConnection("127.0.0.1", echo.port, timeout=60)

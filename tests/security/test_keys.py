@@ -35,6 +35,7 @@ GUARDED = [("POST", path) for path in (*POSTS, *TEXT_POSTS)]
 GUARDED += [("GET", path) for path in ["/v1/models", "/v1/models/echo", "/v1/workers", "/metrics"]]
 GUARDED += [("GET", "/v1/activity"), ("POST", "/v1/workers/x/drain"), ("POST", "/v1/workers/x/resume")]
 GUARDED += [("GET", "/openapi.json"), ("GET", "/static"), ("GET", "/nothing/here"), ("GET", "/healthz/x")]
+GUARDED += [("POST", "/v1/embeddings")]
 GUARDED += [("OPTIONS", "/v1/chat/completions"), ("HEAD", "/v1/models"), ("PUT", "/v1/models")]
 # Paths that would get past a check of prefixes.
 GUARDED += [("GET", "//v1/workers"), ("GET", "/v1/images/files"), ("GET", "/v1/images/../workers")]
@@ -288,7 +289,10 @@ def test_the_nodes_listener_offers_nothing_else(service: Deployment, method: str
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/workers/x/drain", *TEXT_POSTS],
+    [
+        *("/v1/models", "/v1//models/", "/v1/chat/completions/x", "/v1/workers/x/drain", "/v1/embeddings"),
+        *TEXT_POSTS,
+    ],
 )
 def test_the_nodes_listener_offers_no_other_post(service: Deployment, path: str) -> None:
     check_error_body(ask(node_port(service), "POST", path, CHAT, JSON), 404)

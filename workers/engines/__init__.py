@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from catalogue import ChatModelEntry, ImageModelEntry, ModelEntry
+from catalogue import ChatModelEntry, EmbeddingModelEntry, ImageModelEntry, ModelEntry
 from protocol.jobs import Job
 from workers.engines.base import CancelReason, Emit, Engine, EngineStatus
 from workers.engines.echo import PREFIX, EchoEngine
@@ -64,4 +64,8 @@ def _create_engine(entry: ModelEntry, gpu_share: float) -> Engine:
             from workers.engines.images import ImageEngine
 
             return ImageEngine(entry)
+        case EmbeddingModelEntry():
+            from workers.engines.embedding import EmbeddingEngine
+
+            return EmbeddingEngine(entry)
     raise TypeError(f"no engine serves a {type(entry).__name__}")

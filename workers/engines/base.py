@@ -30,7 +30,8 @@ class EngineCounts(NamedTuple):
 class EngineStatus(NamedTuple):
     """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress.
 
-    `max_model_len`: limit of prompt and answer together, in tokens; 0 before the load, and for image models.
+    `max_model_len`: limit of prompt and answer together, or of an input, in tokens; 0 before the load, and for
+    image models.
     `kv_cache_usage`: the part of the KV cache that running sequences hold, 0 to 1; None without a cache.
     `takes_images`: whether messages of a chat may have images.
     """

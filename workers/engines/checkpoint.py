@@ -31,18 +31,33 @@ def refuse_broken_files(files: Iterable[Path]) -> None:
             continue
         data = file.read_bytes()
         if data.startswith(POINTER):
-            raise EngineLoadError(f"{file} is a Git LFS pointer; fetch the file with git lfs pull")
+            raise _pointer(file)
         if file.name in JSON_FILES:
             _refuse_broken_json(file, data)
 
 
+def read_json(file: Path) -> Any:
+    """Return what a JSON file holds. Raises EngineLoadError for a Git LFS pointer and for other texts."""
+    data = file.read_bytes()
+    if data.startswith(POINTER):
+        raise _pointer(file)
+    return _parsed(file, data)
+
+
 def _refuse_broken_json(file: Path, data: bytes) -> None:
+    if not isinstance(_parsed(file, data), dict):
+        raise EngineLoadError(f"{file} does not hold a JSON object")
+
+
+def _parsed(file: Path, data: bytes) -> Any:
     try:
-        is_object = isinstance(json.loads(data.decode()), dict)
+        return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
         raise EngineLoadError(f"{file} is cut off or not a JSON file: {error}") from error
-    if not is_object:
-        raise EngineLoadError(f"{file} does not hold a JSON object")
+
+
+def _pointer(file: Path) -> EngineLoadError:
+    return EngineLoadError(f"{file} is a Git LFS pointer; fetch the file with git lfs pull")
 
 
 def refuse_incomplete(info: dict[str, Any], model: str) -> None:

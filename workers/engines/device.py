@@ -1,5 +1,6 @@
 """Where an engine computes: the GPU that the driver gives this process, or the CPU."""
 
+import os
 import re
 
 import torch
@@ -15,6 +16,14 @@ def choose_device() -> torch.device:
 def half_precision() -> torch.dtype:
     """Return the GPU's 16-bit dtype: float16 before compute capability 8.0, which has no bfloat16 units."""
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def default_threads() -> int:
+    """Return the CPU threads of torch for an engine whose catalogue entry names none."""
+    if torch.cuda.is_available():
+        return torch.get_num_threads()
+    # web, Redis and other threads need a core: an engine on all cores waits for them at every barrier
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def require_gpus(gpus: list[str]) -> None:

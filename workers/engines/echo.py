@@ -1,5 +1,5 @@
 """An engine without a model, which answers with numbers. Fault tests and relay benchmarks use it in place of
-a GPU.
+a GPU. A vector is VECTOR_SIZE times the length of its input.
 
 `weights = "echo:"` in the catalogue selects it. Options follow as a query string: `step_ms` is the time of
 one step (0: as fast as possible), `tokens` the length of a response unless the request sets a lower limit. A
@@ -7,6 +7,7 @@ last message that is one of `FAULTS` causes that fault.
 """
 
 import io
+import struct
 import sys
 import threading
 import time
@@ -27,8 +28,18 @@ from protocol.events import (
     Text,
     Tokens,
     Usage,
+    Vectors,
 )
-from protocol.jobs import ChatJob, CompletionJob, DetokenizeJob, ImageJob, Job, TextJob, TokenizeJob
+from protocol.jobs import (
+    ChatJob,
+    CompletionJob,
+    DetokenizeJob,
+    EmbeddingJob,
+    ImageJob,
+    Job,
+    TextJob,
+    TokenizeJob,
+)
 from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.token_gaps import TokenGaps
 
@@ -38,6 +49,7 @@ FAULTS = ("raise", RAISE_LATER, "out of memory", "hang", "die")
 IMAGE_STEPS = 4
 MAX_MODEL_LEN = 1024
 """What it says of itself to /tokenize; it has no limit."""
+VECTOR_SIZE = 8
 
 
 class _Running:
@@ -111,6 +123,10 @@ class EchoEngine:
             return [Failed.of(Cancelled())]
         if isinstance(running.job, ImageJob):
             return self._image_step(running, running.job)
+        if isinstance(running.job, EmbeddingJob):
+            lengths = [float(len(part)) for part in running.job.inputs]
+            data = b"".join(struct.pack("<f", length) * VECTOR_SIZE for length in lengths)
+            return [Vectors(list(range(len(lengths))), data), Finished(Usage(int(sum(lengths)), 0))]
         if isinstance(running.job, TokenizeJob):
             codes = [ord(character) for character in running.job.text]
             return [Tokens(codes, list(running.job.text), MAX_MODEL_LEN), Finished()]

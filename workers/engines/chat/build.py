@@ -30,6 +30,7 @@ from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
 from workers.engines.chat.speculation import NgramDrafter
 from workers.engines.chat.vision.vision import Vision, warn_blind
+from workers.engines.device import default_threads
 from workers.engines.failures import free_memory
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
@@ -99,7 +100,7 @@ def _build(
     entry: ChatModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
 ) -> EngineParts:
     options = entry.engine
-    torch_threads = options.torch_threads or _default_threads()
+    torch_threads = options.torch_threads or default_threads()
     torch.set_num_threads(torch_threads)
     loaded = load_model(entry)
     # before the weights are packed: some of the model's parameters are then gone
@@ -163,13 +164,6 @@ def _checked_vision(loaded: LoadedModel, backend: Backend, metrics: Metrics) -> 
         warn_blind(loaded.name, loaded.architecture, reason)
         return None
     return vision
-
-
-def _default_threads() -> int:
-    if torch.cuda.is_available():
-        return torch.get_num_threads()
-    # web, Redis and other threads need a core: an engine on all cores waits for them at every barrier
-    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def _mask_threads(torch_threads: int) -> int:

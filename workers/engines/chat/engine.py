@@ -15,7 +15,7 @@ import torch
 from catalogue import ChatModelEntry
 from protocol.errors import EngineStopped, ShuttingDown
 from protocol.events import Failed
-from protocol.jobs import ImageJob, Job, TextJob
+from protocol.jobs import EmbeddingJob, ImageJob, Job, TextJob
 from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
@@ -70,7 +70,7 @@ class ChatEngine:
         return self._parts
 
     def submit(self, job: Job) -> None:
-        assert not isinstance(job, ImageJob)
+        assert not isinstance(job, ImageJob | EmbeddingJob)
         with self._lock:
             self._open.add(job.id)
             closed = self._closed
