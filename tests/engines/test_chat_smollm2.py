@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from protocol.jobs import ChatJob
+from protocol.events import Echo
+from protocol.jobs import ChatJob, CompletionJob, SamplingParams
 from tests.engines.tiny_chat import chat_job, make_engine, run
+from workers.engines.chat.sampling.scoring import max_scored
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +113,25 @@ def test_true_answers_in_bfloat16(smollm2: Path, caplog: pytest.LogCaptureFixtur
     assert not caplog.records, "a faster way was refused"
     for (question, fact), result in zip(FACTS.items(), results, strict=True):
         assert fact in result.text(), question
+
+
+def test_a_long_prompt_is_scored_as_by_transformers(smollm2: Path) -> None:
+    """Its logits are 104 MiB, and no step computes more than 48 MiB of them."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    ids = tokenizer("\n".join(QUESTIONS))["input_ids"] * 2
+    assert len(ids) > 2 * max_scored(len(tokenizer))
+    engine, collector = make_engine(smollm2, dtype="float32", kv_cache_tokens=2048)
+    try:
+        sampling = SamplingParams(max_tokens=0, logprobs=3)
+        job = CompletionJob(id="one", model="tiny", prompt=ids, sampling=sampling, echo=True)
+        (result,) = run(engine, collector, [job])
+    finally:
+        engine.close()
+    found = [each for event in result.events if isinstance(event, Echo) for each in event.logprobs or ()]
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        reference = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    own = torch.tensor([token.logprob for token in found[1:]])
+    best = torch.tensor([[each.logprob for each in token.top] for token in found[1:]])
+    assert (own - reference.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]).abs().max() < 1e-4
+    assert (best - reference.topk(3).values).abs().max() < 1e-4
