@@ -109,7 +109,13 @@ def test_the_version_is_the_same_everywhere() -> None:
 def test_the_clients_that_are_named_are_those_that_are_tested() -> None:
     package = json.loads(text_of("tests/clients/node/package.json"))
     versions = {**package["dependencies"], **package["devDependencies"]}
-    pins = text_of("tests/clients/requirements.txt") + text_of("requirements-dev.txt")
+    # the last one to name a package counts: another client may need an older one
+    files = (
+        "tests/clients/requirements-evaluation.txt",
+        "tests/clients/requirements.txt",
+        "requirements-dev.txt",
+    )
+    pins = "".join(map(text_of, files))
     python = dict(re.findall(r"^([\w-]+)==(\S+)$", pins, re.MULTILINE))
     tested = {
         "openai-python": python["openai"],
@@ -119,6 +125,7 @@ def test_the_clients_that_are_named_are_those_that_are_tested() -> None:
         "LiteLLM": python["litellm"],
         "instructor": python["instructor"],
         "`llm`": python["llm"],
+        "lm-evaluation-harness": python["lm_eval"],
     }
     table = text_of("docs/api.md").partition("\n## Clients\n")[2]
     assert dict(re.findall(r"^\| (\S.*?) ([\d.]+) \|", table, re.MULTILINE)) == tested
