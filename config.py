@@ -152,6 +152,11 @@ class Settings(BaseSettings):
         default="text",
         description="what the lines of the logs are: text, or json, an object on each line (docs/operations.md)",
     )
+    otel_exporter_otlp_endpoint: str = Field(
+        default="",
+        description="base URL of an OpenTelemetry collector, such as http://127.0.0.1:4318, to which traces are sent "
+        "(OTLP over HTTP; OpenTelemetry's own variable, as are others of it). Default: no traces",
+    )
     receipts: Path | None = Field(
         default=None,
         description="folder to which workers write a signed line for each job (docs/operations.md), and the key, "
@@ -199,7 +204,7 @@ class Settings(BaseSettings):
         split_address(value)
         return value
 
-    @field_validator("service_url", "public_url", "node_url")
+    @field_validator("service_url", "public_url", "node_url", "otel_exporter_otlp_endpoint")
     @classmethod
     def _valid_url(cls, value: str) -> str:
         if value:

@@ -3,8 +3,6 @@
 It never imports torch or workers.
 """
 
-from functools import partial
-
 from flask import Flask
 
 from app.chat.routes import ChatInputs
@@ -17,7 +15,7 @@ from app.commands.requests import request_commands
 from app.commands.workers import worker_commands
 from app.console.routes import blueprint as console_blueprint
 from app.embeddings.routes import blueprint as embeddings_blueprint
-from app.http.access_log import log_accesses
+from app.http.access_log import Access, log_accesses
 from app.http.cors import Cors
 from app.http.errors import register_error_handlers
 from app.http.wsgi import PlainPaths, add_request_ids
@@ -51,9 +49,15 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app.before_request(services.origins.check)
     Cors(settings.cors_origins, services.gate.through_node_listener).init_app(app)
     services.gate.init_app(app)
+    services.traces.init_app(app)
     add_request_ids(app)
     register_error_handlers(app)
-    app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), partial(note_ended, services.activity))  # type: ignore[method-assign, assignment]
+
+    def on_end(access: Access) -> None:
+        note_ended(services.activity, access)
+        services.traces.end(access)
+
+    app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), on_end)  # type: ignore[method-assign, assignment]
 
     app.register_blueprint(
         chat_blueprint(

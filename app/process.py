@@ -7,6 +7,7 @@ from typing import Any
 
 from app.dispatch.monitor import RequestMonitor
 from app.dispatch.worker_view import WorkerView
+from app.http.request_trace import RequestTraces
 from node.reconciler import Reconciler
 from protocol.event_router import EventRouter
 
@@ -29,12 +30,14 @@ class WebProcess:
         worker_view: WorkerView,
         monitor: RequestMonitor,
         reconciler: Reconciler | None,
+        traces: RequestTraces,
         warnings: Sequence[str] = (),
     ) -> None:
         self._router = router
         self._worker_view = worker_view
         self._monitor = monitor
         self._reconciler = reconciler
+        self._traces = traces
         self._warnings = warnings
         self._gunicorn_worker: Any = None
         self._stopping_since: float | None = None
@@ -48,6 +51,7 @@ class WebProcess:
         self._gunicorn_worker = gunicorn_worker
         for warning in self._warnings:
             log.warning("%s", warning)
+        self._traces.start()
         self._router.start()
         self._monitor.start()
         if self._reconciler is not None:
@@ -62,6 +66,7 @@ class WebProcess:
             self._reconciler.stop()
         self._monitor.stop()
         self._router.stop()
+        self._traces.stop()
 
     def connected(self) -> bool:
         """Whether Redis reads and writes and events are received, so that requests can be dispatched."""

@@ -14,6 +14,7 @@ from app.http.auth import Gate, Limiter
 from app.http.operators import Operators
 from app.http.origin import OriginCheck
 from app.http.request_body import BodyBudget, BodyReader
+from app.http.request_trace import RequestTraces
 from app.image_input.fetch import ImageFetcher
 from app.operations.metrics import Metrics
 from app.operations.warnings import Warnings
@@ -48,6 +49,7 @@ class Services:
     origins: OriginCheck
     operators: Operators
     metrics: Metrics
+    traces: RequestTraces
     dispatcher: Dispatcher
     bodies: BodyReader
     worker_view: WorkerView
@@ -102,6 +104,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         worker_view=worker_view,
         router=router,
     )
+    traces = RequestTraces(settings.otel_exporter_otlp_endpoint, web_id)
     process = WebProcess(
         router=router,
         worker_view=worker_view,
@@ -117,6 +120,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             publish_metrics=metrics.publish,
         ),
         reconciler=reconciler,
+        traces=traces,
         warnings=settings.warnings(),
     )
     image_store = ImageStore(
@@ -131,6 +135,7 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         origins=origins,
         operators=Operators(settings, origins, gate.carries_one_of),
         metrics=metrics,
+        traces=traces,
         dispatcher=Dispatcher(
             settings,
             web_id=web_id,

@@ -84,6 +84,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     output_format: OutputFormat | None = None
     wallet_sha256: str | None = None
     """Hash of the field `wallet` that the node sends for its user; for receipts."""
+    traceparent: str | None = None
+    """The span of its request (W3C Trace Context); for traces."""
     images: list[ChatImage] = []
 
 
@@ -102,6 +104,7 @@ class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag="completion",
     echo: bool = False
     output_format: OutputFormat | None = None
     wallet_sha256: str | None = None
+    traceparent: str | None = None
 
 
 class TokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize", omit_defaults=True):
@@ -118,6 +121,7 @@ class TokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="tokenize", omi
     add_generation_prompt: bool = True
     with_strings: bool = False
     wallet_sha256: str | None = None
+    traceparent: str | None = None
 
 
 class DetokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize", omit_defaults=True):
@@ -127,6 +131,7 @@ class DetokenizeJob(msgspec.Struct, frozen=True, kw_only=True, tag="detokenize",
     model: str
     tokens: list[int]
     wallet_sha256: str | None = None
+    traceparent: str | None = None
 
 
 class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, omit_defaults=True):
@@ -150,6 +155,7 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
     strength: float | None = None
     seed: int | None = None
     wallet_sha256: str | None = None
+    traceparent: str | None = None
     image: bytes | None = None
     mask: bytes | None = None
 
@@ -167,6 +173,7 @@ class EmbeddingJob(msgspec.Struct, frozen=True, kw_only=True, tag=EMBEDDING.job,
     dimensions: int | None = None
     truncate_prompt_tokens: int | None = None
     wallet_sha256: str | None = None
+    traceparent: str | None = None
 
 
 TextJob = ChatJob | CompletionJob

@@ -31,16 +31,17 @@ class JobLog:
         "_finish_reasons",
         "_first_token_at",
         "_inputs",
-        "_model",
-        "_queued_s",
         "_steps",
         "gpu_s",
         "height",
         "images",
+        "model",
         "outcome",
+        "queued_s",
         "request_id",
         "steps_done",
         "task",
+        "traceparent",
         "usage",
         "wallet_sha256",
         "width",
@@ -49,11 +50,12 @@ class JobLog:
     def __init__(self, request_id: str, model: str, job: Job | None, queued_s: float | None) -> None:
         """`job`: None if it could not be read. `queued_s`: seconds from its admission to its claim."""
         self.request_id = request_id
-        self._model = model
+        self.model = model
         self.task = None if job is None else _task(job)
         self.wallet_sha256 = job and job.wallet_sha256
+        self.traceparent = job and job.traceparent
         self._inputs = len(job.inputs) if isinstance(job, EmbeddingJob) else None
-        self._queued_s = queued_s
+        self.queued_s = queued_s
         self._began_at = time.monotonic()
         self._first_token_at: float | None = None
         self._finish_reasons: dict[int, str] = {}
@@ -72,6 +74,21 @@ class JobLog:
     def finish_reason(self) -> str | None:
         """Why the answer of a chat ended, that of the first choice which did; None for images and failures."""
         return next(iter(self._finish_reasons.values()), None)
+
+    @property
+    def finish_reasons(self) -> list[str]:
+        """Why the choices of a chat ended, in the order in which they did."""
+        return list(self._finish_reasons.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the claim."""
+        return time.monotonic() - self._began_at
+
+    @property
+    def first_token_after_s(self) -> float | None:
+        """Seconds from the claim to the first token of a chat."""
+        return None if self._first_token_at is None else self._first_token_at - self._began_at
 
     def observe(self, event: Event) -> None:
         """Take an event that the engine has made. Of plain text only the first one is needed."""
@@ -96,7 +113,7 @@ class JobLog:
         entry = Entry(
             "job",
             request_id=self.request_id,
-            model=self._model,
+            model=self.model,
             task=self.task,
             outcome=self.outcome,
             finish_reason=",".join(dict.fromkeys(self._finish_reasons.values())) or None,
@@ -108,7 +125,7 @@ class JobLog:
             steps=self._steps,
             width=self.width,
             height=self.height,
-            queued_s=None if self._queued_s is None else round(self._queued_s, 3),
+            queued_s=None if self.queued_s is None else round(self.queued_s, 3),
             first_token_s=self._since_admission(self._first_token_at),
             total_s=self._since_admission(time.monotonic()),
             gpu_s=None if self.gpu_s is None else round(self.gpu_s, 3),
@@ -116,7 +133,7 @@ class JobLog:
         log.info(entry)
 
     def _since_admission(self, at: float | None) -> float | None:
-        return None if at is None else round(at - self._began_at + (self._queued_s or 0.0), 3)
+        return None if at is None else round(at - self._began_at + (self.queued_s or 0.0), 3)
 
 
 def _task(job: Job) -> str:

@@ -255,3 +255,4 @@ class Lifecycle:
             worker.metrics.publish()
         except RedisError as error:
             log.warning("the lease was not released, it expires: %s", error)
+        worker.stop_traces()

@@ -56,6 +56,7 @@ class Worker:
     gpu_watch: GpuWatch
     heartbeat: Heartbeat
     metrics: WorkerMetrics
+    stop_traces: Callable[[], None]
     leases: Leases
     drain_s: float
 
@@ -79,10 +80,12 @@ def build_worker(
     gpu_time = GpuTime()
     metrics = WorkerMetrics(identity, engine, gpu_time, MetricStore(redis, keys))
     write_receipt = _receipts(settings, identity, entry)
+    trace_job, stop_traces = _traces(settings, identity)
 
     def on_ended(job: JobLog) -> None:
         metrics.ended(job)
         write_receipt(job)
+        trace_job(job)
 
     runner = Runner(
         model=entry.name,
@@ -131,6 +134,7 @@ def build_worker(
         gpu_watch=gpu_watch,
         heartbeat=heartbeat,
         metrics=metrics,
+        stop_traces=stop_traces,
         leases=leases,
         drain_s=settings.drain_s,
     )
@@ -157,6 +161,19 @@ def identify(
         node=settings.node_url,
         gpus=gpus,
     )
+
+
+def _traces(
+    settings: Settings, identity: WorkerRecord
+) -> tuple[Callable[[JobLog], None], Callable[[], None]]:
+    """What makes the spans of a job, and what sends those that are left at the end."""
+    if not settings.otel_exporter_otlp_endpoint:
+        return lambda job: None, lambda: None
+    # imported here, as receipts are
+    from workers.job_traces import JobTraces
+
+    traces = JobTraces(settings.otel_exporter_otlp_endpoint, identity)
+    return traces.trace, traces.stop
 
 
 def _receipts(settings: Settings, identity: WorkerRecord, entry: ModelEntry) -> Callable[[JobLog], None]:

@@ -19,9 +19,9 @@ from app.dispatch.worker_view import WorkerView
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
+from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, name_request
+from app.http.wsgi import add_timings, job_origin, name_request
 from app.image_input.source import Fetch
 from catalogue import CHAT, Catalogue, ChatModelEntry
 from protocol.errors import PayloadTooLarge, UnsupportedParameter
@@ -87,7 +87,7 @@ def _submit(
     body = parse(ChatCompletionRequest, raw)
     entry = find_model(inputs.catalogue, body.model, CHAT)
     job = body.to_job(f"cmpl-{uuid.uuid4().hex}", entry)
-    job = msgspec.structs.replace(job, wallet_sha256=wallet_sha256(raw))
+    job = msgspec.structs.replace(job, **job_origin(raw))
     name_request(job.id, job.model)
     sources = body.images()
     if len(received) - sum(len(source.url) for source in sources) > MAX_TEXT_BYTES:

@@ -16,9 +16,9 @@ from app.dispatch.models import find_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
+from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, name_request
+from app.http.wsgi import add_timings, job_origin, name_request
 from catalogue import CHAT, COMPLETIONS_PATH, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -64,8 +64,8 @@ def _submit(
     body = parse(CompletionRequest, raw)
     request_id = f"cmpl-{uuid.uuid4().hex}"
     jobs = body.to_jobs(request_id, find_model(catalogue, body.model, CHAT))
-    n, wallet = jobs[0].sampling.n, wallet_sha256(raw)
-    jobs = [msgspec.structs.replace(job, wallet_sha256=wallet) for job in jobs]
+    n, origin = jobs[0].sampling.n, job_origin(raw)
+    jobs = [msgspec.structs.replace(job, **origin) for job in jobs]
     name_request(request_id, jobs[0].model)
     params = _ResponseParams(
         request_id,

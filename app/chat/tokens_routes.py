@@ -3,6 +3,7 @@
 import uuid
 from typing import Any
 
+import msgspec
 from flask import Blueprint, Response, request
 
 from app.chat.tokens_schema import DetokenizeRequest, TokenizeRequest
@@ -14,7 +15,7 @@ from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, name_request
+from app.http.wsgi import add_timings, job_origin, name_request
 from catalogue import CHAT, DETOKENIZE_PATH, TOKENIZE_PATH, Catalogue
 from protocol.events import Event, Text, Tokens
 
@@ -40,6 +41,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
         body = parse(schema, raw)
         model = body.model or only_model(catalogue, CHAT)
         job = body.to_job(f"tok-{uuid.uuid4().hex}", find_model(catalogue, model, CHAT))
+        job = msgspec.structs.replace(job, **job_origin(raw))
         name_request(job.id, job.model)
         # without metrics: they are those of answers
         reader = dispatcher.begin(job, CHAT, connection, Timings())

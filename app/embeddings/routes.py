@@ -14,9 +14,9 @@ from app.embeddings.schema import EmbeddingRequest
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params, parse_json, wallet_sha256
+from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, name_request
+from app.http.wsgi import add_timings, job_origin, name_request
 from catalogue import EMBEDDING, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -32,7 +32,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
             raw = parse_json(content)
             body = parse(EmbeddingRequest, raw)
             job = body.to_job(f"embd-{uuid.uuid4().hex}", find_model(catalogue, body.model, EMBEDDING))
-            job = msgspec.structs.replace(job, wallet_sha256=wallet_sha256(raw))
+            job = msgspec.structs.replace(job, **job_origin(raw))
             ignored = ignored_params(body, raw)
             is_base64 = body.encoding_format == "base64"
         name_request(job.id, job.model)

@@ -45,7 +45,19 @@ class Course(Protocol):
 class Access:
     """What the line of one request will tell. Whoever learns of something sets it here."""
 
-    __slots__ = ("began_at", "client_id", "code", "method", "model", "request_id", "route", "status", "times")
+    __slots__ = (
+        "began_at",
+        "client_id",
+        "code",
+        "method",
+        "model",
+        "request_id",
+        "route",
+        "span",
+        "status",
+        "times",
+        "traceparent",
+    )
 
     def __init__(self, method: str) -> None:
         self.began_at = time.monotonic()
@@ -61,6 +73,10 @@ class Access:
         self.code: str | None = None
         """The code of the error (protocol.errors) that ended it."""
         self.times: Course | None = None
+        self.span: Any = None
+        """OpenTelemetry's, where traces are wanted (app.http.request_trace)."""
+        self.traceparent: str | None = None
+        """What makes the spans of its jobs children of `span`."""
 
     @property
     def seconds(self) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 from flask import Flask, Response, request
 
 from app.http.access_log import current_access
+from app.http.request_body import wallet_sha256
 
 _SLASHES = re.compile("/{2,}")
 _VALID_ID = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
@@ -38,6 +39,14 @@ def name_request(request_id: str, model: str) -> None:
     """
     access = current_access()
     access.request_id, access.model = request_id, model
+
+
+def job_origin(given: dict[str, Any]) -> dict[str, str | None]:
+    """Return the fields of a job that are none of the API: the node's `wallet`, hashed, and the request's span.
+
+    `given`: the fields of the current request's body.
+    """
+    return {"wallet_sha256": wallet_sha256(given), "traceparent": current_access().traceparent}
 
 
 def add_timings(response: Response, milliseconds: dict[str, int]) -> None:

@@ -12,9 +12,9 @@ from app.dispatch.models import find_model, only_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.errors import json_response
-from app.http.request_body import BodyReader, ignored_params, wallet_sha256
+from app.http.request_body import BodyReader, ignored_params
 from app.http.validation import parse
-from app.http.wsgi import add_timings, name_request
+from app.http.wsgi import add_timings, job_origin, name_request
 from app.image_input.fetch import ImageFetcher
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
 from app.images.file_response import image_file_response
@@ -50,9 +50,7 @@ def blueprint(
             entry = find_model(catalogue, params.model, body.task)
             # everything is validated before an image is downloaded for this request
             job = params.to_job(f"img-{uuid.uuid4().hex}", entry)
-            job = body.attach(
-                msgspec.structs.replace(job, wallet_sha256=wallet_sha256(body.fields)), fetcher.fetch
-            )
+            job = body.attach(msgspec.structs.replace(job, **job_origin(body.fields)), fetcher.fetch)
             name_request(job.id, job.model)
         with closing(
             dispatcher.begin(job, body.task, Connection(request.environ), started=started)

