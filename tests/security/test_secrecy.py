@@ -98,6 +98,9 @@ def dump(client: Any) -> dict[bytes, tuple[int, bytes]]:
                 parts = list(client.smembers(name))
             case b"zset":
                 parts = client.zrange(name, 0, -1)
+            case b"stream":
+                fields = [fields for _, fields in client.xrange(name)]
+                parts = [part for entry in fields for pair in entry.items() for part in pair]
             case b"none":
                 continue  # expired meanwhile
             case kind:
@@ -345,7 +348,7 @@ def test_nothing_that_clients_send_stays_or_shows(service: KeyedDeployment) -> N
         assert IMAGE not in after and PROMPT not in after, "nothing may be left, not even under a TTL"
     check_clean(repr(events.seen).encode(), "an event of Celery")
     assert any("task-received" in event["type"] and event["args"] for event in events.seen)
-    for path in ("/metrics", "/v1/workers", "/readyz", "/v1/models", "/openapi.json"):
+    for path in ("/metrics", "/v1/workers", "/v1/activity", "/readyz", "/v1/models", "/openapi.json"):
         response, connection = service.request("GET", path)
         check_clean(response.read(), path)
         connection.close()
