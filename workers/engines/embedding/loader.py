@@ -50,15 +50,13 @@ class LoadedEncoder:
         counts = [len(tokens) for tokens in inputs]
         width = max(counts)
         padded = torch.tensor([tokens + [self.pad_token] * (width - len(tokens)) for tokens in inputs])
-        lengths = torch.tensor(counts)
+        lengths = torch.tensor(counts).to(self.device)
         # without padding no mask is needed, and attention is faster without one
-        mask = None if min(counts) == width else (torch.arange(width) < lengths[:, None]).to(self.device)
-        output = self.model(
-            input_ids=padded.to(self.device),
-            attention_mask=mask if mask is None else mask.long(),
-            **self.options,
-        )
-        return self.head(output.last_hidden_state, lengths.to(self.device))
+        mask = None
+        if min(counts) < width:
+            mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
+        output = self.model(input_ids=padded.to(self.device), attention_mask=mask, **self.options)
+        return self.head(output.last_hidden_state, lengths)
 
     def describe(self) -> str:
         """One line for the log."""
