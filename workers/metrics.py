@@ -13,6 +13,8 @@ from workers.engines.base import Engine
 from workers.gpu_time import GpuTime
 from workers.job_log import COMPLETED, JobLog
 
+PROMPT_TOKENS = "Prompt tokens, those in the prefix cache included."
+
 
 class WorkerMetrics:
     """The metrics of one worker. `ended` is called in the threads of the tasks, the others by the heartbeat."""
@@ -25,7 +27,7 @@ class WorkerMetrics:
         registry = self._registry = CollectorRegistry()
         self._success = Counter(
             "request_success_total",
-            "Requests that were completed, by the reason why the answer ended. That of images is always stop.",
+            "Requests that were completed, by the reason why the answer ended. Without a text it is always stop.",
             ["finished_reason"],
             registry=registry,
         )
@@ -48,7 +50,9 @@ class WorkerMetrics:
         )
         self._gpu_seconds.labels(COMPLETED)
         self._lost_gpu_seconds = self._gpu_seconds.labels(WorkerLost.code)
-        registry.register(_EngineCollector(engine, gpu_time))
+        # of engines that count no tokens by themselves
+        self._prompt_tokens = Counter("prompt_tokens_total", PROMPT_TOKENS, registry=None)
+        registry.register(_EngineCollector(engine, gpu_time, self._prompt_tokens))
 
     def ended(self, job: JobLog) -> None:
         """Count a job that has ended."""
@@ -56,6 +60,8 @@ class WorkerMetrics:
             self._success.labels(job.finish_reason or "stop").inc()
         else:
             self._failures.labels(job.outcome).inc()
+        if job.usage is not None:
+            self._prompt_tokens.inc(job.usage.prompt_tokens)
         self._images.inc(job.images)
         self._steps.inc(job.steps_done)
         self._gpu_seconds.labels(job.outcome).inc(job.gpu_s or 0.0)
@@ -88,11 +94,12 @@ class WorkerMetrics:
 
 
 class _EngineCollector(Collector):
-    """What the engine has counted by itself."""
+    """What the engine has counted by itself, or `prompt_tokens` if it has not."""
 
-    def __init__(self, engine: Engine, gpu_time: GpuTime) -> None:
+    def __init__(self, engine: Engine, gpu_time: GpuTime, prompt_tokens: Counter) -> None:
         self._engine = engine
         self._gpu_time = gpu_time
+        self._prompt_tokens = prompt_tokens
 
     def collect(self) -> Iterable[Metric]:
         yield GaugeMetricFamily(
@@ -100,9 +107,10 @@ class _EngineCollector(Collector):
         )
         counts = self._engine.status().counts
         if counts is None:
+            yield from self._prompt_tokens.collect()
             return
         for name, text, value in (
-            ("prompt_tokens", "Prompt tokens, those in the prefix cache included.", counts.prompt_tokens),
+            ("prompt_tokens", PROMPT_TOKENS, counts.prompt_tokens),
             ("generation_tokens", "Tokens that were generated.", counts.generation_tokens),
             ("prefix_cache_queries", "Prompt tokens that were looked up.", counts.prefix_queries),
             ("prefix_cache_hits", "Prompt tokens that the prefix cache had.", counts.prefix_hits),

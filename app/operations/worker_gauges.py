@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
+from node.registration import has_node_type
 from protocol.leases import GpuUsage, WorkerRecord
 
 GAUGES: tuple[tuple[str, str, Callable[[WorkerRecord], float | None]], ...] = (
@@ -13,8 +14,8 @@ GAUGES: tuple[tuple[str, str, Callable[[WorkerRecord], float | None]], ...] = (
     ("kv_cache_usage_perc", "Part of the KV cache in use. 1 means all of it.", lambda w: w.kv_cache_usage),
     (
         "node_registered",
-        "Whether the node has accepted the worker's registration. Only where there is a node.",
-        lambda w: float(w.registered) if w.node else None,
+        "Whether the node has accepted the worker's registration. Only where there is a node that knows its task.",
+        lambda w: float(w.registered) if w.node and has_node_type(w.tasks) else None,
     ),
 )
 """Name, help and value of each gauge; without a value there is no sample."""

@@ -127,6 +127,7 @@ def test_gauges_of_workers_and_queue(webs: tuple[Web, Web]) -> None:
     gpu = GpuUsage(memory_used_bytes=3, memory_total_bytes=8, utilization=0.5)
     fields: dict[str, Any] = {"state": "ready", "running": 2, "slots": 4, "kv_cache_usage": 0.25, "gpu": gpu}
     one.leases.seize_worker(worker_record("w", node="http://n", registered=True, **fields))
+    one.leases.seize_worker(worker_record("e", node="http://n", model="vectors", tasks=("embedding",)))
     one.leases.seize_worker(worker_record("v", state="loading"))
     one.leases.release_worker(worker_record("v", state="loading"), keep_record=True)
     for name in "xyz":
@@ -135,6 +136,8 @@ def test_gauges_of_workers_and_queue(webs: tuple[Web, Web]) -> None:
     one.worker_view.refresh()
     found = {name: value for name, value in one.samples().items() if "web=" not in name}
     of_worker = '{cid="w",model_name="echo"}'
+    assert 'node_registered{cid="e",model_name="vectors"}' not in found, "no node knows its task"
+    found = {name: value for name, value in found.items() if "vectors" not in name}
     assert found == {
         "redis_up": 1,
         'workers{model_name="echo",state="ready"}': 1,

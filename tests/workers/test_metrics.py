@@ -20,8 +20,11 @@ class CountingEngine:
 
     def __init__(self) -> None:
         self.gaps = TokenGaps()
+        self.counts = True
 
     def status(self) -> EngineStatus:
+        if not self.counts:
+            return EngineStatus(True, 0, 0, 0)
         counts = EngineCounts(70, 30, 70, 20, 1, self.gaps)
         return EngineStatus(True, 0, 0, 0, counts=counts)
 
@@ -120,3 +123,12 @@ def test_what_ran_while_a_worker_counted_as_lost_is_lost(bench: Bench) -> None:
     found = bench.published()
     assert found.value(GPU_SECONDS, outcome="worker_lost") == 3
     assert found.value("gpu_seconds_running") == 0
+
+
+def test_tokens_of_an_engine_that_counts_none_are_those_of_its_requests(bench: Bench) -> None:
+    bench.engine.counts = False
+    bench.job(Finished(Usage(12, 0)), gpu_s=1)
+    bench.job(Finished(), gpu_s=1)
+    found = bench.published()
+    assert found.value("prompt_tokens_total") == 12
+    assert not [family for family in found.families if family.name == "generation_tokens"]
