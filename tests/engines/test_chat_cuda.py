@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.engines.flash_model import FlashModel
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from tests.engines.tiny_vision import FAMILIES, Reference, image_job, png
 from tests.gpu_stand_ins.flash_attention import FlashAttentionStandIn
 from tests.gpu_stand_ins.graphs import RecordedOperations, recorded
 from workers.engines.chat import backend
@@ -137,6 +138,26 @@ def test_several_streams_get_the_texts_that_each_gets_alone(tmp_path, kernel, mo
         assert not wrong
         # one stream with shared key heads needs the parts: it would occupy 8 of 132 multiprocessors
         assert any(call.splits > 1 for call in kernel.calls) == (key_heads == 8)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_chats_with_images_are_decoded_by_graphs(tmp_path, kernel, monkeypatch, family):
+    """The decode steps after an image need no recordings of their own."""
+    monkeypatch.setattr(backend, "wants_flash", lambda loaded: True)
+    weights = FAMILIES[family].save(tmp_path)
+    reference = Reference(weights)
+    engine, collector = make_engine(weights, kv_cache_tokens=8192, prefill_chunk=16, max_batch_size=4)
+    try:
+        assert isinstance(engine.parts.runner, CudaGraphs)
+        assert engine.status().takes_images
+        at_load = sum(replays(engine.parts.runner).values())
+        jobs = [image_job("one", png()), image_job("two", png(84, 140, 1), png(140, 56, 2)), chat_job("text")]
+        results = run(engine, collector, jobs)
+        for job, result in zip(jobs[:2], results, strict=False):
+            assert result.text() == reference.greedy(job)[0]
+        assert sum(replays(engine.parts.runner).values()) > at_load
     finally:
         engine.close()
 

@@ -8,85 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from protocol.events import Failed
-from protocol.jobs import ChatImage, ChatJob, SamplingParams
+from protocol.jobs import ChatJob
 from tests.engines.tiny_chat import CONFIGS, Collector, chat_job, make_engine, run, save_model
-from tests.engines.tiny_vision import FAMILIES, GEMMA3, png, processor_of
+from tests.engines.tiny_vision import FAMILIES, GEMMA3, Reference, image_job, png
 from workers.engines.chat import ChatEngine
 from workers.engines.chat.model.fused_decoder import FusedDecoder
 from workers.engines.chat.model.runner import ModelRunner
 from workers.engines.chat.vision.encoder import ImageEncoder
 from workers.engines.chat.vision.features import Features
 from workers.engines.chat.vision.reader import ImageReader
-
-WORDS = ("Look: ", " and ", " What is it?")
-
-
-def image_job(
-    id: str, *images: bytes, detail: Any = "auto", words: tuple[str, str, str] = WORDS, **sampling: Any
-) -> ChatJob:
-    """Make a job with one message in which words stand before, between and after the images."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": words[0]}]
-    for number in range(len(images)):
-        content += [{"type": "image"}, {"type": "text", "text": words[1 if number < len(images) - 1 else 2]}]
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
-    return ChatJob(
-        id=id,
-        model="tiny",
-        messages=[{"role": "user", "content": content}],
-        sampling=params,
-        images=[
-            ChatImage(data=data, detail=detail, param=f"messages.0.content.{2 * number + 1}")
-            for number, data in enumerate(images)
-        ],
-    )
-
-
-class Reference:
-    """The whole model and its processor, as transformers has them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForImageTextToText.from_pretrained(folder).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.processor = processor_of(folder, self.tokenizer)
-        # rows of the embedding without a token
-        self.padding = list(range(len(self.tokenizer), self.model.config.text_config.vocab_size))
-
-    def inputs(self, job: ChatJob) -> dict[str, torch.Tensor]:
-        messages = [
-            {**message, "content": [{"type": "text", "text": message["content"]}]}
-            if isinstance(message["content"], str)
-            else message
-            for message in job.messages
-        ]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        images = [Image.open(io.BytesIO(image.data)) for image in job.images] or None
-        return dict(
-            self.processor(
-                text=[text],
-                images=images,
-                return_tensors="pt",
-                add_special_tokens=False,
-                return_mm_token_type_ids="Qwen" in type(self.processor).__name__,
-            )
-        )
-
-    def greedy(self, job: ChatJob) -> tuple[str, int]:
-        """Generate. Returns the text and the number of tokens of the prompt."""
-        inputs = self.inputs(job)
-        length = inputs["input_ids"].shape[1]
-        out = self.model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=job.sampling.max_tokens,
-            eos_token_id=None,
-            suppress_tokens=self.padding,
-        )
-        return self.tokenizer.decode(out[0, length:], skip_special_tokens=True), length
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import PreTrainedConfig
 
 from catalogue import ChatModelEntry
+from protocol.errors import InvalidImage
 from protocol.jobs import ChatImage
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import KVCache
@@ -101,10 +102,12 @@ def load_vision(
         return None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of an error, after its type where the text alone may say nothing."""
-    text = str(error) if isinstance(error, EngineLoadError) else f"{type(error).__name__}: {error}"
-    return text.partition("\n")[0][:300]
+    # what a client is told about an image says nothing to the operator
+    cause = error.__cause__ if isinstance(error, InvalidImage) and error.__cause__ is not None else error
+    text = str(cause).strip().partition("\n")[0][:300]
+    return text if isinstance(cause, EngineLoadError) else f"{type(cause).__name__}: {text}"
 
 
 def warn_blind(name: str, architecture: str, reason: str) -> None:
