@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,37 +48,89 @@ def test_every_requirement_is_pinned_exactly(path: Path) -> None:
         assert not line.startswith("triton") or path.name == "requirements-dev.txt", line
 
 
-@pytest.fixture
-def unit() -> configparser.SectionProxy:
-    """The [Service] section of the unit in docs/operations.md."""
-    block = re.search(
-        r"^```ini\n(.*?)^```", (ROOT / "docs/operations.md").read_text(), re.MULTILINE | re.DOTALL
-    )
-    assert block
-    parser = configparser.ConfigParser(interpolation=None)
-    parser.read_string(block[1])
+UNITS = sorted((ROOT / "deploy/systemd").glob("*.service"))
+
+
+def read_unit(path: Path) -> configparser.SectionProxy:
+    """The [Service] section of a unit of systemd. Of several values of a name it has the last."""
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    parser.read_string(path.read_text())
     return parser["Service"]
 
 
-def test_the_unit_runs_what_exists(unit: configparser.SectionProxy) -> None:
-    command, catalogue = unit["ExecStart"].split()
-    script = ROOT / Path(command).relative_to(unit["WorkingDirectory"])
-    assert os.access(script, os.X_OK) and Path(catalogue).is_absolute()
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_units_run_what_exists_and_stop_it_in_order(path: Path) -> None:
+    unit = read_unit(path)
+    command = Path(unit["ExecStart"].split()[0]).relative_to(unit["WorkingDirectory"])
+    # what pip makes in the environment is not in the checkout
+    assert str(command) in (".venv/bin/gunicorn", ".venv/bin/celery") or os.access(ROOT / command, os.X_OK)
+    assert unit["KillMode"] == "mixed"
+    assert unit["Restart"] == "on-failure" and unit["RestartPreventExitStatus"] == str(EXIT_CONFIGURATION)
 
 
-def test_the_unit_lets_the_supervisor_stop_everything(unit: configparser.SectionProxy) -> None:
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+def test_systemd_accepts_the_units(path: Path, tmp_path: Path) -> None:
+    # it also looks for the command and the user
+    text = path.read_text().replace("/opt/modelservice/.venv/bin", str(Path(sys.executable).parent))
+    copy = tmp_path / path.name
+    copy.write_text(text.replace("/opt/modelservice", str(ROOT)).replace("User=modelservice", "User=root"))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", copy], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_units_give_time_to_stop() -> None:
     file = ROOT / "models.example.toml"
     redis = EmbeddedRedis(
         "redis-server", 1, configuration=Path("c"), url="redis://127.0.0.1:1", url_file=Path("u")
     )
     settings = Settings(flower_basic_auth="user:password")
     plan = make_plan(settings, Catalogue.from_file(file), file, redis)
-    assert unit["KillMode"] == "mixed"
-    assert float(unit["TimeoutStopSec"]) > sum(max(s.stop_timeout_s for s in group) for group in plan.groups)
+    web, worker, whole = (float(read_unit(path)["TimeoutStopSec"]) for path in UNITS)
+    assert whole > sum(max(s.stop_timeout_s for s in group) for group in plan.groups)
+    assert web > runpy.run_path(str(ROOT / "gunicorn.conf.py"))["graceful_timeout"]
+    assert worker >= settings.drain_s + 15
 
 
-def test_the_unit_does_not_restart_what_a_person_must_correct(unit: configparser.SectionProxy) -> None:
-    assert unit["Restart"] == "on-failure" and unit["RestartPreventExitStatus"] == str(EXIT_CONFIGURATION)
+def kubernetes(kind: str) -> dict[str, dict[str, Any]]:
+    """The objects of a kind in the example for Kubernetes, by name."""
+    objects = yaml.safe_load_all((ROOT / "deploy/kubernetes/modelservice.yaml").read_text())
+    return {found["metadata"]["name"]: found for found in objects if found["kind"] == kind}
+
+
+def pods() -> dict[str, dict[str, Any]]:
+    return {name: found["spec"]["template"] for name, found in kubernetes("Deployment").items()}
+
+
+def test_kubernetes_has_a_valid_catalogue_and_known_settings(tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(kubernetes("ConfigMap")["modelservice"]["data"]["models.toml"])
+    models = {model.name for model in Catalogue.from_file(tmp_path / "models.toml").models}
+    known = {field.upper() for field in Settings.model_fields} | {"REDIS_PASSWORD"}
+    served = set()
+    for name, pod in pods().items():
+        (container,) = pod["spec"]["containers"]
+        variables = {variable["name"]: variable.get("value") for variable in container["env"]}
+        if name != "modelservice-redis":
+            assert set(variables) <= known
+        served |= {variables["WORKER_MODEL"]} if "WORKER_MODEL" in variables else set()
+    assert served == models
+
+
+def test_kubernetes_gives_time_to_stop_and_selects_the_pods() -> None:
+    found = pods()
+    conf = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
+    assert found["modelservice-web"]["spec"]["terminationGracePeriodSeconds"] > conf["graceful_timeout"]
+    (worker,) = found["modelservice-worker-chat"]["spec"]["containers"]
+    drain = next(float(variable["value"]) for variable in worker["env"] if variable["name"] == "DRAIN_S")
+    assert found["modelservice-worker-chat"]["spec"]["terminationGracePeriodSeconds"] >= drain + 15
+    for name, deployment in kubernetes("Deployment").items():
+        assert deployment["spec"]["selector"]["matchLabels"] == found[name]["metadata"]["labels"]
+    for service in kubernetes("Service").values():
+        assert any(
+            service["spec"]["selector"].items() <= pod["metadata"]["labels"].items() for pod in found.values()
+        )
 
 
 def test_the_compose_file_is_valid() -> None:
