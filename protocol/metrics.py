@@ -6,6 +6,7 @@ counters.
 """
 
 import logging
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -55,19 +56,21 @@ class Snapshot(msgspec.Struct, kw_only=True):
 
 def families_of(registry: CollectorRegistry) -> list[Family]:
     """Return what a registry has collected, without the times at which its metrics were created."""
-    return [
-        Family(
-            metric.name,
-            metric.documentation,
-            metric.type,
-            [
-                (sample.name, sample.labels, sample.value)
-                for sample in metric.samples
-                if not sample.name.endswith("_created")
-            ],
-        )
-        for metric in registry.collect()
-    ]
+    found = []
+    for metric in registry.collect():
+        samples = [
+            (sample.name, sample.labels, sample.value)
+            for sample in metric.samples
+            if not sample.name.endswith("_created")
+        ]
+        found.append(Family(metric.name, metric.documentation, metric.type, samples))
+        give_way()
+    return found
+
+
+def give_way() -> None:
+    """Let streams go on: the histograms of many models take milliseconds."""
+    time.sleep(0)
 
 
 def merged(snapshots: Iterable[Snapshot]) -> list[Metric]:

@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import pytest
+
 from tests.deployment import ROOT, free_port, wait_until
 
 TOOLS = ROOT / ".tools"
@@ -16,7 +18,9 @@ MONITORING = ROOT / "deploy" / "monitoring"
 
 
 def fetch() -> None:
-    """Download Prometheus and promtool, unless they are there."""
+    """Download Prometheus and promtool, unless they are there. Skips the test where nothing has them."""
+    if not shutil.which("apt-get") and not shutil.which("promtool"):
+        pytest.skip("no Prometheus (only Debian's can be fetched)")
     done = subprocess.run([ROOT / "scripts/fetch-prometheus"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from flask import Flask, Response, request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from redis.exceptions import RedisError
 
 from app.dispatch.worker_view import WorkerView
@@ -16,7 +15,15 @@ from app.operations.worker_gauges import worker_gauges
 from protocol.errors import WorkerLost
 from protocol.event_router import EventRouter
 from protocol.leases import Leases
-from protocol.metrics import GPU_SECONDS, RUNNING_GPU_SECONDS, MetricStore, Snapshot, families_of, merged
+from protocol.metrics import (
+    GPU_SECONDS,
+    RUNNING_GPU_SECONDS,
+    MetricStore,
+    Snapshot,
+    families_of,
+    give_way,
+    merged,
+)
 from protocol.queue import JobQueue
 
 log = logging.getLogger(__name__)
@@ -58,8 +65,7 @@ class Metrics:
         Gauge(OPEN, "Requests that this web process waits for.", registry=registry).set_function(
             lambda: len(router.inboxes())
         )
-        self._deployment = CollectorRegistry()
-        self._deployment.register(_Deployment(self.publish, models, store, leases, queue, worker_view))
+        self._deployment = _Deployment(self.publish, models, store, leases, queue, worker_view)
 
     def init_app(self, app: Flask) -> None:
         """Count the responses of `app`. Call this first, to count those of other hooks too."""
@@ -74,7 +80,11 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
-        return generate_latest(self._deployment)
+        parts = []
+        for metric in self._deployment.collect():
+            parts.append(generate_latest(_One(metric)))
+            give_way()
+        return b"".join(parts)
 
     def _count(self, response: Response) -> Response:
         route = request.url_rule.rule if request.url_rule else "(none)"
@@ -83,7 +93,18 @@ class Metrics:
         return response
 
 
-class _Deployment(Collector):
+class _One(CollectorRegistry):
+    """A registry of one metric that has been collected."""
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self._metric = metric
+
+    def collect(self) -> Iterable[Metric]:
+        return [self._metric]
+
+
+class _Deployment:
     """All that is in Redis: a counter that was read there never goes back, whichever web process answers the next scrape.
 
     Without Redis there is `redis_up` alone. What this process counts meanwhile is shown later.

@@ -35,10 +35,10 @@ class Web:
         self.worker_view = WorkerView(self.leases)
         self.worker_view.refresh()
         self.router = EventRouter(redis, keys, web_id)
-        registry = CollectorRegistry()
-        self.requests = RequestMetrics(registry)
+        self.registry = CollectorRegistry()
+        self.requests = RequestMetrics(self.registry)
         self.metrics = Metrics(
-            registry,
+            self.registry,
             web_id=web_id,
             models=["echo"],
             store=MetricStore(redis, keys),
@@ -183,6 +183,18 @@ def test_what_a_lost_worker_ran_counts_as_lost(
     found = one.samples()
     assert found[lost] == 6 and running not in found
     assert found['gpu_seconds_total{cid="w",model_name="echo",outcome="completed"}'] == 7
+
+
+def test_streams_go_on_while_many_metrics_are_written(
+    webs: tuple[Web, Web], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = webs
+    two.metrics.publish()
+    pauses: list[float] = []
+    monkeypatch.setattr("protocol.metrics.time.sleep", pauses.append)
+    families = one.metrics.render().count(b"# TYPE")
+    own = len(list(one.registry.collect()))
+    assert pauses == [0] * (own + families)
 
 
 def test_without_redis_no_counter_looks_smaller(tmp_path: Any, keys: Keys) -> None:
