@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from catalogue import Catalogue
 from config import VERSION
 from tests.deployment import ROOT
 
@@ -150,3 +151,20 @@ def test_files_for_github_are_valid(name: str, schema: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+CATALOGUES = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"^```toml\n(.*?)^```", text_of(page), re.MULTILINE | re.DOTALL)
+    )
+    if "[[models]]" in block
+]
+
+
+@pytest.mark.parametrize("block", CATALOGUES)
+def test_catalogues_in_the_pages_are_valid(block: str, tmp_path: Path) -> None:
+    project = "" if "project =" in block else 'project = "DecentralGPT"\n'
+    (tmp_path / "models.toml").write_text(project + block)
+    assert Catalogue.from_file(tmp_path / "models.toml").models
