@@ -97,6 +97,9 @@ def steer(path: str, body: Any) -> None:
         return
     if isinstance(name := body.get("model"), str) and len(name) % 8:
         body["model"] = MODELS[path]
+    if isinstance(tokens := body.get("tokens"), list) and len(tokens) % 8:
+        # 1.0 is an integer for JSON Schema, and not for the service
+        body["tokens"] = list(map(int, tokens))
     for field in ("image", "mask"):
         if isinstance(given := body.get(field), bytes) and len(given) % 8:
             body[field] = PNG

@@ -8,7 +8,6 @@ last message that is one of `FAULTS` causes that fault.
 
 import io
 import struct
-import sys
 import threading
 import time
 from urllib.parse import parse_qsl
@@ -47,6 +46,8 @@ PREFIX = "echo:"
 RAISE_LATER = "raise after three tokens"
 FAULTS = ("raise", RAISE_LATER, "out of memory", "hang", "die")
 IMAGE_STEPS = 4
+SURROGATES = 0xD800
+"""The first code that is no character."""
 MAX_MODEL_LEN = 1024
 """What it says of itself to /tokenize; it has no limit."""
 VECTOR_SIZE = 8
@@ -131,7 +132,7 @@ class EchoEngine:
             codes = [ord(character) for character in running.job.text]
             return [Tokens(codes, list(running.job.text), MAX_MODEL_LEN), Finished()]
         if isinstance(running.job, DetokenizeJob):
-            return [Text("".join(chr(code % sys.maxunicode) for code in running.job.tokens)), Finished()]
+            return [Text("".join(chr(code % SURROGATES) for code in running.job.tokens)), Finished()]
         return self._text_step(running, running.job)
 
     def _text_step(self, running: _Running, job: TextJob) -> list[Event]:
