@@ -16,7 +16,16 @@ from protocol.events import Usage
 log = logging.getLogger("access")
 
 QUIET_ROUTES = frozenset(
-    {"/healthz", "/readyz", "/health", "/ping", "/metrics", "/v1/workers", "/v1/activity"}
+    {
+        "/healthz",
+        "/readyz",
+        "/health",
+        "/ping",
+        "/metrics",
+        "/v1/workers",
+        "/v1/activity",
+        "/static/<path:filename>",
+    }
 )
 """What health checks, scrapes, scripts/run and the console ask for again and again: their lines have the level DEBUG."""
 COMPLETED = "completed"

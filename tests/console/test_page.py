@@ -45,6 +45,9 @@ def test_the_policy_and_that_nothing_needs_a_key(keyed: Deployment) -> None:
         assert (response.status, bool(body)) == (200, True), path
         assert response.headers["Content-Security-Policy"] == POLICY
         assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert keyed.web is not None
+    log = keyed.web.log.read_text()
+    assert "route=/ " in log and "/static/" not in log, "one line for a page, not one for each of its files"
     assert "default-src 'none'" in POLICY and "unsafe" not in POLICY
     for path in (
         "/static/",

@@ -53,6 +53,7 @@ def test_twenty_workers_in_all_states(browser: Browser, bare: Deployment, screen
         gpu = GpuUsage(memory_used_bytes=70 * 2**30, memory_total_bytes=80 * 2**30, temperature_c=number + 40)
         fields: dict[str, Any] = {"name": f"echo-{number}@a-machine-with-a-rather-long-name.example.org"}
         fields |= {"state": STATES[number % 6], "slots": 64, "running": number, "kv_cache_usage": 0.25}
+        fields |= {"registered": number == 2, "tasks": ("embedding",) if number == 3 else ("chat",)}
         fields |= {"gpus": [str(number)], "gpu": gpu, "last_error": "x" * 200 if number % 2 else ""}
         leases.seize_worker(worker_record(f"cid-{number}", **fields))
         bare.redis.client.persist(keys.lease(f"cid-{number}"))
@@ -67,6 +68,8 @@ def test_twenty_workers_in_all_states(browser: Browser, bare: Deployment, screen
                 expect(worker).to_contain_text("70.0 GiB of 80.0 GiB")
                 expect(worker).to_contain_text(f"{number + 40} °C")
                 expect(worker).to_contain_text("KV cache 25 %")
+            for number, text in ((1, "x" * 200), (2, "registered"), (3, "does not know this task")):
+                expect(rows.filter(has_text=f"echo-{number}@")).to_contain_text(text)
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
             assert all("/readyz" in text for text in watch.refused), watch.refused
     finally:

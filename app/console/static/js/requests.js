@@ -72,6 +72,7 @@ function Result({ request }) {
   const { completion_tokens: tokens, prompt_tokens: prompt, images, first_token_ms: first, total_ms: total } = request;
   if (images !== null) return count(images, "image");
   if (tokens === null) return "–";
+  if (tokens === 0) return count(prompt, "prompt token");
   const speed = tokens > 1 && first !== null && total > first ? rate(tokens - 1, total - first) : "";
   return html`<span title=${count(prompt, "prompt token")}>${count(tokens, "token")}
     ${speed && html`<span class="speed">${speed}</span>`}</span>`;
