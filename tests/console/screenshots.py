@@ -20,6 +20,7 @@ from app.dispatch.activity import KEPT_S, SAMPLE_S, upper_bound_ms
 from protocol.leases import GpuUsage, Leases
 from protocol.names import Keys
 from tests.console.browser import DESKTOP, PHONE, Screen, chromium, open_page
+from tests.console.playground_screenshots import take_playground
 from tests.deployment import ROOT, Deployment
 from tests.records import worker_record
 from tests.stand_in_node import StandInNode
@@ -69,6 +70,9 @@ def main(folder: Path) -> None:
                 stop.set()
                 for thread in load:
                     thread.join()
+        take_playground(
+            browser, catalogue / "playground", lambda png, name: save(png, folder / f"{name}.png")
+        )
 
 
 def take(browser: Browser, service: Deployment, folder: Path) -> None:
