@@ -127,6 +127,13 @@ class Settings(BaseSettings):
     embedding_deadline_s: float = Field(
         default=170, gt=0, description="the same for a request of embeddings; the node does not know these"
     )
+    stream_grace_s: int = Field(
+        default=15,
+        ge=0,
+        le=3600,
+        description="seconds for which a chat goes on, and its events are kept, after its client has disconnected, "
+        "if the client had asked for a stream that it can resume (docs/api.md); 0: such streams are not offered",
+    )
     max_waiting: int = Field(
         default=256, ge=1, description="requests that may wait in the queue of each model; more get 503"
     )

@@ -5,6 +5,7 @@ It never imports torch or workers.
 
 from flask import Flask
 
+from app.chat.resumable import blueprint as resumable_blueprint
 from app.chat.routes import ChatInputs
 from app.chat.routes import blueprint as chat_blueprint
 from app.chat.text_routes import blueprint as completions_blueprint
@@ -62,9 +63,11 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     app.register_blueprint(
         chat_blueprint(
             ChatInputs(catalogue, services.dispatcher, services.worker_view, services.fetcher.fetch),
+            services.resumption,
             services.bodies,
         )
     )
+    app.register_blueprint(resumable_blueprint(services.resumption))
     for blueprint in (completions_blueprint, tokens_blueprint):
         app.register_blueprint(
             blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)

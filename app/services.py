@@ -9,6 +9,7 @@ from app.dispatch.activity import Activity
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.monitor import RequestMonitor
 from app.dispatch.request_metrics import RequestMetrics
+from app.dispatch.resumption import Resumption
 from app.dispatch.worker_view import WorkerView
 from app.http.auth import Gate, Limiter
 from app.http.operators import Operators
@@ -19,7 +20,7 @@ from app.image_input.fetch import ImageFetcher
 from app.operations.metrics import Metrics
 from app.operations.warnings import Warnings
 from app.process import WebProcess
-from catalogue import Catalogue
+from catalogue import CHAT, Catalogue
 from config import Settings
 from node.client import NodeClient
 from node.deployment import Deployment
@@ -37,6 +38,7 @@ from protocol.metrics import MetricStore
 from protocol.names import Keys
 from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue, claim_ttl_s
+from protocol.resumable_streams import ResumableStreams
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Services:
     metrics: Metrics
     traces: RequestTraces
     dispatcher: Dispatcher
+    resumption: Resumption
     bodies: BodyReader
     worker_view: WorkerView
     activity: Activity
@@ -145,6 +148,16 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
             requests=requests,
             metrics=RequestMetrics(registry),
             connected=process.connected,
+            draining_for_s=process.draining_for_s,
+        ),
+        resumption=Resumption(
+            ResumableStreams(client, keys, ttl_s=claim_ttl_s(settings)),
+            router,
+            requests,
+            web_id=web_id,
+            deadline_s=CHAT.deadline_s(settings),
+            grace_s=settings.stream_grace_s,
+            owner=gate.caller,
             draining_for_s=process.draining_for_s,
         ),
         bodies=BodyReader(BodyBudget()),

@@ -3,7 +3,7 @@
 ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
 ├─ Unauthorized 401 · Forbidden 403 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405
-├─ RequestTimeout 408 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429 · Cancelled 499
+├─ RequestTimeout 408 · TakenOver 409 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429 · Cancelled 499
 ├─ InternalError 500 (EngineError, OutOfMemory, EngineStopped)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, CancelledByOperator,
 │                   ShuttingDown)
@@ -94,6 +94,14 @@ class RequestTimeout(ServiceError):
     """Raised by the web process when a request's body arrives too slowly."""
 
     status, code, type = 408, "request_timeout", "invalid_request_error"
+
+
+class TakenOver(ServiceError):
+    """Made by the web process for a connection whose stream another one resumes."""
+
+    status, code, type = 409, "taken_over", "invalid_request_error"
+    default_message = "another connection has resumed this stream"
+    may_retry = False
 
 
 class PayloadTooLarge(ServiceError):

@@ -15,8 +15,10 @@ from redis.exceptions import RedisError
 
 from protocol import events
 from protocol.connections import RedisClient
+from protocol.errors import TakenOver
 from protocol.events import Envelope, Event
 from protocol.names import Keys
+from protocol.resumable_streams import web_of
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,12 @@ PING_AFTER_S = 5.0
 PONG_S = 5.0
 """A connection on which nothing arrives for so long after a ping is half open: it is made anew."""
 RECONNECT_PAUSE_S = 0.5
+
+
+TAKEN_OVER_SEQ = -1
+"""The number of an event that is none of the request's own: another reader has taken over from the one that it names.
+Older versions drop it.
+"""
 
 
 Signal = threading.Lock
@@ -57,6 +65,7 @@ class Inbox:
         "model",
         "next_seq",
         "orphan_since",
+        "reader",
         "request_id",
         "resent",
     )
@@ -75,10 +84,14 @@ class Inbox:
         self.orphan_since: float | None = None
         self.resent = False
         self.ended = False
+        self.reader = ""
+        """The name of the connection that this is for, if another one may take over (protocol/resumable_streams.py)."""
 
     def feed(self, envelope: Envelope) -> None:
         """Take an envelope from the channel or the replay list, in any order and more than once."""
         if self.ended or envelope.seq < self.next_seq:
+            if envelope.seq == TAKEN_OVER_SEQ and envelope.event == _told_to(self.reader):
+                self.fail(events.Failed.of(TakenOver()))
             return
         if envelope.seq > self.next_seq:
             self.gap_since = self.gap_since or time.monotonic()
@@ -128,6 +141,7 @@ class EventRouter(threading.Thread):
     def __init__(self, client: RedisClient, keys: Keys, web_id: str) -> None:
         super().__init__(name="event-router", daemon=True)
         self._redis = client
+        self._keys = keys
         self._channel = keys.channel(web_id)
         self._inboxes: dict[str, Inbox] = {}
         self._stopping = False
@@ -138,9 +152,22 @@ class EventRouter(threading.Thread):
         inbox = self._inboxes[request_id] = Inbox(request_id, model, signal)
         return inbox
 
-    def close(self, request_id: str) -> None:
-        """Drop the events of a request from now on."""
-        self._inboxes.pop(request_id, None)
+    def close(self, inbox: Inbox) -> None:
+        """Drop the events of an inbox from now on."""
+        if self._inboxes.get(inbox.request_id) is inbox:
+            del self._inboxes[inbox.request_id]
+
+    def tell_taken_over(self, request_id: str, reader: str) -> None:
+        """Tell the connection that has read a stream so far ("" for none) that another one has taken over.
+
+        One of another web process may miss it, if the message is lost. Raises redis.RedisError.
+        """
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None and inbox.reader == reader:
+            inbox.fail(events.Failed.of(TakenOver()))
+        elif reader:
+            told = Envelope(request_id, TAKEN_OVER_SEQ, _told_to(reader))
+            self._redis.publish(self._keys.channel(web_of(reader)), events.encode([told]))
 
     def inboxes(self) -> list[Inbox]:
         """Return the inboxes of all open requests."""
@@ -188,3 +215,8 @@ class EventRouter(threading.Thread):
         for envelope in events.decode_batch(data):
             if inbox := self._inboxes.get(envelope.request_id):
                 inbox.feed(envelope)
+
+
+def _told_to(reader: str) -> events.Failed:
+    """The event that tells a reader of another web process that its stream was taken over."""
+    return events.Failed(TakenOver.code, TakenOver.default_message, reader)

@@ -124,6 +124,12 @@ class EventSender(threading.Thread):
                 outgoing.next_seq = seq + 1
             self._wake.notify()
 
+    def redirect(self, request_id: str, web_id: str) -> None:
+        """Publish the further events of a request for another web process; "" for none, which only the list gets."""
+        with self._lock:
+            if outgoing := self._open.get(request_id):
+                outgoing.web_id = web_id
+
     def stop(self, timeout_s: float) -> None:
         """End the thread after it has written what is pending; wait for that up to `timeout_s`."""
         with self._wake:
@@ -180,7 +186,8 @@ class EventSender(threading.Thread):
             if stream := outgoing.get(envelope.request_id):
                 data = events.encode(envelope)
                 by_request[envelope.request_id].append(data)
-                by_web[stream.web_id].append(data)
+                if stream.web_id:
+                    by_web[stream.web_id].append(data)
         if not by_request:
             return set()
         arguments: list[Any] = [len(by_web)]

@@ -87,6 +87,8 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     traceparent: str | None = None
     """The span of its request (W3C Trace Context); for traces."""
     images: list[ChatImage] = []
+    resumable: bool = False
+    """Whether the request goes on for a while without a client (protocol/resumable_streams.py)."""
 
 
 class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag="completion", omit_defaults=True):

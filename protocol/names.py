@@ -35,6 +35,10 @@ class Keys(NamedTuple):
         """List: the request's envelopes in order; a repeated write leaves duplicates."""
         return f"{self.prefix}events:{request_id}"
 
+    def stream(self, request_id: str) -> str:
+        """Hash with a TTL: a stream that its client may resume (protocol/resumable_streams.py)."""
+        return f"{self.prefix}stream:{request_id}"
+
     def channel(self, web_id: str) -> str:
         """Pub/sub channel of one web process: the envelopes of all its requests."""
         return f"{self.prefix}out:{web_id}"

@@ -12,6 +12,7 @@ from redis.exceptions import RedisError
 from protocol.leases import REFRESH_S, Leases, Observation, WorkerRecord
 from protocol.queue import JobQueue
 from workers.runner import Runner
+from workers.stream_readers import StreamReaders
 from workers.throughput import Throughput
 from workers.watchdog import Watchdog
 
@@ -51,6 +52,7 @@ class Heartbeat:
         leases: Leases,
         queue: JobQueue,
         runner: Runner,
+        readers: StreamReaders,
         watchdog: Watchdog,
         throughput: Throughput,
         *,
@@ -65,6 +67,7 @@ class Heartbeat:
         self._leases = leases
         self._queue = queue
         self._runner = runner
+        self._readers = readers
         self._watchdog = watchdog
         self._throughput = throughput
         self._model = model
@@ -111,6 +114,7 @@ class Heartbeat:
                 self._renew()
             self._throughput.look(self._queue.waiting(self._model))
             self._check_consuming()
+            self._readers.follow()
             for request_id in self._queue.cancelled(self._runner.running()):
                 self._runner.cancel(request_id)
         except (WorkerReplaced, NotConsuming):
@@ -167,4 +171,6 @@ class Heartbeat:
         living = self._leases.living_webs(sorted(web_ids))
         self._observation.seen()
         if self._observation.absence_counts():
-            self._runner.set_lost_webs(web_ids - living)
+            lost = web_ids - living
+            self._readers.leave_lost(lost)
+            self._runner.set_lost_webs(lost)

@@ -11,8 +11,9 @@ from redis.exceptions import NoPermissionError, RedisError
 from protocol.errors import Cancelled, EngineError, ServiceError
 from protocol.event_sender import EventSender
 from protocol.events import Event, Failed, Finished, Started
-from protocol.jobs import work_of
+from protocol.jobs import ChatJob, work_of
 from protocol.queue import Claimed, JobQueue, UnreadableJob
+from protocol.resumable_streams import web_of
 from workers.engines.base import CancelReason, Engine
 from workers.gpu_time import GpuTime
 from workers.job_log import UNDELIVERED, JobLog
@@ -31,8 +32,11 @@ REPLAY_GRACE_S = 60
 class _Run:
     """A claimed request while it runs in this process."""
 
-    def __init__(self, web_id: str, log: JobLog) -> None:
+    def __init__(self, web_id: str, log: JobLog, *, resumable: bool = False) -> None:
         self.web_id = web_id
+        self.resumable = resumable
+        self.reader: str | None = None
+        """Who reads the stream if it can be resumed (protocol.resumable_streams), None before it has begun."""
         self.log = log
         self.ended = threading.Event()
         self.finished = False
@@ -132,12 +136,30 @@ class Runner:
     def web_ids(self) -> set[str]:
         """Web processes that wait for requests of this worker."""
         with self._lock:
-            return {run.web_id for run in self._runs.values()}
+            return {run.web_id for run in self._runs.values() if run.web_id}
+
+    def readers(self) -> dict[str, str | None]:
+        """The readers of the streams that can be resumed, by request id: as `set_reader` was told, or None."""
+        with self._lock:
+            return {request_id: run.reader for request_id, run in self._runs.items() if run.resumable}
+
+    def set_reader(self, request_id: str, reader: str) -> None:
+        """Note who reads a stream that has begun, "" for nobody: a request that goes on without a client."""
+        with self._lock:
+            if run := self._runs.get(request_id):
+                run.reader, run.web_id = reader, web_of(reader)
 
     def set_lost_webs(self, web_ids: set[str]) -> None:
-        """Cancel what runs for these web processes; what they have queued follows soon after its claim."""
+        """Cancel what runs for these web processes; what they have queued follows soon after its claim.
+
+        Streams that can be resumed have a grace period (workers.stream_readers).
+        """
         with self._lock:
-            unwanted = [request_id for request_id, run in self._runs.items() if run.web_id in web_ids]
+            unwanted = [
+                request_id
+                for request_id, run in self._runs.items()
+                if run.web_id in web_ids and run.reader is None
+            ]
         for request_id in unwanted:
             self.cancel(request_id)
 
@@ -154,7 +176,12 @@ class Runner:
 
     def _generate(self, claimed: Claimed) -> None:
         request_id = claimed.job.id
-        run = _Run(claimed.web_id, JobLog(request_id, self._model, claimed.job, claimed.queued_s))
+        job = claimed.job
+        run = _Run(
+            claimed.web_id,
+            JobLog(request_id, self._model, job, claimed.queued_s),
+            resumable=isinstance(job, ChatJob) and job.resumable,
+        )
         with self._lock:
             self._runs[request_id] = run
         self._throughput.started()

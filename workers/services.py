@@ -24,6 +24,7 @@ from protocol.leases import Leases, WorkerRecord
 from protocol.metrics import MetricStore
 from protocol.names import Keys
 from protocol.queue import JobQueue, claim_ttl_s
+from protocol.resumable_streams import ResumableStreams
 from workers.device import visible_gpus
 from workers.engines import LazyEngine
 from workers.engines.base import Engine
@@ -37,6 +38,7 @@ from workers.metrics import WorkerMetrics
 from workers.operator_drain import OperatorDrain
 from workers.runner import Runner
 from workers.status import WorkerStatus
+from workers.stream_readers import StreamReaders
 from workers.throughput import Throughput
 from workers.watchdog import Watchdog
 
@@ -113,6 +115,7 @@ def build_worker(
         leases,
         queue,
         runner,
+        StreamReaders(ResumableStreams(redis, keys, ttl_s=claim_ttl_s(settings)), runner, sender),
         watchdog,
         throughput,
         model=entry.name,

@@ -131,15 +131,20 @@ class ChunkEncoder:
         n: int,
         include_usage: bool,
         timings: Callable[[], dict[str, int]],
+        created: int | None = None,
     ) -> None:
-        """`timings`: those of the response if it ended now (app.dispatch.timings.Timings.milliseconds)."""
+        """`timings`: those of the response if it ended now (app.dispatch.timings.Timings.milliseconds).
+
+        `created`: Unix time in seconds, by default now.
+        """
         self._n = n
         self._include_usage = include_usage
         self._timings = timings
+        self.created = int(time.time()) if created is None else created
         head = {
             "id": request_id,
             "object": self.object,
-            "created": int(time.time()),
+            "created": self.created,
             "model": model,
         }
         self._head = _json(head)[:-1] + b',"choices":['

@@ -11,10 +11,12 @@ from app.chat.completion import completion
 from app.chat.images import MAX_TOTAL_BYTES, load_images
 from app.chat.messages import ImageSource
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
+from app.chat.resumable import NumberedChunks, is_wanted
 from app.chat.schema import ChatCompletionRequest
-from app.chat.stream import stream_response
+from app.chat.stream import Chunks, stream_response
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
+from app.dispatch.resumption import Resumption
 from app.dispatch.worker_view import WorkerView
 from app.http.access_log import current_access
 from app.http.connection import Connection
@@ -45,7 +47,7 @@ class ChatInputs(NamedTuple):
     fetch: Fetch
 
 
-def blueprint(inputs: ChatInputs, bodies: BodyReader) -> Blueprint:
+def blueprint(inputs: ChatInputs, resumption: Resumption, bodies: BodyReader) -> Blueprint:
     """Make the blueprint of the chat endpoint."""
     routes = Blueprint("chat", __name__)
 
@@ -53,10 +55,11 @@ def blueprint(inputs: ChatInputs, bodies: BodyReader) -> Blueprint:
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
         with bodies.read(request, MAX_BODY_BYTES) as body:
-            params, reader = _submit(body, inputs, connection)
+            resumable = is_wanted() and resumption.is_offered()
+            params, reader = _submit(body, inputs, connection, resumable)
         del body
         try:
-            response = _respond(params, reader, connection)
+            response = _respond(params, reader, connection, resumption)
             if params.ignored:
                 response.headers["X-Ignored-Params"] = params.ignored
         except BaseException:
@@ -74,12 +77,13 @@ class _ResponseParams(NamedTuple):
     model: str
     n: int
     stream: bool
+    resumable: bool
     include_usage: bool
     ignored: str
 
 
 def _submit(
-    received: bytes, inputs: ChatInputs, connection: Connection
+    received: bytes, inputs: ChatInputs, connection: Connection, resumable: bool
 ) -> tuple[_ResponseParams, EventReader]:
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
     started = time.monotonic()
@@ -87,7 +91,8 @@ def _submit(
     body = parse(ChatCompletionRequest, raw)
     entry = find_model(inputs.catalogue, body.model, CHAT)
     job = body.to_job(f"cmpl-{uuid.uuid4().hex}", entry)
-    job = msgspec.structs.replace(job, **job_origin(raw))
+    resumable = resumable and bool(body.stream)
+    job = msgspec.structs.replace(job, resumable=resumable, **job_origin(raw))
     name_request(job.id, job.model)
     sources = body.images()
     if len(received) - sum(len(source.url) for source in sources) > MAX_TEXT_BYTES:
@@ -100,6 +105,7 @@ def _submit(
         job.model,
         job.sampling.n,
         stream=bool(body.stream),
+        resumable=resumable,
         include_usage=body.includes_usage,
         ignored=ignored_params(body, raw),
     )
@@ -143,7 +149,9 @@ def _load_images(
     )
 
 
-def _respond(params: _ResponseParams, reader: EventReader, connection: Connection) -> Response:
+def _respond(
+    params: _ResponseParams, reader: EventReader, connection: Connection, resumption: Resumption
+) -> Response:
     """Wait for the first token of a stream, or for the whole completion."""
     events = ChatEventReader(reader, params.n)
     if params.stream:
@@ -154,7 +162,17 @@ def _respond(params: _ResponseParams, reader: EventReader, connection: Connectio
             include_usage=params.include_usage,
             timings=reader.timings.milliseconds,
         )
-        return stream_response(ChunkStream(events, encoder), connection, reader.close)
+        chunks: Chunks = ChunkStream(events, encoder)
+        if params.resumable:
+            resumption.begin(
+                reader,
+                params.model,
+                n=params.n,
+                include_usage=params.include_usage,
+                created=encoder.created,
+            )
+            chunks = NumberedChunks(chunks)
+        return stream_response(chunks, connection, reader.close)
     response = json_response(completion(events, params.id, params.model, n=params.n))
     add_timings(response, reader.timings.milliseconds())
     reader.close()

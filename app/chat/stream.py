@@ -1,16 +1,22 @@
 """The response that streams the chunks of a text."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 from flask import Response, request
 
-from app.chat.response import ChunkStream
 from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.sse import EventStream
 
 
-def stream_response(chunks: ChunkStream, connection: Connection, close: Callable[[], None]) -> Response:
+class Chunks(Protocol):
+    """Frames for app.http.sse.EventStream: app.chat.response.ChunkStream."""
+
+    def next_frames(self) -> bytes | None: ...
+
+
+def stream_response(chunks: Chunks, connection: Connection, close: Callable[[], None]) -> Response:
     """Make the response. The WSGI server closes it, which calls `close`."""
 
     def end() -> None:

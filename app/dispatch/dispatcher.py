@@ -128,6 +128,16 @@ class EventReader:
         """Whether an event is missing before some that have arrived."""
         return self._inbox.gap_since is not None
 
+    @property
+    def request_id(self) -> str:
+        """The id of the request."""
+        return self._inbox.request_id
+
+    def make_resumable(self, reader: str, on_close: Callable[[Inbox, bool], None]) -> None:
+        """Call this `on_close` from now on. `reader`: the name of this one (protocol.resumable_streams)."""
+        self._inbox.reader = reader
+        self._on_close = on_close
+
     def close(self) -> None:
         """Stop listening, and cancel the request unless it is finished. May be called more than once."""
         self.timings.end(finished=self.finished)
@@ -289,7 +299,7 @@ class Dispatcher:
 
     def _close(self, inbox: Inbox, finished: bool) -> None:
         """Stop listening to a request; cancel it unless it is finished."""
-        self._router.close(inbox.request_id)
+        self._router.close(inbox)
         if finished:
             self._queue.forget(inbox.request_id)
         elif inbox.admitted:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from app.dispatch.request_metrics import ModelTimes
 from protocol.events import Event, Finished, ImageReady, Started, Usage, has_tokens
 
+Clock = Callable[[], float]
+
 
 class Timings:
     """The times of one request, from when it was validated. Each is None until it is known.
@@ -24,9 +26,7 @@ class Timings:
         "usage",
     )
 
-    def __init__(
-        self, metrics: ModelTimes | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, metrics: ModelTimes | None = None, clock: Clock = time.monotonic) -> None:
         self._metrics = metrics
         self._clock = clock
         self._began_at = clock()
@@ -38,6 +38,21 @@ class Timings:
         """Its tokens, once it is finished."""
         self.images = 0
         """How many of its images are ready."""
+
+    @classmethod
+    def resumed(
+        cls,
+        elapsed_s: float,
+        queued_s: float | None,
+        first_token_s: float | None,
+        clock: Clock = time.monotonic,
+    ) -> "Timings":
+        """Make those of a request that another connection has begun, `elapsed_s` ago. They are in no metric."""
+        timings = cls(clock=clock)
+        timings._began_at -= elapsed_s
+        timings._started_at = None if queued_s is None else timings._began_at + queued_s
+        timings._first_token_at = None if first_token_s is None else timings._began_at + first_token_s
+        return timings
 
     def note(self, batch: Sequence[Event]) -> None:
         """Look at events that have just arrived."""
@@ -70,6 +85,11 @@ class Timings:
         metrics.request.observe(now - self._began_at)
         if self._first_token_at is not None:
             metrics.decode.observe(now - self._first_token_at)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the request was validated."""
+        return self._clock() - self._began_at
 
     @property
     def queued_s(self) -> float | None:

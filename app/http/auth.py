@@ -83,6 +83,12 @@ class Gate:
         """Whether the current request carries a valid key, or none is required."""
         return not self._known or self._key_name() is not None
 
+    def caller(self) -> str | None:
+        """Return the name of the current request's key, "" if none is required, None for the network node."""
+        if self.through_node_listener():
+            return None
+        return (self._key_name() or "") if self._known else ""
+
     def carries_one_of(self, keys: tuple[str, ...]) -> bool:
         """Whether the current request carries one of these keys of API_KEYS."""
         return self._key_name() in [_name(key) for key in keys]

@@ -59,6 +59,15 @@ def _task_paths() -> dict[str, Any]:
                 {"application/json": ref("ChatCompletion"), "text/event-stream": _EVENT},
             )
         },
+        f"{CHAT.path}/{{request_id}}/events": {
+            "get": _get(
+                "Continue the stream of a chat completion that was begun with X-Resumable",
+                {"text/event-stream": _EVENT},
+                parameter="request_id",
+                headers={"Last-Event-ID": {**STRING, "pattern": "^([0-9]{1,9})?$"}},
+                errors=(400, 404, 503),
+            )
+        },
         COMPLETIONS_PATH: {
             "post": _post(
                 "Create a completion of one or more prompts",
@@ -165,14 +174,15 @@ def _get(
     content: str | dict[str, Any],
     parameter: str | None = None,
     query: dict[str, Any] | None = None,
+    headers: dict[str, Any] | None = None,
     errors: tuple[int, ...] = (),
     also: dict[int, str] | None = None,
     public: bool = False,
 ) -> dict[str, Any]:
     """Return an operation.
 
-    `content`: a schema's name, or content by type; `parameter`: in the path; `query`: schemas of optional parameters;
-    `also`: schemas by status.
+    `content`: a schema's name, or content by type; `parameter`: in the path; `query` and `headers`: schemas of optional
+    parameters; `also`: schemas by status.
     """
     content = _json(content) if isinstance(content, str) else content
     operation: dict[str, Any] = {
@@ -185,13 +195,14 @@ def _get(
         operation["responses"] |= _errors(401)
     for status, name in (also or {}).items():
         operation["responses"][str(status)] = {"description": summary, "content": _json(name)}
-    if parameter:
-        operation["parameters"] = [{"name": parameter, "in": "path", "required": True, "schema": STRING}]
-    if query:
-        operation["parameters"] = [
-            {"name": name, "in": "query", "schema": schema} for name, schema in query.items()
-        ]
+    path = [{"name": parameter, "in": "path", "required": True, "schema": STRING}] if parameter else []
+    if parameters := [*path, *_optional("query", query or {}), *_optional("header", headers or {})]:
+        operation["parameters"] = parameters
     return operation
+
+
+def _optional(place: str, schemas: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, "in": place, "schema": schema} for name, schema in schemas.items()]
 
 
 def _act(summary: str) -> dict[str, Any]:

@@ -51,6 +51,7 @@ MODELS = {path: "echo-images" if "images" in path else "echo" for path in SEMANT
 MODELS["/v1/embeddings"] = "echo-embeddings"
 ALLOWED, FORBIDDEN = GenerationMode.POSITIVE, GenerationMode.NEGATIVE
 GETS = ["/v1/models", "/v1/models/{name}", "/v1/workers", "/v1/images/files/{name}"]
+GETS += ["/v1/chat/completions/{request_id}/events"]
 GETS += ["/healthz", "/readyz", "/health", "/ping", "/version", "/metrics", "/v1/activity"]
 # Values that the schema forbids take the generator ten times as long.
 SMALL = {"/v1/completions", "/tokenize", "/detokenize"}

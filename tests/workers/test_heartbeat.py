@@ -49,6 +49,7 @@ class Bench:
             stand_in,
             stand_in,
             stand_in,
+            stand_in,
             model="m",
             get_record=lambda: worker_record(state=self.state),
             renew_now=self.renew_now,
@@ -82,6 +83,12 @@ class Bench:
 
     def set_lost_webs(self, web_ids: set[str]) -> None:
         self.lost = web_ids
+
+    def follow(self) -> None:
+        pass
+
+    def leave_lost(self, web_ids: set[str]) -> None:
+        pass
 
     def running(self) -> list[str]:
         return self.requests

@@ -25,11 +25,13 @@ from protocol.events import Delta, Event, Failed, Finished, ImageReady, Progress
 from protocol.jobs import ChatJob, Job, SamplingParams
 from protocol.names import Keys
 from protocol.queue import JobQueue
+from protocol.resumable_streams import ResumableStreams, StreamRecord
 from tests.deployment import RedisServer, wait_until
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.gpu_time import GpuTime
 from workers.job_log import JobLog
 from workers.runner import Runner
+from workers.stream_readers import StreamReaders
 from workers.throughput import Throughput
 
 MODEL, ME = "m", "cid:1"
@@ -86,10 +88,18 @@ class Bench:
         self.tasks: list[threading.Thread] = []
 
     def admit(
-        self, request_id: str, *, model: str = MODEL, web_id: str = "web", deadline_s: float = 60
+        self,
+        request_id: str,
+        *,
+        model: str = MODEL,
+        web_id: str = "web",
+        deadline_s: float = 60,
+        resumable: bool = False,
     ) -> None:
         messages = [{"role": "user", "content": "hi"}]
-        job = ChatJob(id=request_id, model=model, messages=messages, sampling=SamplingParams())
+        job = ChatJob(
+            id=request_id, model=model, messages=messages, sampling=SamplingParams(), resumable=resumable
+        )
         JobQueue(self.redis, self.keys, self.celery, claim_ttl_s=100).admit(
             job, web_id=web_id, deadline_s=deadline_s, max_waiting=100
         )
@@ -505,3 +515,69 @@ def test_the_time_in_the_queue_is_that_before_the_claim(bench: Bench) -> None:
     claimed = bench.queue.claim("a", MODEL, ME)
     assert claimed is not None
     assert claimed.queued_s + claimed.remaining_s == pytest.approx(65, abs=0.01)
+
+
+class Streams:
+    """A stream that can be resumed, and what follows its readers."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.records = ResumableStreams(bench.redis, bench.keys, ttl_s=100)
+        self.follower = StreamReaders(self.records, bench.runner, bench.sender)
+        bench.admit("a", web_id="web-1", resumable=True)
+        self.task = bench.start_and_submit("a")
+        self.inboxes = bench.redis.pubsub(ignore_subscribe_messages=True)
+
+    def begin(self) -> None:
+        record = StreamRecord(
+            model=MODEL, n=1, include_usage=False, created=1, deadline_s=60, queued_s=0, first_token_s=0
+        )
+        self.records.begin("a", record, reader="web-1:x", owner="", grace_s=50, elapsed_s=0)
+        self.follower.follow()
+
+
+@pytest.fixture
+def streams(bench: Bench) -> Streams:
+    return Streams(bench)
+
+
+def test_a_stream_that_has_not_begun_ends_with_its_web_process(bench: Bench, streams: Streams) -> None:
+    streams.follower.follow()
+    bench.runner.set_lost_webs({"web-1"})
+    assert bench.engine.cancels.get(timeout=60) == ("a", "cancelled")
+
+
+def test_a_stream_is_sent_to_the_web_process_of_its_reader(bench: Bench, streams: Streams) -> None:
+    streams.begin()
+    assert bench.runner.web_ids() == {"web-1"}
+    streams.records.leave("a", "web-1:x", finished=False)
+    streams.follower.follow()
+    assert bench.runner.web_ids() == set()
+    streams.records.take_over("a", reader="web-2:y", owner="")
+    streams.follower.follow()
+    assert bench.runner.web_ids() == {"web-2"}
+    streams.inboxes.subscribe(bench.keys.channel("web-2"))
+    bench.emit("a", Delta("more"))
+
+    def message() -> Any:
+        return streams.inboxes.get_message(timeout=1)
+
+    found = wait_until(message, timeout_s=60, what="the event is published for web-2")
+    assert found is not None
+    assert [envelope.event for envelope in events.decode_batch(found["data"])] == [Delta("more")]
+    assert bench.engine.cancels.empty()
+
+
+def test_a_stream_whose_web_process_is_lost_has_a_grace_period(bench: Bench, streams: Streams) -> None:
+    streams.begin()
+    streams.follower.leave_lost({"web-1"})
+    bench.runner.set_lost_webs({"web-1"})
+    streams.follower.follow()
+    assert streams.records.readers(["a"]) == [""]
+    assert 0 < bench.redis.ttl(bench.keys.stream("a")) <= 50
+    # only the first loss begins it
+    streams.follower.leave_lost({"web-1", ""})
+    assert bench.engine.cancels.empty()
+    bench.redis.delete(bench.keys.stream("a"))
+    streams.follower.follow()
+    assert bench.engine.cancels.get(timeout=60) == ("a", "cancelled")
