@@ -24,7 +24,7 @@ from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import add_timings, job_origin, name_request
-from app.image_input.source import Fetch
+from app.image_input.source import Fetch, counted
 from catalogue import CHAT, Catalogue, ChatModelEntry
 from protocol.errors import PayloadTooLarge, UnsupportedParameter
 from protocol.jobs import ChatImage
@@ -54,9 +54,10 @@ def blueprint(inputs: ChatInputs, resumption: Resumption, bodies: BodyReader) ->
     @routes.post(CHAT.path)
     def create_chat_completion() -> Response:
         connection = Connection(request.environ)
-        with bodies.read(request, MAX_BODY_BYTES) as body:
+        with bodies.read(request, MAX_BODY_BYTES) as body, bodies.hold() as take:
+            within = inputs._replace(fetch=counted(inputs.fetch, take))
             resumable = is_wanted() and resumption.is_offered()
-            params, reader = _submit(body, inputs, connection, resumable)
+            params, reader = _submit(body, within, connection, resumable)
         del body
         try:
             response = _respond(params, reader, connection, resumption)

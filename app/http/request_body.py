@@ -38,7 +38,10 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class BodyBudget:
-    """The bytes of request bodies that this process holds. For greenlets: not safe for threads."""
+    """The bytes of request bodies, and of images downloaded for them, that this process holds.
+
+    For greenlets: not safe for threads.
+    """
 
     def __init__(self, limit: int = BYTES_IN_FLIGHT) -> None:
         self._free = limit
@@ -69,6 +72,18 @@ class BodyReader:
         Raises PayloadTooLarge, RequestTimeout, UnsupportedMediaType, Overloaded, and InvalidRequest for a body that
         ends early, is badly chunked or can't be decompressed.
         """
+        with self.hold() as take:
+            body = _receive(request, limit, take)
+            if encoding := request.headers.get("Content-Encoding", "identity").strip().lower():
+                body = _decompress(body, encoding, limit, take)
+            yield body
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes bytes of the budget, which are given back when the block is left.
+
+        It raises Overloaded when no more fit.
+        """
         taken = 0
 
         def take(count: int) -> None:
@@ -77,10 +92,7 @@ class BodyReader:
             taken += count
 
         try:
-            body = _receive(request, limit, take)
-            if encoding := request.headers.get("Content-Encoding", "identity").strip().lower():
-                body = _decompress(body, encoding, limit, take)
-            yield body
+            yield take
         finally:
             self._budget.give_back(taken)
 

@@ -16,6 +16,17 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
+def counted(fetch: Fetch, take: Callable[[int], None]) -> Fetch:
+    """Return `fetch` that takes the bytes of each image from a budget (app.http.request_body.BodyReader.hold)."""
+
+    def fetch_and_take(url: str, param: str) -> bytes:
+        data = fetch(url, param)
+        take(len(data))
+        return data
+
+    return fetch_and_take
+
+
 class LoadedImage(NamedTuple):
     """An image file whose header was checked."""
 

@@ -16,6 +16,7 @@ from app.http.request_body import BodyReader, ignored_params
 from app.http.validation import parse
 from app.http.wsgi import add_timings, job_origin, name_request
 from app.image_input.fetch import ImageFetcher
+from app.image_input.source import counted
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
 from app.images.file_response import image_file_response
 from app.images.response import collect_images, images_response, images_response_base64
@@ -44,13 +45,15 @@ def blueprint(
         started = time.monotonic()
         # a form with an image is an edit at both endpoints, because the node knows one URL for each model
         limit = MAX_FORM_BYTES if request.mimetype == "multipart/form-data" else MAX_JSON_BYTES
-        with bodies.read(request, limit) as content:
+        with bodies.read(request, limit) as content, bodies.hold() as take:
             body = read_image_body(request, content, edit=edit)
             params = _parse(body, catalogue)
             entry = find_model(catalogue, params.model, body.task)
             # everything is validated before an image is downloaded for this request
             job = params.to_job(f"img-{uuid.uuid4().hex}", entry)
-            job = body.attach(msgspec.structs.replace(job, **job_origin(body.fields)), fetcher.fetch)
+            job = body.attach(
+                msgspec.structs.replace(job, **job_origin(body.fields)), counted(fetcher.fetch, take)
+            )
             name_request(job.id, job.model)
         with closing(
             dispatcher.begin(job, body.task, Connection(request.environ), started=started)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from app.chat.schema import ChatCompletionRequest
 from app.http.request_body import BodyBudget, BodyReader, ignored_params, parse_json, wallet_sha256
 from app.http.validation import parse
+from app.image_input.source import counted
 from protocol.errors import InvalidRequest, Overloaded, PayloadTooLarge, UnsupportedMediaType
 
 flask_app = Flask(__name__)
@@ -123,3 +124,14 @@ def test_the_search_for_unknown_fields_is_bounded() -> None:
     many = {f"f{number}": 1 for number in range(100_000)}
     assert len(ignored_params(Wide(), many).split(", ")) == 20
     assert json.dumps(many)
+
+
+def test_downloaded_images_count_until_the_block_is_left() -> None:
+    reader = BodyReader(BodyBudget(10))
+    with reader.hold() as take:
+        fetch = counted(lambda url, param: b"1234567", take)
+        assert fetch("https://h/a.png", "image") == b"1234567"
+        with pytest.raises(Overloaded):
+            fetch("https://h/a.png", "image")
+    with reader.hold() as take:
+        take(10)

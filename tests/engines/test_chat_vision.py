@@ -1,5 +1,6 @@
 """Chats with images: the text is what transformers generates, whatever else the engine does at the time."""
 
+import gc
 import io
 import itertools
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from PIL import Image
 
 from protocol.events import Failed
 from protocol.jobs import ChatJob
-from tests.engines.tiny_chat import CONFIGS, Collector, chat_job, make_engine, run, save_model
+from tests.engines.tiny_chat import CONFIGS, Collector, chat_job, make_engine, run, save_model, together
 from tests.engines.tiny_vision import FAMILIES, GEMMA3, Reference, image_job, png
 from workers.engines.chat import ChatEngine
 from workers.engines.chat.model.fused_decoder import FusedDecoder
@@ -269,3 +270,25 @@ def test_a_damaged_image_step_fails_its_own_request_alone(tmp_path, monkeypatch)
         good, bad, text = run(*loaded, jobs)
         assert bad.failed.code == "engine_error"
         assert good.finish()[0] and text.finish()[0]
+
+
+def test_the_memory_for_images_of_all_requests_is_bounded(tmp_path, request):
+    with engine_of(FAMILIES["qwen2_5_vl"].save(tmp_path)) as loaded:
+        engine, collector = loaded
+        vision = engine.parts.prompts._vision
+        assert vision is not None
+        reader = vision.reader
+        at_load = reader.held_bytes
+        reader._max_bytes = at_load + 3 * reader.read(image_job("x", png()).images[0]).nbytes
+        # the collector would free what a request that has ended should have let go
+        gc.disable()
+        request.addfinalizer(gc.enable)
+        for name in ("before", "after"):
+            with together(engine):
+                engine.submit(image_job(f"first {name}", png(), png(seed=1)))
+                engine.submit(image_job(f"second {name}", png(seed=2), png(seed=3)))
+            assert collector.result(f"first {name}").finish() == ("length", None)
+            assert collector.result(f"second {name}").failed.code == "overloaded"
+            # attention keeps the chunks of the last step
+            run(*loaded, [chat_job(f"text {name}")])
+            assert reader.held_bytes == at_load

@@ -148,6 +148,8 @@ class RequestOutputs:
     def _close(self, request: Request, event: Event) -> None:
         if self.by_id.pop(request.id, None) is None:
             return
+        # now, and not when the request and its sequences, which refer to each other, are collected
+        request.images = None
         self._events.append((request.id, event))
         self._on_end(request.id)
 

@@ -30,7 +30,7 @@ class Features(NamedTuple):
         return Features(self.embeds[start:end], self.mask[start:end], deepstack)
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class ReadImage:
     """An image that is ready for the model."""
 
@@ -47,6 +47,14 @@ class ReadImage:
     @property
     def end(self) -> int:
         return self.start + len(self.ids)
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes on the host."""
+        tensors = list(self.inputs.values())
+        if (features := self.features) is not None:
+            tensors += [features.embeds, *features.deepstack]
+        return sum(tensor.nbytes for tensor in tensors)
 
 
 class PromptImages:

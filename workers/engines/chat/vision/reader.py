@@ -8,15 +8,20 @@ import inspect
 import math
 import threading
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from PIL import Image
 
-from protocol.errors import InvalidImage, InvalidRequest
+from protocol.errors import InvalidImage, InvalidRequest, Overloaded
 from protocol.jobs import ChatImage
 from workers.engines.chat.vision.features import PromptImages, ReadImage
 from workers.engines.image_files import decode_image, flatten
+from workers.engines.load_errors import memory_of_own
+
+HOST_FRACTION = 0.1
+"""Of the machine's memory, for images that wait for the engine and for what it has computed of them."""
 
 LOW_DETAIL_PIXELS = 512 * 512
 """The largest image with `detail` "low"."""
@@ -28,11 +33,24 @@ PROCESSOR_ERRORS = (ValueError, TypeError, ZeroDivisionError, IndexError, Attrib
 class ImageReader:
     """Reads images for one model. Any number of threads may use it at once."""
 
-    def __init__(self, processor: Any, front: Any, input_names: frozenset[str], max_pixels: int) -> None:
+    def __init__(
+        self,
+        processor: Any,
+        front: Any,
+        input_names: frozenset[str],
+        *,
+        max_pixels: int,
+        max_bytes: int | None = None,
+    ) -> None:
         """`processor`, `front`: the model's processor and front part (transformers' model without its head).
 
         `input_names`: of the front part's arguments. `max_pixels`: larger images are scaled down to it.
+        `max_bytes`: of the memory for the images of all requests; None: HOST_FRACTION of the machine's.
         """
+        host = memory_of_own(torch.device("cpu"))
+        self._max_bytes = int(host * HOST_FRACTION) if max_bytes is None else max_bytes
+        self._held: WeakSet[ReadImage] = WeakSet()
+        """The images of all requests that have not ended."""
         self._processor = processor
         self._rope = getattr(front, "get_rope_index", None)
         self._rope_names = frozenset(inspect.signature(self._rope).parameters) if self._rope else frozenset()
@@ -46,7 +64,7 @@ class ImageReader:
         """One image at a time: a decoded one may have 64 MiB, and the processor's tokenizer isn't thread-safe."""
 
     def read(self, image: ChatImage) -> ReadImage:
-        """Decode an image and let the processor prepare it. Raises InvalidImage."""
+        """Decode an image and let the processor prepare it. Raises InvalidImage, and Overloaded for want of memory."""
         with self._lock:
             pixels = self._scaled(flatten(decode_image(image.data, image.param)), image.detail)
             try:
@@ -57,8 +75,17 @@ class ImageReader:
                     " send one of other proportions",
                     param=image.param,
                 ) from error
-        digest = hashlib.sha256(image.data + image.detail.encode()).digest()[:16]
-        return ReadImage(ids, inputs, int.from_bytes(digest))
+            digest = hashlib.sha256(image.data + image.detail.encode()).digest()[:16]
+            read = ReadImage(ids, inputs, int.from_bytes(digest))
+            if read.nbytes + self.held_bytes > self._max_bytes:
+                raise Overloaded("too many images wait for this model; try again soon", retry_after_s=5)
+            self._held.add(read)
+        return read
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that the images of requests take."""
+        return sum(image.nbytes for image in self._held)
 
     def place(self, prompt: list[int], images: list[ReadImage]) -> tuple[list[int], PromptImages]:
         """Put the images' tokens in place of the placeholders of a prompt. Raises InvalidRequest."""

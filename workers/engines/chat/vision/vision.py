@@ -121,7 +121,9 @@ def _load(
     device = model.get_input_embeddings().weight.device
     encoder = ImageEncoder(model, device)
     processor = load_processor(entry.weights, config, source, tokenizer)
-    reader = ImageReader(processor, model.model, encoder.input_names, entry.engine.max_image_pixels)
+    reader = ImageReader(
+        processor, model.model, encoder.input_names, max_pixels=entry.engine.max_image_pixels
+    )
     refuse_without_images(tokenizer, reader.placeholder)
     sample = reader.read(ChatImage(data=_random_image(*SAMPLE_SIZE), param="image"))
     # what the engine would be called with, so that a family that needs more is refused with this reason
