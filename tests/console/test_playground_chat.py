@@ -1,5 +1,6 @@
 """Chats in the playground, by real clicks: Markdown, hostile answers, reasoning, stop, failures, parameters."""
 
+import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.console.browser import DESKTOP, PHONE, Screen, open_page
 from tests.console.conftest import KEY
 from tests.deployment import Deployment, wait_until
 from tests.engines import chat_templates as templates
+from tests.engines.tiny_vision import FAMILIES, png
 from tests.scripted_chat import save_scripted_model
 
 HOSTILE = """**Harmless** words first.
@@ -50,16 +52,27 @@ weights = "{scripted}"
 workers = [[]]
 [models.engine]
 torch_threads = 1
+[[models]]
+name = "eyes"
+tasks = ["chat"]
+weights = "{eyes}"
+workers = [[]]
+[models.engine]
+torch_threads = 1
+[models.defaults]
+max_tokens = 8
 """
 
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A real chat engine, whose model answers as SCRIPTS says."""
+    """Real chat engines: a model that answers as SCRIPTS says, and a tiny random one that sees."""
     folder: Path = tmp_path_factory.mktemp("playground-chat")
     weights = save_scripted_model(folder / "weights", templates.QWEN3, SCRIPTS)
-    with Deployment(folder / "service", catalogue=CATALOGUE.format(scripted=weights)) as service:
-        yield service.start("scripted")
+    eyes = FAMILIES["qwen2_5_vl"].save(folder / "eyes")
+    catalogue = CATALOGUE.format(scripted=weights, eyes=eyes)
+    with Deployment(folder / "service", catalogue=catalogue) as service:
+        yield service.start("scripted", "eyes")
 
 
 def open_chat(page: Page) -> None:
@@ -70,7 +83,7 @@ def open_chat(page: Page) -> None:
 def parameter(page: Page, label: str) -> Locator:
     """A field of the parameters, which are folded away on a phone."""
     expect(page.get_by_text("Parameters")).to_be_visible()
-    field = page.get_by_label(label, exact=True)
+    field = page.get_by_label(label, exact=True).or_(page.get_by_role("combobox", name=label))
     fold = page.locator("details.aside:not([open]) > summary")
     if not field.is_visible():
         fold.click()
@@ -217,6 +230,39 @@ def test_parameters_are_sent_and_refusals_are_told(browser: Browser, service: De
         body: Any = asked.value.post_data_json
         contents = [message["content"] for message in body["messages"]]
         assert contents == ["Be brief.", "Hi", "0 1 2 ", "Bye"]
+
+
+def test_images_are_attached_for_a_model_that_sees(
+    browser: Browser, scripted: Deployment, screen: Screen, tmp_path: Path
+) -> None:
+    paths = [tmp_path / "one.png", tmp_path / "two.png"]
+    for seed, path in enumerate(paths):
+        path.write_bytes(png(seed=seed))
+    with open_page(browser, scripted.url, screen) as (page, watch):
+        open_chat(page)
+        model = parameter(page, "Model")
+        expect(page.get_by_label("Attach images")).to_have_count(0)
+        model.select_option("eyes")
+        page.get_by_label("Attach images").set_input_files(paths)
+        page.get_by_role("button", name="Remove image 1").click()
+        expect(page.get_by_role("img", name="of the next message")).to_have_count(1)
+        with page.expect_request("**/v1/chat/completions") as asked:
+            answer = say(page, "What is it?")
+        body: Any = asked.value.post_data_json
+        image, text = body["messages"][0]["content"]
+        assert text == {"type": "text", "text": "What is it?"}
+        sent = image["image_url"]["url"].removeprefix("data:image/png;base64,")
+        assert base64.b64decode(sent) == paths[1].read_bytes()
+        expect(answer.locator(".figures")).to_contain_text("8 tokens")
+        expect(page.get_by_role("img", name="Attached image")).to_be_visible()
+        expect(page.get_by_role("img", name="of the next message")).to_have_count(0)
+        assert watch.refused == []
+
+        # the conversation has an image, which the other model refuses in words
+        parameter(page, "Model").select_option("scripted")
+        refused = say(page, "Think")
+        expect(refused.get_by_role("alert")).to_contain_text("image")
+        assert len(watch.refused) == 1 and "400" in watch.refused[0]
 
 
 CHUNK = (

@@ -1,6 +1,5 @@
 // A conversation with a model: its state, and what can be done with it.
 
-import { Refused } from "./api.js";
 import { Store } from "./playground-store.js";
 import { streamChat } from "./playground-stream.js";
 import { numbersOf } from "./playground-fields.js";
@@ -8,16 +7,16 @@ import { numbersOf } from "./playground-fields.js";
 /** The fields of a request that are numbers, by their names in it. Those left empty are not sent. */
 export const NUMBERS = { temperature: "Temperature", top_p: "Top p", max_tokens: "Max tokens", seed: "Seed" };
 
-const EMPTY = { messages: [], draft: "", problem: "", running: null };
+const EMPTY = { messages: [], draft: "", attached: [], problem: "", running: null };
 
 /**
- * `messages`: each with `id`, `role` and `content`, answers also with what `newAnswer` gives them. `running`: the
- * AbortController of the answer that is being made, or null. `locked`: the service does not accept the key.
+ * `messages`: each with `id`, `role` and `content`; those of the user with `images`, as data: URLs, answers with what
+ * `newAnswer` gives them. `attached`: the images of the next message. `running`: the AbortController of the answer
+ * that is being made, or null.
  */
 export const chat = new Store({
   ...EMPTY,
   params: { model: "", system: "", temperature: "", top_p: "", max_tokens: "", seed: "" },
-  locked: false,
 });
 
 let lastId = 0;
@@ -38,17 +37,37 @@ function newAnswer(model) {
   };
 }
 
-/** Send the draft. */
+/** Send the draft and what is attached to it. */
 export function submit() {
-  const { draft, messages, running } = chat.state;
-  if (running || !draft.trim()) return;
-  ask([...messages, { id: (lastId += 1), role: "user", content: draft }], "");
+  const { draft, attached, messages, running } = chat.state;
+  if (running || !(draft.trim() || attached.length)) return;
+  const message = { id: (lastId += 1), role: "user", content: draft, images: attached };
+  ask([...messages, message], { draft: "", attached: [] });
+}
+
+/** Attach image files to the next message. */
+export async function attach(files) {
+  try {
+    const urls = await Promise.all([...files].map(dataUrl));
+    chat.set({ attached: [...chat.state.attached, ...urls], problem: "" });
+  } catch {
+    chat.set({ problem: "This browser can't read the file." });
+  }
+}
+
+function dataUrl(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file);
+  });
 }
 
 /** Ask for another answer to the last message of the user. */
 export function retry() {
-  const { draft, messages, running } = chat.state;
-  if (!running) ask(messages.slice(0, -1), draft);
+  const { messages, running } = chat.state;
+  if (!running) ask(messages.slice(0, -1));
 }
 
 /** End the answer that is being made. The connection closes, and with it the worker stops. */
@@ -62,7 +81,8 @@ export function clear() {
   chat.set(EMPTY);
 }
 
-async function ask(messages, draft) {
+/** Ask for an answer to the last of `messages`. `fields`: what else changes in the state once that has begun. */
+async function ask(messages, fields = {}) {
   const { params } = chat.state;
   let body;
   try {
@@ -73,7 +93,7 @@ async function ask(messages, draft) {
   }
   const answer = newAnswer(params.model);
   const running = new AbortController();
-  chat.set({ messages: [...messages, answer], draft, running, problem: "" });
+  chat.set({ messages: [...messages, answer], running, problem: "", ...fields });
   const began = performance.now();
   const onChunk = (chunk) => {
     add(answer, chunk, performance.now() - began);
@@ -85,7 +105,6 @@ async function ask(messages, draft) {
   } catch (error) {
     answer.state = running.signal.aborted ? "stopped" : "failed";
     answer.problem = running.signal.aborted ? "" : error.message;
-    if (error instanceof Refused && error.status === 401) chat.set({ locked: true });
   }
   answer.timings.total_ms ??= performance.now() - began;
   if (chat.state.running === running) chat.set({ running: null });
@@ -112,7 +131,13 @@ function history(system, messages) {
   messages.forEach((message, place) => {
     const answer = message.role === "user" ? messages[place + 1] : message;
     if (answer && !answer.content) return;
-    sent.push({ role: message.role, content: message.content });
+    sent.push({ role: message.role, content: contentOf(message) });
   });
   return sent;
+}
+
+function contentOf({ content, images = [] }) {
+  if (images.length === 0) return content;
+  const parts = images.map((url) => ({ type: "image_url", image_url: { url } }));
+  return content.trim() ? [...parts, { type: "text", text: content }] : parts;
 }

@@ -10,18 +10,13 @@ import { html, Notice } from "./ui.js";
 import { useEffect, useRef, useState } from "../vendor/preact-hooks.js";
 
 /** The panel. `models`: the rows of /v1/models that make or edit images. */
-export function Images({ models, onLocked }) {
-  const { params, source, batches, problem, locked } = useStore(images);
+export function Images({ models }) {
+  const { params, source, batches, problem } = useStore(images);
   const able = models.filter(({ endpoints }) => (source ? "edit" : "generation") in endpoints);
   const top = useRef(null);
   useEffect(() => {
     if (!able.some(({ id }) => id === params.model)) setParam(images, "model", able[0]?.id ?? "");
   }, [models, source]);
-  useEffect(() => {
-    if (!locked) return;
-    images.set({ locked: false });
-    onLocked();
-  }, [locked]);
 
   const editAgain = async (file) => {
     await edit(file);

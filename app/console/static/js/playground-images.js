@@ -1,6 +1,6 @@
 // Images: what the page knows of them, and what can be done with them.
 
-import { Refused, send, Unreachable } from "./api.js";
+import { send, Unreachable } from "./api.js";
 import { numbersOf } from "./playground-fields.js";
 import { Store } from "./playground-store.js";
 import { maskFile, marksAnything } from "./playground-mask.js";
@@ -15,7 +15,7 @@ const KEPT = 30;
 /**
  * `source`: the image to edit, `{ file, url, width, height }`, or null for a new one. `strokes`: its mask
  * (playground-mask.js). `batches`: what was made, newest first, as `newBatch` gives it. `running`: the AbortController
- * of the request that runs, or null. `locked`: the service does not accept the key.
+ * of the request that runs, or null.
  */
 export const images = new Store({
   params: {
@@ -27,7 +27,6 @@ export const images = new Store({
   batches: [],
   running: null,
   problem: "",
-  locked: false,
 });
 
 let lastId = 0;
@@ -62,7 +61,6 @@ export async function make() {
   } catch (error) {
     batch.state = controller.signal.aborted ? "cancelled" : "failed";
     batch.problem = error.message;
-    if (error instanceof Refused && error.status === 401) images.set({ locked: true });
   }
   const kept = images.state.batches.filter(({ state }) => state !== "cancelled").slice(0, KEPT);
   images.set({ batches: kept, running: null });

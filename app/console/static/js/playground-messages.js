@@ -1,7 +1,7 @@
 // The chat: messages, the field for the next one, and the parameters beside them.
 
 import { count, duration, rate } from "./format.js";
-import { chat, clear, retry, stop, submit } from "./playground-chat.js";
+import { attach, chat, clear, retry, stop, submit } from "./playground-chat.js";
 import { Aside, ModelField, NumberField, setParam, TextField } from "./playground-fields.js";
 import { Markdown } from "./playground-markdown.js";
 import { useStore } from "./playground-store.js";
@@ -12,17 +12,12 @@ const SPOKEN = 600;
 const NEAR_END_PX = 120;
 
 /** The panel. `models`: the rows of /v1/models that can chat. */
-export function Chat({ models, onLocked }) {
-  const { messages, params, problem, running, locked } = useStore(chat);
+export function Chat({ models }) {
+  const { messages, params, problem, running } = useStore(chat);
   const last = messages.at(-1);
   useEffect(() => {
     if (!models.some(({ id }) => id === params.model)) setParam(chat, "model", models[0]?.id ?? "");
   }, [models]);
-  useEffect(() => {
-    if (!locked) return;
-    chat.set({ locked: false });
-    onLocked();
-  }, [locked]);
   useFollow(messages.length, last);
 
   return html`<div class="bench">
@@ -35,9 +30,14 @@ export function Chat({ models, onLocked }) {
           </ol>`}
       <p class="hidden" role="status">${spoken(last)}</p>
       ${problem && html`<${Notice} kind="error">${problem}<//>`}
-      <${Composer} running=${running} empty=${messages.length === 0} />
+      <${Composer} running=${running} empty=${messages.length === 0} sees=${sees(models, params.model)} />
     </div>
   </div>`;
+}
+
+/** Whether a model takes images, as far as its ready workers tell. */
+function sees(models, name) {
+  return models.find(({ id }) => id === name)?.input_modalities?.includes("image") ?? false;
 }
 
 /** What a screen reader is told: that an answer has begun, and the answer when it is complete, not each token. */
@@ -69,7 +69,11 @@ function useFollow(number, last) {
 }
 
 function Message({ message, last, busy }) {
-  if (message.role === "user") return html`<li class="message user"><span class="hidden">You: </span>${message.content}</li>`;
+  if (message.role === "user") {
+    return html`<li class="message user"><span class="hidden">You: </span>${message.content}
+      ${message.images.length > 0 && html`<span class="thumbs">${message.images.map((url) => html`<img src=${url} alt="Attached image" />`)}</span>`}
+    </li>`;
+  }
   const { content, reasoning, state } = message;
   const waiting = state === "streaming" && !content && !reasoning;
   return html`<li class="message answer ${state}" aria-busy=${state === "streaming"}>
@@ -95,9 +99,11 @@ function Reasoning({ text, open }) {
 function Foot({ message, last, busy }) {
   return html`<div class="foot">
     <${Figures} message=${message} />
-    ${message.content && html`<${Copy} text=${message.content} />`}
-    ${last && !busy && html`<button type="button" class="quiet" onClick=${retry}>
-      ${message.state === "complete" ? "Another answer" : "Try again"}</button>`}
+    <span class="buttons">
+      ${message.content && html`<${Copy} text=${message.content} />`}
+      ${last && !busy && html`<button type="button" class="quiet" onClick=${retry}>
+        ${message.state === "complete" ? "Another answer" : "Try again"}</button>`}
+    </span>
   </div>`;
 }
 
@@ -125,8 +131,8 @@ function Copy({ text }) {
   return html`<button type="button" class="quiet" onClick=${copy}>${copied ? "Copied" : "Copy"}</button>`;
 }
 
-function Composer({ running, empty }) {
-  const { draft, params } = useStore(chat);
+function Composer({ running, empty, sees }) {
+  const { draft, attached, params } = useStore(chat);
   const field = useRef(null);
   useLayoutEffect(() => {
     // grows with its text; the largest height is in the style sheet
@@ -146,17 +152,40 @@ function Composer({ running, empty }) {
     event.preventDefault();
     submit();
   };
+  const onPaste = (event) => {
+    const files = [...event.clipboardData.files].filter(({ type }) => type.startsWith("image/"));
+    if (!sees || files.length === 0) return;
+    event.preventDefault();
+    attach(files);
+  };
+  const ready = params.model && (draft.trim() || attached.length);
   return html`<form class="composer" onSubmit=${onSubmit}>
+    ${(sees || attached.length > 0) && html`<${Attachments} attached=${attached} sees=${sees} />`}
     <label class="hidden" for="message">Message</label>
     <textarea id="message" ref=${field} rows="2" placeholder="Write a message" value=${draft} onKeyDown=${onKeyDown}
-      onInput=${(event) => chat.set({ draft: event.target.value })}></textarea>
+      onPaste=${onPaste} onInput=${(event) => chat.set({ draft: event.target.value })}></textarea>
     <div class="buttons">
       ${running
         ? html`<button type="button" class="stop" key="stop" onClick=${stop}>Stop</button>`
-        : html`<button type="submit" class="primary" key="send" disabled=${!draft.trim() || !params.model}>Send</button>`}
+        : html`<button type="submit" class="primary" key="send" disabled=${!ready}>Send</button>`}
       ${!empty && html`<button type="button" class="quiet" onClick=${clear}>New chat</button>`}
     </div>
   </form>`;
+}
+
+/** The images of the next message. They stay if a model without sight is chosen, which then refuses them. */
+function Attachments({ attached, sees }) {
+  const remove = (place) => chat.set({ attached: attached.filter((_, other) => other !== place) });
+  return html`<div class="attachments">
+    ${attached.map((url, place) => html`<span class="thumb" key=${`${place}${url.length}`}>
+      <img src=${url} alt="Image ${place + 1} of the next message" />
+      <button type="button" aria-label="Remove image ${place + 1}" onClick=${() => remove(place)}>✕</button></span>`)}
+    ${sees && html`<label class="file"><span>Attach images</span>
+      <input type="file" class="hidden" multiple accept="image/png,image/jpeg,image/webp" onChange=${(event) => {
+        attach(event.target.files);
+        event.target.value = "";
+      }} /></label>`}
+  </div>`;
 }
 
 function Parameters({ models }) {

@@ -32,7 +32,7 @@ export function Playground({ onLocked }) {
     <${Tabs} current=${current} />
     <div role="tabpanel" id="panel" aria-labelledby="tab-${current.id}">
       ${models.data
-        ? html`<${Panel} current=${current} models=${models.data} onLocked=${onLocked} />`
+        ? html`<${Panel} current=${current} models=${models.data} />`
         : models.error
           ? html`<${Notice} kind="error">The models are not known: ${models.error.message}. Trying again …<//>`
           : html`<p class="hint">Loading …</p>`}
@@ -40,10 +40,10 @@ export function Playground({ onLocked }) {
   </main>`;
 }
 
-function Panel({ current, models, onLocked }) {
+function Panel({ current, models }) {
   const able = models.filter(({ endpoints }) => current.tasks.some((task) => task in endpoints));
   if (able.length === 0) return html`<p class="hint">No model of the catalogue makes ${current.none}.</p>`;
-  return html`<${current.panel} models=${able} onLocked=${onLocked} />`;
+  return html`<${current.panel} models=${able} />`;
 }
 
 function Tabs({ current }) {
