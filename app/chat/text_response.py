@@ -24,6 +24,11 @@ def text_completion(reader: Reader, request_id: str, model: str, *, choices: int
                 made[event.index].add(event)
             elif isinstance(event, Finished):
                 usage = event.usage or usage
+    bodies = []
+    for index, choice in enumerate(made):
+        bodies.append(choice.body(index))
+        # lets other requests go on: those of long prompts take milliseconds each
+        time.sleep(0)
     return {
         "code": 0,
         "message": "success",
@@ -31,7 +36,7 @@ def text_completion(reader: Reader, request_id: str, model: str, *, choices: int
         "object": OBJECT,
         "created": int(time.time()),
         "model": model,
-        "choices": [choice.body(index) for index, choice in enumerate(made)],
+        "choices": bodies,
         "usage": usage_body(usage),
     }
 

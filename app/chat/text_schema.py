@@ -1,6 +1,7 @@
 """The body of POST /v1/completions, with OpenAI's fields and those that vLLM adds, and its jobs."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Annotated, Any, cast
 
 from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, WithJsonSchema
@@ -8,12 +9,15 @@ from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, St
 from app.chat.sampling import SamplingFields, TokenId, stream_options_need_stream
 from catalogue import ChatModelEntry
 from protocol.errors import InvalidRequest
-from protocol.jobs import CompletionJob
+from protocol.jobs import CHARACTERS_OF_A_TOKEN, CompletionJob
 
 MAX_PROMPTS = 128
 MAX_PROMPT_TOKENS = 2**20
 MAX_CHOICES = 1024
 """Of all prompts together."""
+MAX_ECHOED = 2**20
+"""Tokens of echoed prompts in an answer, each counted for all choices, and again for itself and for each alternative that
+`logprobs` adds. A small request would otherwise make gigabytes."""
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
@@ -80,6 +84,7 @@ class CompletionRequest(SamplingFields):
             raise InvalidRequest(
                 f"n must be at most {MAX_CHOICES // len(prompts)} for {len(prompts)} prompts", param="n"
             )
+        self._check_echo(prompts)
         sampling = self.sampling(
             entry.defaults,
             max_tokens=DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
@@ -98,6 +103,22 @@ class CompletionRequest(SamplingFields):
             )
             for place, prompt in enumerate(prompts)
         ]
+
+    def _check_echo(self, prompts: Sequence[str | list[int]]) -> None:
+        """Raise InvalidRequest if the prompts that the answer repeats are too long."""
+        if not self.echo:
+            return
+        tokens = sum(
+            ceil(len(part) / CHARACTERS_OF_A_TOKEN) if isinstance(part, str) else len(part)
+            for part in prompts
+        )
+        each = 1 if self.logprobs is None else 2 + self.logprobs
+        if (echoed := tokens * (self.n or 1) * each) > MAX_ECHOED:
+            raise InvalidRequest(
+                f"the answer would repeat about {echoed:,} tokens of prompts and alternatives; echo allows"
+                f" {MAX_ECHOED:,} (tokens * n * (2 + logprobs), without logprobs tokens * n)",
+                param="echo",
+            )
 
     def _prompts(self) -> Sequence[str | list[int]]:
         prompts: Any = self.prompt if _kind(self.prompt) in ("texts", "token lists") else [self.prompt]

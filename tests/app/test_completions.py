@@ -54,6 +54,26 @@ def refusal(**body: Any) -> InvalidRequest:
 # ----- requests
 
 
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"prompt": ["a" * 2048] * 16, "n": 64, "logprobs": 20}, 2048 // 4 * 16 * 64 * 22),
+        ({"prompt": [[1] * 513] * 16, "n": 64, "logprobs": 0}, 513 * 16 * 64 * 2),
+        ({"prompt": "a" * 2**18, "n": 128}, 2**16 * 128),
+    ],
+    ids=["logprobs", "tokens", "text"],
+)
+def test_a_small_request_can_not_make_a_huge_answer(body: dict[str, Any], tokens: int) -> None:
+    refused = refusal(**body, echo=True)
+    assert refused.param == "echo" and f"{tokens:,} tokens" in refused.message
+    assert jobs(**body, echo=False)
+
+
+def test_harnesses_may_score_many_long_prompts() -> None:
+    assert len(jobs(prompt=[[1] * 2048] * 128, echo=True, logprobs=1, max_tokens=0)) == 128
+    assert jobs(prompt="a" * 2**22, echo=True)
+
+
 def test_a_bare_request_has_openais_length_and_the_models_own_sampling() -> None:
     assert jobs() == [
         CompletionJob(id="id", model="chat", prompt="a", sampling=SamplingParams(max_tokens=16))
