@@ -40,6 +40,7 @@ def allowed(
         ("127.0.0.1", {**HOME, "Forwarded": "for=10.0.0.7"}, False),
         ("127.0.0.1", {**HOME, "Origin": "https://evil.example"}, False),
         ("127.0.0.1", {**HOME, "Origin": "null"}, False),
+        ("127.0.0.1", {**HOME, "Origin": "http://["}, False),
         ("127.0.0.1", {**HOME, "Origin": "http://127.0.0.1:9999"}, False),
         # a name of another site that resolves to the loopback
         ("127.0.0.1", {"Host": "evil.example:1088", "Origin": "http://evil.example:1088"}, False),
