@@ -113,7 +113,7 @@ function Figures({ message: { state, finish, timings, tokens, model } }) {
   if (state === "stopped") parts.push("stopped");
   if (finish === "length") parts.push("cut off at the limit of tokens");
   if (first !== null) parts.push(`first token ${duration(first)}`);
-  parts.push(`total ${duration(total)}`);
+  if (state !== "failed") parts.push(`total ${duration(total)}`);
   if (tokens !== null) parts.push(count(tokens, "token"));
   if (tokens > 1 && total > first) parts.push(rate(tokens - 1, total - first));
   return html`<span class="figures">${parts.map((part) => html`<span>${part}</span>`)}</span>`;
