@@ -245,6 +245,19 @@ def test_a_prompt_may_fill_the_context_if_nothing_is_generated(engines: Engines)
     check_scores(model, prompt, echoed(result))
 
 
+def test_a_scored_prompt_may_fill_the_cache(tmp_path: Path) -> None:
+    """Of a model whose context is longer than the cache; it must not block the requests behind it."""
+    folder = save_model(tmp_path, CONFIGS["llama"]())
+    engine, collector = make_engine(folder, dtype="float32", kv_cache_tokens=240)
+    try:
+        assert engine.parts.max_context == engine.parts.kv_cache_tokens == 240
+        (prompt,) = prompts(240)
+        full, behind = run(engine, collector, [completion("full", prompt, max_tokens=0), chat_job("behind")])
+        assert len(echoed(full)) == 240 and behind.usage.completion_tokens
+    finally:
+        engine.close()
+
+
 def test_a_scored_request_can_be_cancelled(engines: Engines) -> None:
     engine, collector, model = engines["llama"]
     jobs = [completion(f"cancel {at}", each, max_tokens=0) for at, each in enumerate(prompts(*[800] * 8))]

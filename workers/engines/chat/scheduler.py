@@ -180,7 +180,9 @@ class BatchScheduler:
         would be preempted at once.
         """
         free = self._cache.num_free_pages - len(self.running) // 4
-        return max(0, free) // (self._cache.pages_for(sequence.length + 1) - in_use)
+        # a scored prompt that nothing follows may fill the whole cache
+        needed = min(self._cache.pages_for(sequence.length + 1), self._cache.num_pages)
+        return max(0, free) // (needed - in_use)
 
     def fork(self, parent: Sequence, child: Sequence) -> bool:
         """Start the new sequence `child` with what `parent` has computed. False if there is no room."""
