@@ -101,7 +101,9 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             draining_for_s=services.process.draining_for_s,
             has_key=services.gate.has_key,
             warnings=services.warnings,
-            description=describe(settings.public_url, keyed=bool(settings.api_keys)),
+            description=describe(
+                settings.public_url, _first_models(catalogue), keyed=bool(settings.api_keys)
+            ),
         )
     )
     app.register_blueprint(
@@ -127,3 +129,8 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
         doctor_command(settings, catalogue, services.deployment, services.redis, services.leases)
     )
     return app
+
+
+def _first_models(catalogue: Catalogue) -> dict[str, str]:
+    """Return the name of the first model of each task."""
+    return {task: entry.name for entry in reversed(catalogue.models) for task in entry.tasks}

@@ -18,7 +18,7 @@ TOGETHER = {
     for name in ("batching", "completions", "openai_client", "refusals", "standard")
 }
 TOGETHER |= {f"tests/clients/test_{name}.py": "clients" for name in ("node", "openai_python", "python")}
-TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("operators", "page", "view")}
+TOGETHER |= {f"tests/console/test_{name}.py": "console" for name in ("docs", "operators", "page", "view")}
 """Files whose tests share one service: file to the name of its unit."""
 APART = {f"tests/faults/test_{name}.py" for name in ("node", "redis", "same_cid", "web", "workers")}
 """Files in which each test starts a service of its own."""

@@ -1,6 +1,6 @@
-"""GET / and /static/: the console, one page for operators and for trying the models.
+"""GET / and /static/: the console, one page for operators and for trying the models. GET /docs: the API's description.
 
-The page and its files need no API key; it asks for one when the service refuses its requests for data.
+The pages and their files need no API key; they ask for one when the service refuses their requests for data.
 """
 
 from flask import Blueprint, Response, render_template
@@ -45,6 +45,10 @@ def blueprint() -> Blueprint:
     @routes.get("/")
     def page() -> str:
         return render_template("console.html", version=VERSION)
+
+    @routes.get("/docs")
+    def docs() -> str:
+        return render_template("docs.html")
 
     @routes.after_request
     def add_headers(response: Response) -> Response:

@@ -18,7 +18,7 @@ from config import Settings
 from protocol.errors import NotFound, Unauthorized
 
 HEALTH_PATH = "/healthz"
-OPEN_PATHS = frozenset({"/", HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
+OPEN_PATHS = frozenset({"/", "/docs", HEALTH_PATH, "/readyz", "/health", "/ping", "/version"})
 KEY_HEADERS = ("x-api-key", "api-key")
 """Where a client may send its key instead of in Authorization: as Anthropic's, and as Azure's clients do."""
 _HEADERS = "'Authorization: Bearer <key>', " + " or ".join(f"'{name}: <key>'" for name in KEY_HEADERS)

@@ -221,7 +221,8 @@ def _activity() -> dict[str, Any]:
 
 def _images_response() -> dict[str, Any]:
     image = object_of(
-        {"b64_json": STRING, "url": STRING, "revised_prompt": STRING}, required=["b64_json", "url"]
+        {"b64_json": STRING, "url": STRING, "revised_prompt": STRING, "seed": INTEGER},
+        required=["b64_json", "url"],
     )
     return object_of(
         {

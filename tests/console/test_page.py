@@ -97,5 +97,5 @@ def test_vendored_files_are_those_that_were_fetched() -> None:
     assert found == {name: digest for digest, name in lines}
     files = {path.name for path in VENDOR.iterdir()} - {"SHA256SUMS", "README.md"}
     assert files == set(found)
-    for name in ("preact", "htm", "uplot", "markdown-it", "dompurify"):
+    for name in ("preact", "htm", "uplot", "markdown-it", "dompurify", "swagger-ui"):
         assert f"{name}.LICENSE" in files

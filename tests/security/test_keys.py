@@ -48,6 +48,7 @@ OPEN = [
     ("/version", 200),
     ("/v1/images/files/" + "a" * 43, 404),
     ("/", 200),
+    ("/docs", 200),
     ("/static/js/main.js", 200),
     ("/static/js/nothing.js", 404),
     ("/static/../v1/workers", 404),

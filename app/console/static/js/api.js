@@ -34,7 +34,7 @@ export function setKey(value) {
 }
 
 /** The headers that a request needs: the key, if there is one. As bytes of UTF-8, which no header value may exceed. */
-function keyHeaders() {
+export function keyHeaders() {
   if (!key) return {};
   const bytes = new TextEncoder().encode(key);
   return { Authorization: `Bearer ${String.fromCharCode(...bytes)}` };

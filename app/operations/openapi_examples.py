@@ -1,0 +1,178 @@
+"""Examples of GET /openapi.json. A test sends those of requests to a service, and compares its answers with ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
+from config import VERSION
+
+_RED = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGP4z8CAFTEMLQkQAABzzT/BAhd0vAAAAABJRU5ErkJggg=="
+_WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+_PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return bodies in JSON by path and by summary. `models`: a model of each task; one without any gets a made-up name."""
+    chat = {"model": models.get(CHAT.name, "chat-model")}
+    image = {"model": models.get(GENERATION.name, "image-model")}
+    edit = {"model": models.get(EDIT.name, "image-model")}
+    question = {
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 100,
+    }
+    return {
+        CHAT.path: {
+            "A question": {**chat, **question},
+            "A stream with usage": {
+                **chat,
+                **question,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+            "JSON by a schema": {
+                **chat,
+                "messages": [{"role": "user", "content": "Ada is 36 years old."}],
+                "max_tokens": 100,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "person", "schema": _PERSON},
+                },
+            },
+            "A tool": {
+                **chat,
+                "messages": [{"role": "user", "content": "How is the weather in Oslo?"}],
+                "max_tokens": 100,
+                "tools": [_WEATHER],
+            },
+        },
+        COMPLETIONS_PATH: {
+            "A text": {**chat, "prompt": "Once upon a time", "max_tokens": 50},
+            "The score of a prompt": {
+                **chat,
+                "prompt": "The sky is blue",
+                "max_tokens": 0,
+                "echo": True,
+                "logprobs": 1,
+            },
+        },
+        TOKENIZE_PATH: {
+            "A text": {**chat, "prompt": "Hello"},
+            "A chat": {**chat, "messages": [{"role": "user", "content": "Hello"}]},
+        },
+        DETOKENIZE_PATH: {"Tokens": {**chat, "tokens": [72, 105]}},
+        GENERATION.path: {
+            "An image": {**image, "prompt": "a red circle on a white ground"},
+            "The same image again": {
+                **image,
+                "prompt": "a red circle on a white ground",
+                "seed": 7,
+                "response_format": "b64_json",
+            },
+        },
+        EDIT.path: {"An image in the body": {**edit, "prompt": "make it blue", "image": _RED}},
+        EMBEDDING.path: {
+            "A text": {"model": models.get(EMBEDDING.name, "embedding-model"), "input": "Hello"},
+            "Texts": {
+                "model": models.get(EMBEDDING.name, "embedding-model"),
+                "input": ["Hello", "Good morning"],
+            },
+        },
+    }
+
+
+_SUCCESS = {"code": 0, "message": "success"}
+_USAGE = {
+    "prompt_tokens": 14,
+    "completion_tokens": 8,
+    "total_tokens": 22,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "Error": {
+        "code": 404,
+        "message": "model 'x' does not exist",
+        "error": {
+            "message": "model 'x' does not exist",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        },
+    },
+    "ChatCompletion": {
+        **_SUCCESS,
+        "id": "cmpl-4f0c6a1de2b74f0f9b1c6d8e7a5b3c21",
+        "object": "chat.completion",
+        "created": 1767225600,
+        "model": "chat-model",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "The capital of France is Paris."},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+        "usage": _USAGE,
+    },
+    "Completion": {
+        **_SUCCESS,
+        "id": "cmpl-9d2e7b0c1f3a4d5e8c6b7a9f0e1d2c3b",
+        "object": "text_completion",
+        "created": 1767225600,
+        "model": "chat-model",
+        "choices": [
+            {
+                "index": 0,
+                "text": ", there was a fox.",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+        "usage": _USAGE,
+    },
+    "Tokens": {**_SUCCESS, "count": 2, "max_model_len": 8192, "tokens": [9707, 0], "token_strs": None},
+    "DetokenizedText": {**_SUCCESS, "prompt": "Hi"},
+    "ImagesResponse": {
+        **_SUCCESS,
+        "created": 1767225600,
+        "data": [
+            {
+                "b64_json": "",
+                "url": "https://images.example.org/v1/images/files/Xw3…",
+                "revised_prompt": "a red circle on a white ground",
+                "seed": 7,
+            }
+        ],
+    },
+    "Embeddings": {
+        **_SUCCESS,
+        "id": "embd-1b2c3d4e5f60718293a4b5c6d7e8f901",
+        "object": "list",
+        "created": 1767225600,
+        "model": "embedding-model",
+        "data": [{"object": "embedding", "index": 0, "embedding": [0.1, -0.2, 0.3]}],
+        "usage": {"prompt_tokens": 3, "total_tokens": 3},
+    },
+    "Version": {"version": VERSION},
+}
+"""Of responses, by the name of their schema."""
