@@ -13,7 +13,7 @@ from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.model.loader import LoadedModel, cache_shape
 from workers.engines.chat.model.runner import ModelForward, ModelRunner
 from workers.engines.chat.sampling.sampler import Sampler
-from workers.engines.chat.sampling.scoring import max_scored, score
+from workers.engines.chat.sampling.scoring import max_scored, score_on_device
 from workers.engines.chat.sequence import Chunk, Request, Sampling, Sequence
 from workers.engines.load_errors import memory_of_own, no_room
 
@@ -86,9 +86,9 @@ def step_bytes(
     """Return the memory of a GPU that the largest steps need besides weights and cache, in bytes.
 
     These are a decode step of a full batch, sampled in every way, and then, as the sampler keeps counts of
-    tokens, a prefill of `chunk` tokens beside decode rows, and one of a prompt that is scored. Both run through the model's own layers, and with
-    `joined` weights through FusedDecoder. CUDA graphs have memory of their own for the decode step. A
-    model that takes images also needs the memory for the largest one.
+    tokens, a prefill of `chunk` tokens beside decode rows, and one of a prompt that is scored. All run through
+    the model's own layers, and with `joined` weights through FusedDecoder. CUDA graphs have memory of their own
+    for the decode step. A model that takes images also needs the memory for the largest one.
     """
     runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
     loaded.model.set_attn_implementation(attention.register())
@@ -105,7 +105,7 @@ def step_bytes(
     def prefill() -> None:
         runner.forward([padding] * (len(rows) - 1) + [Chunk(slot, 0, [0] * tokens, True)])
         prompt = [0] * min(tokens, max_scored(vocabulary))
-        score(runner.forward([Chunk(slot, 0, prompt, True, True)]), prompt, 20, vocabulary)
+        score_on_device(runner.forward([Chunk(slot, 0, prompt, True, True)]), prompt, 20, vocabulary)
 
     def steps() -> None:
         sampler = Sampler(vocabulary, len(rows), loaded.device)

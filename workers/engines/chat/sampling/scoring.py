@@ -18,11 +18,13 @@ def max_scored(vocabulary: int) -> int:
 
 
 @torch.inference_mode()
-def score(logits: torch.Tensor, tokens: list[int], most: int, sampled_tokens: int) -> list[Logprobs]:
-    """Return the log probability of each token, and the `most` most probable ones in its place.
+def score_on_device(
+    logits: torch.Tensor, tokens: list[int], most: int, sampled_tokens: int
+) -> list[torch.Tensor]:
+    """Compute what `score` returns, without waiting for the device.
 
-    logits float32 [len(tokens), vocabulary]: the model's own before each token. They aren't changed. The
-    alternatives have ids below `sampled_tokens`: the others are no tokens.
+    Returns the tokens' log probabilities, float32 [tokens, 1], and of the most probable ones log probabilities,
+    float32, and ids, int64, [tokens, at most `most`].
     """
     given = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     found = []
@@ -31,7 +33,16 @@ def score(logits: torch.Tensor, tokens: list[int], most: int, sampled_tokens: in
         best = logprobs[:, :sampled_tokens].topk(min(most, sampled_tokens))
         own = logprobs.gather(1, given[piece, None])
         found.append((own.clamp_min(LEAST), best.values.clamp_min(LEAST), best.indices))
-    own_read, values, ids = to_host([torch.cat(parts) for parts in zip(*found, strict=True)])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
+
+
+def score(logits: torch.Tensor, tokens: list[int], most: int, sampled_tokens: int) -> list[Logprobs]:
+    """Return the log probability of each token, and the `most` most probable ones in its place.
+
+    logits float32 [len(tokens), vocabulary]: the model's own before each token. They aren't changed. The
+    alternatives have ids below `sampled_tokens`: the others are no tokens.
+    """
+    own_read, values, ids = to_host(score_on_device(logits, tokens, most, sampled_tokens))
     return [
         Logprobs(logprob, list(zip(row_ids, row_values, strict=True)))
         for (logprob,), row_values, row_ids in zip(own_read, values, ids, strict=True)
