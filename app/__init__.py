@@ -112,6 +112,7 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
             services.drains,
             services.worker_view,
             check_may_look=services.operators.check_may_look,
+            may_act=services.operators.may_act,
         )
     )
     app.register_blueprint(

@@ -45,6 +45,14 @@ class Operators:
             )
         self._check_origin()
 
+    def may_act(self) -> bool:
+        """Whether `check_may_act` passes."""
+        try:
+            self.check_may_act()
+        except Forbidden:
+            return False
+        return True
+
     def _check_origin(self) -> None:
         """CORS_ORIGINS doesn't count: it names sites that may use the models."""
         host, origin = request.headers.get("Host"), request.headers.get("Origin")

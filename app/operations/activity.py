@@ -13,6 +13,10 @@ from app.http.errors import json_response
 from protocol.drains import Drains
 from protocol.errors import InvalidRequest, QueueUnavailable
 
+SHOWN_ID = len("cmpl-") + 8
+"""Characters of a request's id for those who may only look: enough to find its log line, too few to resume its stream,
+for which the id is all that a service without keys asks."""
+
 
 def note_ended(activity: Activity, access: Access) -> None:
     """Note a request for a job whose response has ended."""
@@ -39,9 +43,17 @@ def note_ended(activity: Activity, access: Access) -> None:
 
 
 def blueprint(
-    activity: Activity, drains: Drains, worker_view: WorkerView, *, check_may_look: Callable[[], None]
+    activity: Activity,
+    drains: Drains,
+    worker_view: WorkerView,
+    *,
+    check_may_look: Callable[[], None],
+    may_act: Callable[[], bool],
 ) -> Blueprint:
-    """Make the blueprint. `check_may_look` raises a ServiceError unless the current request is an operator's."""
+    """Make the blueprint. `check_may_look` raises a ServiceError unless the current request is an operator's.
+
+    `may_act`: whether it may also do what changes the answers of others.
+    """
     routes = Blueprint("activity", __name__)
 
     @routes.get("/v1/activity")
@@ -53,6 +65,9 @@ def blueprint(
             found = activity.read(request.args.get("after", FROM_THE_START))
         except ValueError:
             raise InvalidRequest("after is not a `cursor` of an earlier answer", param="after") from None
+        if not may_act():
+            for ended in found.requests:
+                ended.id = ended.id[:SHOWN_ID]
         body: dict[str, Any] = {
             "code": 0,
             "message": "success",

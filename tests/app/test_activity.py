@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from flask import Flask
 from redis.exceptions import ResponseError
 
 from app.dispatch.activity import (
@@ -17,6 +18,14 @@ from app.dispatch.activity import (
     Queue,
     upper_bound_ms,
 )
+from app.dispatch.worker_view import WorkerView
+from app.http.auth import Gate
+from app.http.operators import Operators
+from app.http.origin import OriginCheck
+from app.operations.activity import blueprint
+from config import Settings
+from protocol.drains import Drains
+from protocol.leases import Leases
 from protocol.names import Keys
 from tests.deployment import RedisServer
 
@@ -142,3 +151,29 @@ def test_an_entry_of_another_version_hides_no_other(
 def test_classes_of_times_hold_their_times(ms: int) -> None:
     bound = upper_bound_ms(ms)
     assert bound / GROWTH - 1 <= max(ms, 1) <= bound + 1
+
+
+@pytest.mark.parametrize(
+    ("peer", "shown"), [("10.0.0.7", "cmpl-01234567"), ("127.0.0.1", "cmpl-0123456789abcdef")]
+)
+def test_without_keys_strangers_do_not_see_the_ids_that_resume_streams(
+    peer: str, shown: str, activity: Activity, redis_server: RedisServer, keys: Keys
+) -> None:
+    settings = Settings(bind="0.0.0.0:1088", redis_url=redis_server.url)
+    operators = Operators(settings, OriginCheck(settings), Gate(settings).carries_one_of)
+    view = WorkerView(Leases(redis_server.client, keys))
+    view.refresh()
+    app = Flask("test")
+    app.register_blueprint(
+        blueprint(
+            activity,
+            Drains(redis_server.client, keys),
+            view,
+            check_may_look=operators.check_may_look,
+            may_act=operators.may_act,
+        )
+    )
+    activity.note(ended("cmpl-0123456789abcdef"))
+    activity.write()
+    answer = app.test_client().get("/v1/activity", environ_overrides={"REMOTE_ADDR": peer})
+    assert [request["id"] for request in answer.get_json()["requests"]] == [shown]
