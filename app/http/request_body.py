@@ -33,6 +33,9 @@ MAX_IGNORED = 20
 """Paths in the header X-Ignored-Params."""
 MAX_LOOKED_AT = 1000
 """Fields of a body that are searched for unknown names: searching a million would delay other requests."""
+MAX_OPENINGS = 2**19
+"""Brackets and braces that open something in a JSON body, those in strings included. The garbage collector looks at each
+list again and again while the body is parsed: 8 MiB of them would stop all requests for seconds."""
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BOM = b"\xef\xbb\xbf"
 
@@ -163,6 +166,10 @@ def parse_json(body: bytes) -> dict[str, Any]:
     body = body.removeprefix(_BOM)
     if not body:
         raise InvalidRequest("the body is empty; it must be a JSON object")
+    if (openings := body.count(b"[") + body.count(b"{")) > MAX_OPENINGS:
+        raise InvalidRequest(
+            f"the body has {openings} opening brackets and braces; at most {MAX_OPENINGS} are accepted"
+        )
     try:
         value = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -11,7 +11,14 @@ from flask import Flask, request
 from pydantic import BaseModel
 
 from app.chat.schema import ChatCompletionRequest
-from app.http.request_body import BodyBudget, BodyReader, ignored_params, parse_json, wallet_sha256
+from app.http.request_body import (
+    MAX_OPENINGS,
+    BodyBudget,
+    BodyReader,
+    ignored_params,
+    parse_json,
+    wallet_sha256,
+)
 from app.http.validation import parse
 from app.image_input.source import counted
 from protocol.errors import InvalidRequest, Overloaded, PayloadTooLarge, UnsupportedMediaType
@@ -73,6 +80,14 @@ def test_another_encoding_is_named_in_a_415() -> None:
 
 def test_a_byte_order_mark_is_no_content() -> None:
     assert parse_json(b"\xef\xbb\xbf" + TEXT) == {"a": 1}
+
+
+@pytest.mark.parametrize("item", [b"[]", b"{}", b'"["'])
+def test_a_body_has_a_bounded_number_of_lists_and_objects(item: bytes) -> None:
+    most = b'{"a": [' + b",".join([item] * (MAX_OPENINGS - 2)) + b"]}"
+    assert len(parse_json(most)["a"]) == MAX_OPENINGS - 2
+    with pytest.raises(InvalidRequest, match="opening brackets and braces"):
+        parse_json(most.replace(item, item + b"," + item, 1))
 
 
 def test_all_bodies_together_have_a_bound_and_give_their_bytes_back() -> None:
