@@ -4,10 +4,7 @@ import sys
 import time
 from array import array
 from base64 import b64encode
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import msgspec
+from collections.abc import Iterable, Iterator, Sequence
 
 from app.http.json import encode_json
 from protocol.errors import InternalError
@@ -37,36 +34,30 @@ def collect_vectors(batches: Iterable[list[Event]], count: int) -> tuple[list[by
     return [rows[index] for index in range(count)], usage
 
 
-def embeddings_response(
-    request_id: str,
-    model: str,
-    rows: list[bytes],
-    usage: Usage,
-    *,
-    base64: bool,
-    give_way: Callable[[], None],
-) -> dict[str, Any]:
-    """Return the body. `give_way` is called again and again, to let others run."""
+def embeddings_body(
+    request_id: str, model: str, rows: Sequence[bytes], usage: Usage, *, base64: bool
+) -> Iterator[bytes]:
+    """Yield the body in parts, each made when it is sent: as a whole it has five times the bytes of its vectors."""
     write = _base64 if base64 else _numbers
-    data: list[msgspec.Raw] = []
-    written = 0
-    for index, row in enumerate(rows):
-        item = {"object": "embedding", "index": index, "embedding": write(row)}
-        data.append(msgspec.Raw(encode_json(item)))
-        written += len(row) // 4
-        if written >= NUMBERS_AT_ONCE:
-            written = 0
-            give_way()
-    return {
+    head = {
         "code": 0,
         "message": "success",
         "id": request_id,
         "object": "list",
         "created": int(time.time()),
         "model": model,
-        "data": data,
         "usage": {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens},
     }
+    part = [encode_json(head)[:-1], b',"data":[']
+    numbers = 0
+    for index, row in enumerate(rows):
+        item = encode_json({"object": "embedding", "index": index, "embedding": write(row)})
+        part += (b",", item) if index else (item,)
+        numbers += len(row) // 4
+        if numbers >= NUMBERS_AT_ONCE:
+            yield b"".join(part)
+            part, numbers = [], 0
+    yield b"".join([*part, b"]}"])
 
 
 def _base64(row: bytes) -> str:

@@ -1,6 +1,7 @@
 """POST /v1/embeddings."""
 
 import uuid
+from collections.abc import Iterator
 from contextlib import closing
 
 import gevent
@@ -9,11 +10,10 @@ from flask import Blueprint, Response, request
 
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.models import find_model
-from app.embeddings.response import collect_vectors, embeddings_response
+from app.embeddings.response import collect_vectors, embeddings_body
 from app.embeddings.schema import EmbeddingRequest
 from app.http.access_log import current_access
 from app.http.connection import Connection
-from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import add_timings, job_origin, name_request
@@ -42,13 +42,20 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
             # the inputs are in Redis now
             del content, raw, body, job
             rows, usage = collect_vectors(reader, count)
-        answer = embeddings_response(
-            request_id, model, rows, usage, base64=is_base64, give_way=lambda: gevent.sleep(0)
+        response = Response(
+            _giving_way(embeddings_body(request_id, model, rows, usage, base64=is_base64)),
+            content_type="application/json",
         )
-        response = json_response(answer)
         add_timings(response, reader.timings.milliseconds())
         if ignored:
             response.headers["X-Ignored-Params"] = ignored
         return response
 
     return routes
+
+
+def _giving_way(parts: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the parts, and let other requests run in between: a part that fits into the socket's buffer does not."""
+    for part in parts:
+        yield part
+        gevent.sleep(0)
