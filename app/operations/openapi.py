@@ -56,7 +56,7 @@ def describe(server_url: str, models: Mapping[str, str], *, keyed: bool = False)
 def _text_paths(models: Mapping[str, str]) -> dict[str, Any]:
     """Return the endpoints of chat models."""
     examples = requests(models)
-    resumable = {**STRING, "enum": ["true", "false"], "description": "true: the stream can be resumed"}
+    resumable = {**STRING, "description": "true: the stream can be resumed; other values are ignored"}
     last_id = {
         **STRING,
         "pattern": "^([0-9]{1,9})?$",
