@@ -1,7 +1,9 @@
 """A Redis with users who have passwords and only the rights of docs/operations.md, without and with TLS."""
 
 import hashlib
+import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,7 @@ def test_everything_works_with_these_rights(guarded: Deployment) -> None:
     assert guarded.chat("Hi", "echo", max_tokens=3)[0] == 200
     stream = guarded.stream("Hi", "echo", max_tokens=3)
     assert stream.text() == "0 1 2 " and stream.done
+    check_resumption(guarded)
     status, answer = guarded.post("/v1/images/generations", {"model": "echo-images", "prompt": "x"})
     assert status == 200, answer
     link = answer["data"][0]["url"].removeprefix(guarded.url)
@@ -98,6 +101,19 @@ def test_everything_works_with_these_rights(guarded: Deployment) -> None:
         process.check_alive()
         assert "permission" not in process.log.read_text().lower()
     assert guarded.web is not None and "permission" not in guarded.web.log.read_text().lower()
+
+
+def check_resumption(guarded: Deployment) -> None:
+    """Begin a stream that can be resumed, and read it again while the first connection is open."""
+    body = {"model": "echo", "messages": HI, "max_tokens": 3, "stream": True}
+    headers = {"Content-Type": "application/json", "X-Resumable": "true"}
+    first, connection = guarded.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
+    with closing(connection):
+        assert first.readline() == b"id: 1\n"
+        request_id = json.loads(first.readline().removeprefix(b"data: "))["id"]
+        again, other = guarded.request("GET", f"/v1/chat/completions/{request_id}/events")
+        with closing(other):
+            assert again.status == 200 and again.read().endswith(b"data: [DONE]\n\n")
 
 
 def asked_for_work(guarded: Deployment) -> int:
