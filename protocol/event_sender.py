@@ -1,8 +1,9 @@
 """The worker's half of the event stream: one thread writes the events of all requests, a script call a batch.
 
 Each event is appended to its request's replay list; all events for one web process are published as one
-message. Writing is idempotent, since readers order by sequence number and drop duplicates: a write that may
-or may not have happened is repeated, for at most `RESEND_S`. After that its requests are given up.
+message, except very large ones. Writing is idempotent, since readers order by sequence number and drop
+duplicates: a write that may or may not have happened is repeated, for at most `RESEND_S`. After that its requests
+are given up.
 """
 
 import logging
@@ -26,6 +27,13 @@ RETRY_PAUSE_S = 0.25
 PENDING_LIMIT = 150_000
 """So many events may wait for a Redis that doesn't answer; with more, requests are given up. A GPU makes some 10,000 in a
 second, and they should outlast RESEND_S; each takes about 300 bytes."""
+
+MESSAGE_LIMIT = 4 * 2**20
+"""Bytes of one published message. A web process that reads slowly may have some of them waiting, and Redis closes a
+subscription on which more than 32 MiB wait, which delays all streams of that process. Events that don't fit, such as the
+vectors or the tokens of a very large request, are in the replay list alone."""
+SMALL_EVENT = 64 * 2**10
+"""Bytes of an event that is published in any case: the reader learns of a missing one by the next."""
 
 # KEYS: the replay lists of the requests that have new events.
 # ARGV: number of channels, then for each its name and message; then for each replay list its TTL in seconds
@@ -178,6 +186,7 @@ class EventSender(threading.Thread):
         """Write a batch in one script call; returns the requests whose replay list Redis has lost."""
         by_request: dict[str, list[bytes]] = defaultdict(list)
         by_web: dict[str, list[bytes]] = defaultdict(list)
+        published: dict[str, int] = defaultdict(int)
         with self._lock:
             outgoing = {
                 request_id: self._open[request_id] for request_id in _ids(batch) if request_id in self._open
@@ -186,7 +195,9 @@ class EventSender(threading.Thread):
             if stream := outgoing.get(envelope.request_id):
                 data = events.encode(envelope)
                 by_request[envelope.request_id].append(data)
-                if stream.web_id:
+                size = published[stream.web_id] + len(data)
+                if stream.web_id and (len(data) <= SMALL_EVENT or size <= MESSAGE_LIMIT):
+                    published[stream.web_id] = size
                     by_web[stream.web_id].append(data)
         if not by_request:
             return set()

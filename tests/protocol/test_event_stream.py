@@ -12,8 +12,8 @@ import redis
 from protocol import events
 from protocol.errors import WorkerLost
 from protocol.event_router import EventRouter, Inbox
-from protocol.event_sender import EventSender
-from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
+from protocol.event_sender import MESSAGE_LIMIT, EventSender
+from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Text, Usage
 from protocol.names import Keys
 from tests.deployment import wait_until
 
@@ -277,6 +277,23 @@ def test_a_channel_that_does_not_answer_a_ping_is_made_anew(
     wait_until(lambda: channel.pings >= 5, timeout_s=30, what="the silent channel is pinged")
     router.stop()
     assert (channel.subscriptions > 1) is not answers
+
+
+def test_very_large_events_are_in_the_replay_list_alone(
+    sender: EventSender, router: EventRouter, redis_client: Any, keys: Keys, ends: Ends
+) -> None:
+    """Redis closes a subscription on which 32 MiB wait."""
+    large, small = router.open("large", "m"), router.open("small", "m")
+    for name in ("large", "small"):
+        sender.open(name, WEB, 100, ends.put)
+    text = Text("a" * (MESSAGE_LIMIT // 2))
+    told: list[Event] = [Started("w"), text, text, Finished()]
+    sender.emit([*(("large", event) for event in told), ("small", Delta("b"))])
+    assert read(small, 1) == [Delta("b")]
+    assert read(large, 2) == told[:2]
+    assert large.gap_since is not None, "the end shows that an event is missing"
+    replay = [events.decode(entry).event for entry in redis_client.lrange(keys.replay("large"), 0, -1)]
+    assert replay == told
 
 
 class Gone:
