@@ -3,6 +3,7 @@
 import gc
 import io
 import itertools
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,17 @@ def test_greedy_equals_generate(family, options):
             assert result.usage.prompt_tokens == length
         assert loaded[0].metrics.preemptions > 0 or options != "preemption"
         assert loaded[0].metrics.image_layers > 0
+
+
+def test_a_closed_engine_holds_no_part_of_the_model(family):
+    with engine_of(family) as loaded:
+        run(*loaded, [image_job("a", png())])
+        vision = loaded[0].parts.prompts._vision
+        assert vision is not None
+        front = weakref.ref(vision.encoder._front)
+        del vision
+    gc.collect()
+    assert front() is None
 
 
 def test_layers_of_models_for_text_run_fused(family):

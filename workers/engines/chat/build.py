@@ -80,6 +80,7 @@ class EngineParts:
         self.attention.unregister()
         self.pipeline = None
         self.masks.close()
+        self.prompts.free()
         del self.attention, self.runner, self.cache.pool
         free_memory()
 

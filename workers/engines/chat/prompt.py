@@ -80,6 +80,10 @@ class PromptBuilder:
         """Whether messages may have images."""
         return self._vision is not None
 
+    def free(self) -> None:
+        """Take no more images: what reads them holds a part of the model."""
+        self._vision = None
+
     @property
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
