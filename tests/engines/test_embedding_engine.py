@@ -31,6 +31,9 @@ POOLING = {
     "last": "pooling_mode_lasttoken",
 }
 
+STEPS_OF_A_PASS = 3
+"""Its two layers, and its vectors."""
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -77,6 +80,17 @@ def test_pooling_and_normalization_are_as_configured(tmp_path: Path, pooling: st
     engine.close()
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_layer_of_a_pass_is_progress(tmp_path: Path, family: str) -> None:
+    """A pass over one long input may take longer than a worker may be without progress."""
+    engine, collector = load(save_model(tmp_path, family))
+    before = engine.status().steps
+    engine.submit(job("r", TEXTS[0]))
+    collector.result("r")
+    assert engine.status().steps == before + 1 + STEPS_OF_A_PASS, "and the job was tokenized"
+    engine.close()
+
+
 def test_a_vector_does_not_depend_on_what_shares_its_pass(
     engine: EmbeddingEngine, collector: Collector
 ) -> None:
@@ -100,7 +114,7 @@ def test_many_requests_share_one_pass(engine: EmbeddingEngine, collector: Collec
         assert result.usage == Usage(prompt_tokens=7, completion_tokens=0)
         assert len(result.events) == 2
     # each was tokenized, and all were computed once
-    assert engine.status().steps == before + 10 + 1
+    assert engine.status().steps == before + 10 + STEPS_OF_A_PASS
     assert engine.status().running == engine.status().waiting == 0
 
 
@@ -109,7 +123,7 @@ def test_a_pass_is_bounded_in_tokens(weights: Path) -> None:
     before = engine.status().steps
     engine.submit(job("r", *["a b c d e f"] * 20))  # 8 tokens each, so 8 of them in a pass
     assert len(vectors_of(collector, "r")) == 20
-    assert engine.status().steps == before + 1 + 3
+    assert engine.status().steps == before + 1 + 3 * STEPS_OF_A_PASS
     engine.close()
 
 

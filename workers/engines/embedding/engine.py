@@ -29,6 +29,7 @@ from workers.engines.embedding.inputs import InputEncoder
 from workers.engines.embedding.loader import LoadedEncoder, load_encoder
 from workers.engines.failures import failure_of, free_memory
 from workers.engines.load_errors import load_error
+from workers.engines.progress import call_after_layers
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pass without `max_batch_tokens`."""
@@ -62,7 +63,7 @@ class EmbeddingEngine:
         self._stopped: Failed | None = None
         """Why no more jobs are accepted."""
         self._steps = 0
-        """Passes, and jobs that were tokenized."""
+        """Layers of passes, and jobs that were tokenized."""
         self._threads = entry.engine.torch_threads or default_threads()
         self._thread = threading.Thread(target=self._run, name=f"embedding-engine {entry.name}", daemon=True)
 
@@ -78,6 +79,8 @@ class EmbeddingEngine:
         batch_tokens = self._entry.engine.max_batch_tokens or BATCH_TOKENS[loaded.device.type]
         self._size, pass_cost = self._warm_up(loaded, batch_tokens)
         self._queue = BatchQueue(batch_tokens, pass_cost)
+        # a pass over one long input takes minutes on a CPU
+        call_after_layers(loaded.model.modules(), self._count_step)
         self._thread.start()
         log.info(
             "%s loaded in %.1f s: %s, %d dimensions, a pass costs as much as %.0f tokens",
@@ -106,7 +109,7 @@ class EmbeddingEngine:
             self._end(job, failure_of(error))
             return
         with self._work:
-            self._steps += 1
+            self._count_step()
             if self._is_open(job):
                 self._queue.add(Request(job, inputs, dimensions))
                 self._work.notify_all()
@@ -234,7 +237,7 @@ class EmbeddingEngine:
             for place, item in enumerate(batch):
                 if item.request.dimensions == size:
                     rows[place] = data[place * size * 4 : (place + 1) * size * 4]
-        self._steps += 1
+        self._count_step()
         return [rows[place] for place in range(len(batch))]
 
     def _deliver(self, batch: list[Item], rows: list[bytes]) -> None:
@@ -255,6 +258,9 @@ class EmbeddingEngine:
                     self._end(request.job, Finished(Usage(request.prompt_tokens, 0)))
 
     # All threads
+
+    def _count_step(self) -> None:
+        self._steps += 1
 
     def _is_open(self, job: EmbeddingJob) -> bool:
         return self._open.get(job.id) is job
