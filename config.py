@@ -182,12 +182,16 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "operator_keys", "cors_origins", mode="before")
     @classmethod
     def _not_empty_by_mistake(cls, value: object, info: ValidationInfo) -> object:
         if isinstance(value, str) and value and not value.replace(",", "").strip():
-            item, feature = ("key", "keys") if info.field_name == "api_keys" else ("origin", "CORS")
-            raise ValueError(f"contains no {item}; unset it to serve without {feature}")
+            reason = {
+                "api_keys": "key; unset it to serve without keys",
+                "operator_keys": "key; unset it if all of API_KEYS are operators'",
+                "cors_origins": "origin; unset it to serve without CORS",
+            }
+            raise ValueError(f"contains no {reason[info.field_name or '']}")
         return value
 
     @field_validator("cors_origins")
@@ -202,8 +206,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_redis_url_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
-        return {name: value for name, value in values.items() if name != "redis_url" or value}
+    def _unset_if_empty(cls, values: dict[str, object]) -> dict[str, object]:
+        """An empty RECEIPTS would be the current folder."""
+        return {
+            name: value for name, value in values.items() if value or name not in ("redis_url", "receipts")
+        }
 
     @field_validator("bind", "node_bind")
     @classmethod

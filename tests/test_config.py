@@ -68,6 +68,11 @@ def test_an_address_to_listen_on_becomes_one_to_call() -> None:
     assert any("PUBLIC_URL is http://[::1]:1" in warning for warning in settings.warnings())
 
 
+def test_an_empty_folder_of_receipts_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECEIPTS", "")
+    assert Settings.from_env().receipts is None
+
+
 def test_an_empty_redis_url_is_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REDIS_URL", "")
     settings = Settings.from_env()
@@ -114,6 +119,7 @@ def test_pages_of_all_sites_without_keys_are_warned_of() -> None:
         ("DRAIN_S", "soon", "Input should be a valid number, unable to parse string as a number"),
         ("DRAIN_S", "-1", "Input should be greater than or equal to 0"),
         ("API_KEYS", " , ", "contains no key; unset it to serve without keys"),
+        ("OPERATOR_KEYS", ",", "contains no key; unset it if all of API_KEYS are operators'"),
         ("CORS_ORIGINS", " , ", "contains no origin; unset it to serve without CORS"),
         ("CORS_ORIGINS", "*,https://a.example", "* stands for every origin, so it must be alone"),
         ("CORS_ORIGINS", "https://a.example, A.example", f"'A.example' {NO_ORIGIN}"),
