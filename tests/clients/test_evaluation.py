@@ -20,7 +20,7 @@ QUESTIONS = [
     {"query": "Hello! How can I", "choices": [" help", " help you today?", " Paris"], "gold": 0},
     {
         "query": "<|user|>Hello!<|end|><|assistant|>",
-        "choices": ["Hello! How can I help you?", "no"],
+        "choices": ["Hello! How can I help you today?", "no"],
         "gold": 0,
     },
     {"query": "Count to thirty.", "choices": [" one two", " 1, 2, 3", "\n"], "gold": 1},

@@ -13,6 +13,7 @@ from tests.e2e.conftest import CHAT, SHAPES
 WEIGHTS = ROOT / "demo" / "models" / "chat"
 PAIRS = [("Hello!", " How can I help"), ("Count to thirty.", " 1, 2, 3"), ("Who are", " you?")]
 """Contexts, and continuations whose likelihoods are asked for."""
+ASKED = "<|user|>Hello!<|end|><|assistant|>"
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def test_streamed_prompts_give_the_plain_answers(client: openai.OpenAI) -> None:
 
 
 def test_stop_and_format(client: openai.OpenAI) -> None:
-    whole = client.completions.create(model=CHAT, prompt="Hello!", temperature=0, max_tokens=12).choices[0]
+    whole = client.completions.create(model=CHAT, prompt=ASKED, temperature=0, max_tokens=12).choices[0]
     stopped = client.completions.create(
-        model=CHAT, prompt="Hello!", temperature=0, max_tokens=12, stop=whole.text[4:7]
+        model=CHAT, prompt=ASKED, temperature=0, max_tokens=12, stop=whole.text[4:7]
     ).choices[0]
     assert stopped.text == whole.text[: whole.text.index(whole.text[4:7])]
     assert stopped.finish_reason == "stop"
@@ -92,7 +93,7 @@ def test_one_bad_prompt_fails_the_request_and_cancels_the_others(
         client.completions.create(
             model=CHAT, prompt=["Hello!", ""], max_tokens=4000, extra_body={"ignore_eos": True}
         )
-    assert client.completions.create(model=CHAT, prompt="Hello!", max_tokens=1).choices[0].text
+    assert client.completions.create(model=CHAT, prompt=ASKED, max_tokens=1).choices[0].text
     for name in ("suffix", "best_of"):
         with pytest.raises(openai.BadRequestError, match=name):
             client.completions.create(model=CHAT, prompt="Hello!", extra_body={name: 2})

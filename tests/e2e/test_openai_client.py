@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
+from demo import tool_questions
 from demo.check import dominant_colour
 from tests.deployment import ROOT
 from tests.e2e.conftest import CHAT, SHAPES
@@ -118,6 +119,48 @@ def test_an_answer_has_the_format_that_was_asked_for(client: openai.OpenAI) -> N
     assert caught.value.param == "response_format"
 
 
+TOOLS: Any = [tool_questions.ADD, tool_questions.WEATHER]
+TOOL_CALLS = [
+    ("What is 23 + 58?", "add", {"a": 23, "b": 58}, "81", "23 + 58 is 81."),
+    (
+        "What is the weather in Paris?",
+        "get_weather",
+        {"city": "Paris"},
+        "sunny, 21 degrees",
+        "The weather in Paris: sunny, 21 degrees.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("question", "name", "arguments", "result", "said"), TOOL_CALLS)
+def test_a_tool_is_called_and_its_result_is_told(
+    client: openai.OpenAI, question: str, name: str, arguments: dict[str, Any], result: str, said: str
+) -> None:
+    messages: Any = [{"role": "user", "content": question}]
+    choice = client.chat.completions.create(model=CHAT, messages=messages, tools=TOOLS).choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == (name, arguments)
+    with client.chat.completions.stream(model=CHAT, messages=messages, tools=TOOLS) as events:
+        (streamed,) = events.get_final_completion().choices[0].message.tool_calls or []
+    assert (streamed.function.name, streamed.function.arguments) == (name, call.function.arguments)
+    messages += [choice.message, {"role": "tool", "tool_call_id": call.id, "content": result}]
+    answer = client.chat.completions.create(model=CHAT, messages=messages, tools=TOOLS).choices[0]
+    assert (answer.message.content, answer.finish_reason) == (said, "stop")
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_can_be_required(client: openai.OpenAI, choice: Any) -> None:
+    messages: Any = [{"role": "user", "content": "Hello!"}]
+    ask = {"model": CHAT, "messages": messages, "tools": TOOLS}
+    assert "hello" in (client.chat.completions.create(**ask).choices[0].message.content or "").lower()
+    required = client.chat.completions.create(**ask, tool_choice=choice, parallel_tool_calls=False)
+    (call,) = required.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name in {"get_weather"} | ({"add"} if choice == "required" else set())
+
+
 def test_images_generate_and_edit(client: openai.OpenAI) -> None:
     drawn = client.images.generate(
         model=SHAPES, prompt="a red circle", response_format="b64_json", extra_body={"seed": 5}
@@ -149,5 +192,5 @@ def test_errors_become_exceptions_of_the_client(client: openai.OpenAI) -> None:
         client.chat.completions.create(
             model=CHAT,
             messages=[{"role": "user", "content": "Hi"}],
-            tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            tools=[{"type": "function", "function": {"name": "two words", "parameters": {}}}],
         )

@@ -16,9 +16,9 @@ TEXT = "Hello! How are you today? I am fine, thank you. Who are you? I am a smal
 SHARE = 0.1
 """Smallest mean log probability of a trained model above that of equally probable tokens, as a share of log V.
 
-V is the size of the vocabulary. SmolLM2-135M reaches 0.7, and the demo model, which knows a few dialogues only, 0.15. With
-the embedding or a product of the first layer shuffled, or the rows moved by one, they stay below 0.07. One
-product of a later layer does not show: the other layers make up for it.
+V is the size of the vocabulary. SmolLM2-135M reaches 0.7, and the demo model, which knows a few dialogues only, 0.5. With
+the embedding or the first layer's MLP shuffled, or the rows moved by one, they stay below 0.07. Other products do
+not show: the other layers make up for them.
 """
 
 
