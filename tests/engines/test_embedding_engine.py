@@ -118,6 +118,29 @@ def test_many_requests_share_one_pass(engine: EmbeddingEngine, collector: Collec
     assert engine.status().running == engine.status().waiting == 0
 
 
+def test_a_job_that_is_tokenized_is_no_work_of_the_engine(
+    engine: EmbeddingEngine, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog would end a worker whose tokenizer has more to do than takes HANG_S."""
+    assert engine._inputs is not None
+    encode, entered, go_on = engine._inputs.encode, threading.Event(), threading.Event()
+
+    def slowly(*arguments: Any) -> Any:
+        entered.set()
+        go_on.wait(60)
+        return encode(*arguments)
+
+    monkeypatch.setattr(engine._inputs, "encode", slowly)
+    thread = threading.Thread(target=engine.submit, args=[job("r", TEXTS[0])])
+    thread.start()
+    assert entered.wait(60)
+    status = engine.status()
+    go_on.set()
+    thread.join()
+    collector.result("r")
+    assert (status.running, status.waiting) == (0, 0)
+
+
 def test_a_pass_is_bounded_in_tokens(weights: Path) -> None:
     engine, collector = load(weights, max_batch_tokens=64)
     before = engine.status().steps

@@ -58,6 +58,8 @@ class EmbeddingEngine:
         self._work = threading.Condition(self._lock)
         self._open: dict[str, EmbeddingJob] = {}
         """Jobs whose terminal event has not been sent, by id."""
+        self._waiting: set[str] = set()
+        """Ids of open jobs whose inputs are queued, none of them taken yet."""
         self._running: set[str] = set()
         """Ids of open jobs that are or were part of a pass."""
         self._stopped: Failed | None = None
@@ -111,6 +113,7 @@ class EmbeddingEngine:
         with self._work:
             self._count_step()
             if self._is_open(job):
+                self._waiting.add(job.id)
                 self._queue.add(Request(job, inputs, dimensions))
                 self._work.notify_all()
 
@@ -121,11 +124,14 @@ class EmbeddingEngine:
                 self._end(job, Failed.of(_CANCELLED[reason]()))
 
     def status(self) -> EngineStatus:
-        """Return a snapshot without locking. A job counts as running from its first pass to its end."""
-        running = [request_id in self._running for request_id in list(self._open)]
+        """Return a snapshot without locking. A job counts as running from its first pass to its end.
+
+        One that is tokenized counts as neither: this is not the engine thread's work, and many large jobs take long.
+        """
         limit = self._loaded.max_tokens if self._loaded else 0
-        waiting = len(running) - sum(running)
-        return EngineStatus(self._thread.is_alive(), sum(running), waiting, self._steps, limit)
+        return EngineStatus(
+            self._thread.is_alive(), len(self._running), len(self._waiting), self._steps, limit
+        )
 
     def close(self) -> None:
         """End all jobs with "shutting_down", stop the thread and free the device."""
@@ -196,7 +202,9 @@ class EmbeddingEngine:
         with self._work:
             while not self._stopped:
                 if batch := self._queue.next_batch():
-                    self._running.update(item.request.job.id for item in batch)
+                    taken = {item.request.job.id for item in batch}
+                    self._waiting -= taken
+                    self._running |= taken
                     return batch
                 self._work.wait()
             return []
@@ -270,6 +278,7 @@ class EmbeddingEngine:
         with self._lock:
             if self._is_open(job):
                 del self._open[job.id]
+                self._waiting.discard(job.id)
                 self._running.discard(job.id)
                 self._queue.discard(job)
                 self._emit([(job.id, event)])
