@@ -32,7 +32,8 @@ def create_worker_app(settings: Settings) -> Celery:
     entry = _find_entry(settings, catalogue)
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
     # Celery's default level is WARNING. At INFO, Celery would log each task, so the level is set for our modules only.
-    logging.getLogger("workers").setLevel(logging.INFO)
+    for package in ("workers", "node"):
+        logging.getLogger(package).setLevel(logging.INFO)
     if settings.json_logs:
         write_json()
     build = partial(build_worker, settings, catalogue, entry, celery)

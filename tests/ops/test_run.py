@@ -168,6 +168,7 @@ def test_workers_that_share_a_gpu_have_cids_of_their_own(tmp_path: Path, node: S
             rows = json.load(answer)["data"]
         assert [row["gpus"] for row in rows] == [["GPU-1"]] * 3
         assert len({row["cid"] for row in rows}) == 3
+        run.until_printed(r"twice-1 .*is present at the node")
     finally:
         run.stop()
 
