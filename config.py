@@ -269,6 +269,14 @@ class Settings(BaseSettings):
         object.__setattr__(self, "node_url", self.node_url.rstrip("/"))
         return self
 
+    def _node_needs_key(self) -> bool:
+        """Whether the node would call the listener for clients. Only ports are compared: hosts have several names."""
+        parts = urlsplit(self.service_url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        _, public = split_address(self.bind)
+        _, for_node = split_address(self.node_bind)
+        return bool(self.api_keys) and port == public and port != for_node
+
     @classmethod
     def from_env(cls) -> "Settings":
         """Read the environment. Raises ConfigurationError with one line that names the variable."""
@@ -288,7 +296,13 @@ class Settings(BaseSettings):
         found = []
         if self.node_url and _host(self.public_url) in _LOOPBACK:
             found.append(
-                f"PUBLIC_URL is {self.public_url}: image links don't work for users of other machines"
+                f"PUBLIC_URL is {self.public_url}: image links don't work for users of other machines; "
+                "set it to an address that they reach"
+            )
+        if self.node_url and self._node_needs_key():
+            found.append(
+                f"SERVICE_URL is {self.service_url}, where BIND listens and API_KEYS are needed: the node sends none, "
+                "so its users get 401; unset SERVICE_URL, or set it to the address of NODE_BIND"
             )
         if not self.api_keys and _host(f"http://{self.bind}") not in _LOOPBACK:
             found.append(

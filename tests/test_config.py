@@ -65,7 +65,26 @@ def test_an_address_to_listen_on_becomes_one_to_call() -> None:
     assert (settings.service_url, settings.public_url) == ("http://127.0.0.1:1", "http://127.0.0.1:1")
     settings = Settings(bind="[::]:1", node_bind="[::]:2", api_keys=("key",))
     assert (settings.service_url, settings.public_url) == ("http://[::1]:2", "http://[::1]:1")
-    assert any("PUBLIC_URL is http://[::1]:1" in warning for warning in settings.warnings())
+    (warning,) = [warning for warning in settings.warnings() if "PUBLIC_URL is http://[::1]:1" in warning]
+    assert warning.endswith("set it to an address that they reach")
+
+
+@pytest.mark.parametrize(
+    ("given", "warned"),
+    [
+        ({}, False),
+        ({"service_url": "http://127.0.0.1:1"}, True),
+        ({"service_url": "http://10.0.0.1:1"}, True),
+        ({"service_url": "http://127.0.0.1:2"}, False),
+        ({"service_url": "https://models.example.org"}, False),
+        ({"service_url": "http://127.0.0.1:1", "api_keys": ""}, False),
+        ({"service_url": "http://127.0.0.1:1", "node_url": ""}, False),
+        ({"service_url": "http://10.0.0.2:1", "node_bind": "10.0.0.2:1"}, False),
+    ],
+)
+def test_a_node_that_would_need_a_key_is_warned_of(given: dict[str, str], warned: bool) -> None:
+    settings = Settings(**{"bind": "127.0.0.1:1", "node_bind": "127.0.0.1:2", "api_keys": "key", **given})  # type: ignore[arg-type]
+    assert any("so its users get 401" in warning for warning in settings.warnings()) == warned
 
 
 def test_an_empty_folder_of_receipts_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
