@@ -54,6 +54,12 @@ class ModelEntry(Table):
         """The folder that `weights` names, which need not exist at the moment; None if it can be a hub id."""
         return None if _HUB_ID.fullmatch(self.weights) else Path(self.weights).expanduser()
 
+    @property
+    def source(self) -> str:
+        """`weights` for messages. A misspelt relative folder looks like a hub id, so what it was taken for is told."""
+        is_here = self.weights_folder is not None or Path(self.weights).is_dir()
+        return self.weights if is_here else f"{self.weights} (no folder here, so a model of the hub)"
+
     @field_validator("tasks")
     @classmethod
     def _can_be_served_together(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,6 +18,10 @@ class RedisUnavailable(Exception):
     """Raised for what may pass: the server can't be reached, or refuses writes. The message is one line."""
 
 
+class RedisRefusesWrites(RedisUnavailable):
+    """Raised for a server that answers and takes no writes: it is full, or a replica."""
+
+
 def check_redis(url: str, namespace: str) -> str:
     """Check the server; returns its version. Raises ConfigurationError or RedisUnavailable."""
     shown = f"REDIS_URL: {without_password(url)}"
@@ -65,4 +69,4 @@ def _check_write(client: redis.Redis, namespace: str, shown: str) -> None:
     except NoPermissionError:
         raise
     except redis.ResponseError as error:
-        raise RedisUnavailable(f"{shown} refuses writes: {error}") from error
+        raise RedisRefusesWrites(f"{shown} refuses writes: {str(error).rstrip('.')}") from error

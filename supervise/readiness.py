@@ -60,10 +60,13 @@ class Probe:
             return "no worker has reported yet"
         states = Counter((str(row.get("model")), str(row.get("state"))) for row in rows)
         models = sorted({model for model, _ in states})
-        return "; ".join(
+        parts = [
             f"{model}: " + ", ".join(f"{n} {state}" for (m, state), n in sorted(states.items()) if m == model)
             for model in models
-        )
+        ]
+        if any(state == "drained" for _, state in states):
+            parts.append("workers under drain wait for `flask --app wsgi workers resume --all`")
+        return "; ".join(parts)
 
     def _get(self, path: str) -> tuple[int, dict[str, Any]]:
         """Return status and body, or (0, {}) without an answer."""

@@ -154,3 +154,12 @@ def test_a_task_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert row.deadline_s(settings) == 7
     assert registration_for(entry, settings, "P", "c-1") is None
     assert '"embedding"], ["rerank"] or ["generation"' in complaint(tmp_path, f'{MODEL}tasks = ["x"]')
+
+
+def test_messages_tell_what_weights_were_taken_for(tmp_path: Path) -> None:
+    def source(weights: str) -> str:
+        return ChatModelEntry(name="m", tasks=(CHAT.name,), weights=weights).source
+
+    assert source("owner/name") == "owner/name (no folder here, so a model of the hub)"
+    assert source(str(tmp_path)) == str(tmp_path)
+    assert source("/missing/folder") == "/missing/folder"

@@ -208,7 +208,10 @@ class Lifecycle:
         except WorkerReplaced:
             # lease, record and entry belong to the newer worker
             self._worker.registrar.abandon()
-            reason = "a newer worker with the same cid has started; each worker needs a cid of its own"
+            reason = (
+                "a newer worker with the same cid has started; each worker needs a name or WORKER_CID of its own, "
+                "and each deployment on this Redis a NAMESPACE"
+            )
             self._fail(reason, EXIT_CONFIGURATION, WorkerLost())
         except NotConsuming as error:
             self._fail(str(error), EXIT_HUNG, WorkerLost())

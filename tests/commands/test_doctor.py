@@ -88,6 +88,7 @@ def test_a_redis_that_evicts_or_refuses_writes(service: Deployment) -> None:
         redis.config_set("min-replicas-to-write", 1)
         checks = found(service, status=1)
         assert checks["redis"][0] == "FAIL" and "refuses writes" in checks["redis"][1]
+        assert "start it" not in checks["redis"][1] and "give it more memory" in checks["redis"][1]
     finally:
         redis.config_set("min-replicas-to-write", 0)
         redis.config_set("maxmemory-policy", "noeviction")

@@ -165,5 +165,7 @@ def test_a_hub_that_is_down_may_come_back_and_one_that_refuses_may_not(hub: str,
     passing = {pair for pair, kind in found.items() if kind == "TemporaryLoadError"}
     assert len(found) == 10
     assert passing == {(task, name) for task in ("chat", "edit") for name in names[:2]}
-    kinds = [kind for _, _, kind, _ in load("http://127.0.0.1:9", "owner/name")]
-    assert kinds == ["TemporaryLoadError"] * 2
+    away = load("http://127.0.0.1:9", "owner/name")
+    assert [kind for _, _, kind, _ in away] == ["TemporaryLoadError"] * 2
+    told = "tiny: can't load owner/name (no folder here, so a model of the hub): "
+    assert all(message.startswith(told) for *_, message in away), away

@@ -28,6 +28,7 @@ def test_the_worker_that_started_first_leaves_and_changes_nothing(start: Starter
             first.signal(signal.SIGCONT)
         assert first.popen.wait(10) == EXIT_CONFIGURATION, first.tail()
         assert "a newer worker with the same cid has started" in first.tail()
+        assert "each deployment on this Redis a NAMESPACE" in first.tail()
 
         served_by = [(row["cid"], row["pid"], row["state"]) for row in service.worker_rows()]
         assert served_by == [("mine", service.workers[second].pid, "ready")]

@@ -61,3 +61,14 @@ def test_what_keeps_workers_from_the_node(
 ) -> None:
     monkeypatch.setitem(ANSWERS, "/v1/workers", {"data": workers})
     assert probe.unregistered() == answer
+
+
+def test_the_progress_tells_what_workers_under_drain_wait_for(
+    probe: Probe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"model": "b", "state": "drained"}, {"model": "a", "state": "loading"}]
+    monkeypatch.setitem(ANSWERS, "/v1/workers", {"data": rows})
+    waited_for = "workers under drain wait for `flask --app wsgi workers resume --all`"
+    assert probe.progress() == f"a: 1 loading; b: 1 drained; {waited_for}"
+    monkeypatch.setitem(ANSWERS, "/v1/workers", {"data": rows[1:]})
+    assert probe.progress() == "a: 1 loading"

@@ -10,7 +10,7 @@ from app.commands.checks.finding import Finding, failed, passed, warned
 from app.operations.warnings import eviction_policy
 from config import ConfigurationError
 from protocol.connections import RedisClient
-from protocol.redis_check import RedisUnavailable, check_redis
+from protocol.redis_check import RedisRefusesWrites, RedisUnavailable, check_redis
 
 CLOCK_WARN_S = 2.0
 CLOCK_FAIL_S = 60.0
@@ -21,6 +21,8 @@ def check_server(url: str, namespace: str) -> Finding:
     """Whether Redis answers, is recent enough and takes writes."""
     try:
         version = check_redis(url, namespace)
+    except RedisRefusesWrites as error:
+        return failed("redis", f"{error}; give it more memory, or name a primary server in REDIS_URL")
     except RedisUnavailable as error:
         return failed("redis", f"{error}; start it, or set REDIS_URL ({EMBEDDED})")
     except ConfigurationError as error:

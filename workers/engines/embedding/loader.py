@@ -73,7 +73,7 @@ def load_encoder(entry: EmbeddingModelEntry) -> LoadedEncoder:
         raise load_error(entry, error, str(error)) from error
     except Exception as error:  # network, disk, file formats and devices raise many types
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        raise load_error(entry, error, f"can't load {entry.weights}: {text}") from error
+        raise load_error(entry, error, f"can't load {entry.source}: {text}") from error
 
 
 def _load(entry: EmbeddingModelEntry) -> LoadedEncoder:

@@ -94,7 +94,7 @@ def _load(entry: ImageModelEntry, dtype: torch.dtype) -> Any:
     except EngineLoadError as error:
         raise load_error(entry, error, str(error)) from error
     except Exception as error:  # network, disk, file formats and devices raise many types
-        raise load_error(entry, error, f"can't load {entry.weights!r}: {_one_line(error)}") from error
+        raise load_error(entry, error, f"can't load {entry.source}: {_one_line(error)}") from error
     if "generation" in entry.tasks and _requires(pipe, "image"):
         raise EngineLoadError(
             f'{entry.name}: a {type(pipe).__name__} can\'t generate images from text alone; use tasks = ["edit"]'

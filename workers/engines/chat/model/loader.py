@@ -147,7 +147,7 @@ def in_one_line(entry: ChatModelEntry) -> Iterator[None]:
         raise load_error(entry, error, "the GPU has no room for the weights at the moment") from error
     except Exception as error:
         # network, disk and file formats raise many types; tokenizers a plain Exception
-        raise load_error(entry, error, f"can't load {entry.weights}: {first_line(error)}") from error
+        raise load_error(entry, error, f"can't load {entry.source}: {first_line(error)}") from error
 
 
 def _refuse_broken_template(entry: ChatModelEntry, tokenizer: Any) -> None:
