@@ -1,5 +1,6 @@
 """What a machine can check of the documentation: links, paths, commands, the version, and the files for GitHub."""
 
+import ast
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from catalogue import Catalogue
-from config import VERSION
+from config import VERSION, Settings
 from tests.deployment import ROOT
 
 GENERATED = (".venv/", ".run/")
@@ -100,6 +101,44 @@ def test_modules_that_are_run_exist() -> None:
         if find_spec(module) is None
     ]
     assert not missing
+
+
+def templates(source: str) -> set[str]:
+    """Return the texts in a Python file, with … for what is filled in."""
+    fixed: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            parts = [str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values]
+            fixed.add("".join(parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str | bytes):
+            text = node.value.decode(errors="replace") if isinstance(node.value, bytes) else node.value
+            fixed.add(re.sub(r"%[sdg]|\{\w+\}", "…", text))
+    return fixed
+
+
+def test_templates_of_messages() -> None:
+    found = templates('f"{name}: {size:.1f} GiB" " free"; log.info("worker %s ends", 1); b"[DONE]"')
+    assert {"…: … GiB free", "worker … ends", "[DONE]"} <= found
+
+
+def test_messages_of_the_page_on_troubles_are_those_of_the_code() -> None:
+    """What the first column of a table shows as code is printed by the service, word for word."""
+    printing = re.compile(
+        r"(app|node|workers|protocol|catalogue|supervise)/.*\.py$|[a-z]+\.py$|app/console/static/js/|scripts/(run|setup)$"
+    )
+    printed = {
+        text
+        for name in tracked()
+        if printing.match(name)
+        for text in (templates(text_of(name)) if name.endswith(".py") else {text_of(name)})
+    }
+    rows = re.findall(r"^\| (.+?) \|", text_of("docs/troubleshooting.md"), re.MULTILINE)
+    quoted = {text for row in rows for text in re.findall(r"`([^`]+)`", row)}
+    assert len(quoted) > 80, "the tables were not found"
+    # the name of a variable comes before a message that another file makes
+    alone = {name.upper() for name in Settings.model_fields} | {"length", "loading", "/readyz", "doctor"}
+    missing = [text for text in quoted - alone if not any(text in message for message in printed)]
+    assert not missing, sorted(missing)
 
 
 def test_the_version_is_the_same_everywhere() -> None:
