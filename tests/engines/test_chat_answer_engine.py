@@ -304,9 +304,9 @@ def test_parameters_that_cannot_be_enforced_are_refused_with_their_place(scripte
     assert loose.text() == SCRIPTS["plain"]
 
 
-def test_calls_of_other_notations_cannot_be_forced(tmp_path):
-    folder = save_scripted_model(tmp_path, templates.GLM_4_5, {"think": "Hello."})
-    engine, collector = make_engine(folder)
+def test_calls_of_a_notation_that_the_template_does_not_show_cannot_be_forced(tmp_path):
+    folder = save_scripted_model(tmp_path, templates.GEMMA_3, {"think": "Hello."})
+    engine, collector = make_engine(folder, tool_format="glm")
     try:
         cases: list[tuple[dict[str, Any], str]] = [
             ({"required_tools": ["weather"]}, "tool_choice"),

@@ -115,11 +115,11 @@ def derive(probe: TemplateProbe, tags: ThinkTags | None) -> CallFormat | None:
     for own_ids in (False, True):
         one, two = (render_calls(probe, count, as_text=as_text, own_ids=own_ids) for count in (1, 2))
         if one is not None and NAME in one:
-            return _derive(_answer_part(one, tags), _answer_part(two, tags), probe.turn_end, as_text)
+            return _derive(answer_part(one, tags), answer_part(two, tags), probe.turn_end, as_text)
     return None
 
 
-def _answer_part(turn: str | None, tags: ThinkTags | None) -> str:
+def answer_part(turn: str | None, tags: ThinkTags | None) -> str:
     """Return what of a turn comes after the reasoning."""
     if turn is None:
         return ""

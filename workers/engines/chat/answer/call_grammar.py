@@ -1,11 +1,11 @@
 """Writes the grammar of an answer with calls, in llguidance's Lark syntax."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from workers.engines.chat.answer.call_format import CallFormat, ObjectSyntax
+from workers.engines.chat.answer.lark import LarkTexts
 
 ID = r"/[a-zA-Z0-9]{9}/"
 NUMBER = r"/[0-9]{1,3}/"
@@ -19,27 +19,44 @@ class CallableTool(NamedTuple):
     schema: Any
 
 
-class CallGrammar:
-    """Writes grammars for one format."""
-
-    def __init__(self, format: CallFormat, added: Mapping[str, int]) -> None:
-        """`added`: the ids of the tokenizer's added tokens by their text. A text in a grammar can't hold them."""
-        self._format = format
-        self._added = added
-        texts = sorted(added, key=len, reverse=True)
-        self._tokens = re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
+class AnswerGrammar(Protocol):
+    """Writes grammars for one notation of calls."""
 
     def required(self, tools: Sequence[CallableTool], *, parallel: bool) -> str:
         """Return the grammar of an answer that consists of calls of `tools`, at least one."""
-        return f"start: {self._calls(self._format.opening, parallel)}\n{self._rules(tools)}"
 
     def either(self, tools: Sequence[CallableTool], schema: Any, *, parallel: bool) -> str:
         """Return the grammar of an answer that consists of calls, or is JSON of a schema."""
+
+    def free(self, tools: Sequence[CallableTool], *, parallel: bool) -> str:
+        """Return the grammar of an answer that may be any text, in which what looks like a call is right."""
+
+    def unenforceable(self, schema: Any) -> str | None:
+        """Return, for the client, what of a tool's schema the notation can't express; None: nothing.
+
+        The grammars allow more where it isn't asked.
+        """
+
+
+class CallGrammar:
+    """Implements AnswerGrammar for calls whose arguments are JSON."""
+
+    def __init__(self, format: CallFormat, added: Mapping[str, int]) -> None:
+        """`added`: as LarkTexts has it."""
+        self._format = format
+        self._texts = LarkTexts(added)
+
+    def unenforceable(self, schema: Any) -> str | None:
+        return None
+
+    def required(self, tools: Sequence[CallableTool], *, parallel: bool) -> str:
+        return f"start: {self._calls(self._format.opening, parallel)}\n{self._rules(tools)}"
+
+    def either(self, tools: Sequence[CallableTool], schema: Any, *, parallel: bool) -> str:
         calls = self._calls(self._format.opening, parallel)
         return f"start: {calls} | answer\nanswer: %json {json.dumps(schema)}\n{self._rules(tools)}"
 
     def free(self, tools: Sequence[CallableTool], *, parallel: bool) -> str:
-        """Return the grammar of an answer that may be any text, in which what looks like a call is right."""
         rules = self._rules(tools)
         if self._format.at_start:
             other = r"OTHER: /[^\s{](.|\n)*/"
@@ -47,9 +64,9 @@ class CallGrammar:
         first = self._format.marker
         calls = self._calls(self._format.opening.removeprefix(first), parallel)
         often = "*" if parallel else "?"
-        if first in self._added:
+        if self._texts.knows(first):
             # tokens are no text: a call begins with its token, and nowhere else
-            start = f"start: TEXT ({self._token(first)} {calls} TEXT){often}\nTEXT: {ANY}\n"
+            start = f"start: TEXT ({self._texts.token(first)} {calls} TEXT){often}\nTEXT: {ANY}\n"
         else:
             head = f"begin[lazy]: TEXT {json.dumps(first)}\nTEXT: {ANY}\n"
             start = f"start: (begin {calls}){often} rest\nrest: TEXT\n{head}"
@@ -57,8 +74,8 @@ class CallGrammar:
 
     def _calls(self, opening: str, parallel: bool) -> str:
         separator = self._format.separator
-        more = f"({self._literal(separator)} call)*" if parallel and separator is not None else ""
-        return f"{self._literal(opening)} call {more} {self._literal(self._format.closing)}"
+        more = f"({self._texts.literal(separator)} call)*" if parallel and separator is not None else ""
+        return f"{self._texts.literal(opening)} call {more} {self._texts.literal(self._format.closing)}"
 
     def _rules(self, tools: Sequence[CallableTool]) -> str:
         rules = ["call: " + " | ".join(f"call{number}" for number in range(len(tools)))]
@@ -75,21 +92,8 @@ class CallGrammar:
             id = ""
             if syntax.id_key is not None:
                 key = f', {json.dumps(syntax.id_key)}: "'
-                id = f"{self._literal(key)} {ID} {json.dumps(chr(34))}"
-            return f"{self._literal(head)} {arguments} {id} {json.dumps('}')}"
+                id = f"{self._texts.literal(key)} {ID} {json.dumps(chr(34))}"
+            return f"{self._texts.literal(head)} {arguments} {id} {json.dumps('}')}"
         number = f'":" {NUMBER}' if syntax.numbered else ""
-        id = f"{self._literal(syntax.before_id)} {ID}" if syntax.before_id is not None else ""
-        return f"{self._literal(name)} {number} {id} {self._literal(syntax.before_arguments)} {arguments}"
-
-    def _parts(self, text: str) -> list[str]:
-        """Cut a text into added tokens and what is between them."""
-        parts = self._tokens.split(text) if self._tokens else [text]
-        return [part for part in parts if part]
-
-    def _literal(self, text: str) -> str:
-        return " ".join(
-            self._token(part) if part in self._added else json.dumps(part) for part in self._parts(text)
-        )
-
-    def _token(self, text: str) -> str:
-        return f"<[{self._added[text]}]>"
+        id = f"{self._texts.literal(syntax.before_id)} {ID}" if syntax.before_id is not None else ""
+        return f"{self._texts.literal(name)} {number} {id} {self._texts.literal(syntax.before_arguments)} {arguments}"

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, OutputFormat
-from workers.engines.chat.answer.call_grammar import CallableTool, CallGrammar
+from workers.engines.chat.answer.call_grammar import AnswerGrammar, CallableTool
 
 ANY_OBJECT = {"type": "object"}
 MAX_LENGTH = 64 * 2**10
@@ -14,10 +14,14 @@ MAX_LENGTH = 64 * 2**10
 
 
 class WantedSchema(NamedTuple):
-    """A schema in a grammar. `optional`: any object may stand for it, if it can't be enforced."""
+    """A schema in a grammar. `optional`: any object may stand for it, if it can't be enforced.
+
+    `unenforceable`: returns, for the client, what of it the notation of calls can't express; None: nothing.
+    """
 
     format: OutputFormat
     optional: bool = False
+    unenforceable: Callable[[Any], str | None] = lambda _: None
 
 
 class CallConstraint(NamedTuple):
@@ -38,7 +42,7 @@ class CallConstraint(NamedTuple):
         return "".join([*(schema.format.text for schema in self.schemas), *unused])
 
 
-def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | None:
+def constrain(job: ChatJob, grammar: AnswerGrammar | None) -> CallConstraint | None:
     """Return the constraint of a job's calls; None: there is none, or only that of its output format.
 
     `grammar`: that of the model, None if its calls can't be constrained. Raises InvalidRequest and
@@ -59,7 +63,7 @@ def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | Non
             f"{answer.param} can't be combined with tools; send a JSON Schema, or no tools",
             param=answer.param,
         )
-    names, schemas = _tools(job)
+    names, schemas = _tools(job, grammar)
     if answer is not None and not job.required_tools:
         schemas.append(WantedSchema(answer))
 
@@ -75,7 +79,7 @@ def constrain(job: ChatJob, grammar: CallGrammar | None) -> CallConstraint | Non
     return CallConstraint(schemas, write, param, answer if job.required_tools else None)
 
 
-def _tools(job: ChatJob) -> tuple[list[str], list[WantedSchema]]:
+def _tools(job: ChatJob, grammar: AnswerGrammar) -> tuple[list[str], list[WantedSchema]]:
     """Return names and schemas of the tools that may be called. Raises InvalidRequest."""
     places = [
         (index, tool["function"])
@@ -94,7 +98,9 @@ def _tools(job: ChatJob) -> tuple[list[str], list[WantedSchema]]:
     for (index, _), text, own in zip(places, texts, strict, strict=True):
         text = text if own or others else json.dumps(ANY_OBJECT)
         wanted = OutputFormat(kind="json_schema", text=text, param=f"tools.{index}.function.parameters")
-        schemas.append(WantedSchema(wanted, optional=not own))
+        schemas.append(
+            WantedSchema(wanted, False, grammar.unenforceable) if own else WantedSchema(wanted, optional=True)
+        )
     return [function["name"] for _, function in places], schemas
 
 

@@ -13,10 +13,16 @@ _NAME = r"(?P<name>[A-Za-z0-9_.:/-]+)"
 
 
 class Family(NamedTuple):
-    """`sign`: a regular expression for a call of `NAME` with the argument `KEY`. `template`: see transformers."""
+    """`sign`: a regular expression for a call of `NAME` with the argument `KEY`. `template`: see transformers.
+
+    `openings`: texts that show a call to the template's parser. `closings`: texts that end a value or a call for
+    it, wherever they are. Each has "<" at its beginning and nowhere else.
+    """
 
     sign: str
     template: dict[str, Any]
+    openings: tuple[str, ...]
+    closings: tuple[str, ...]
 
 
 def _marked_up(opening: str, closing: str, argument: str, end: str = "(?!)") -> dict[str, Any]:
@@ -90,8 +96,18 @@ _GEMMA = {
 }
 
 FAMILIES: dict[str, Family] = {
-    "harmony": Family(rf"to=functions\.{NAME}<\|channel\|>", _HARMONY),
-    "gemma4": Family(rf"call:{NAME}\{{{KEY}:", _GEMMA),
+    "harmony": Family(
+        rf"to=functions\.{NAME}<\|channel\|>",
+        _HARMONY,
+        (),
+        ("<|call|>", "<|end|>", "<|return|>", "<|start|>"),
+    ),
+    "gemma4": Family(
+        rf"call:{NAME}\{{{KEY}:",
+        _GEMMA,
+        ("<|tool_call>", "<start_function_call>"),
+        ("<tool_call|>", "<end_function_call>", '<|"|>', "<escape>"),
+    ),
     "qwen3_coder": Family(
         rf"<function={NAME}>\s*<parameter={KEY}>",
         _marked_up(
@@ -100,6 +116,8 @@ FAMILIES: dict[str, Family] = {
             r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>",
             "</(?:seed:)?tool_call>",
         ),
+        ("<function=",),
+        ("</parameter>", "</function>"),
     ),
     "glm": Family(
         rf"{NAME}\s*<arg_key>{KEY}</arg_key>\s*<arg_value>{VALUE}",
@@ -108,6 +126,8 @@ FAMILIES: dict[str, Family] = {
             "</tool_call>",
             r"<arg_key>\s*(?P<key>[^<]+?)\s*</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>",
         ),
+        ("<tool_call>",),
+        ("</arg_value>", "</tool_call>"),
     ),
     "invoke": Family(
         rf'invoke name="{NAME}">\s*<(?:｜DSML｜)?parameter name="{KEY}"',
@@ -118,6 +138,8 @@ FAMILIES: dict[str, Family] = {
             r"(?P<value>.*?)</(?:｜DSML｜)?parameter>",
             "</(?:minimax:|｜DSML｜)(?:tool_calls?|function_calls)>",
         ),
+        ("<invoke name=", "<｜DSML｜invoke name="),
+        ("</parameter>", "</invoke>", "</｜DSML｜parameter>", "</｜DSML｜invoke>"),
     ),
 }
 

@@ -9,15 +9,19 @@ from transformers.utils.chat_parsing.response_templates import load_response_tem
 
 from protocol.errors import UnsupportedParameter
 from protocol.jobs import ChatJob
+from workers.engines.chat.answer.argument_values import typed
 from workers.engines.chat.answer.call_format import PROBE_TOOL, CallFormat, derive, render_calls, takes_text
-from workers.engines.chat.answer.call_grammar import CallGrammar
+from workers.engines.chat.answer.call_grammar import AnswerGrammar, CallGrammar
 from workers.engines.chat.answer.calls import CallDivider
 from workers.engines.chat.answer.constraint import CallConstraint, constrain
 from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of, without_calls
+from workers.engines.chat.answer.harmony_grammar import HarmonyGrammar
 from workers.engines.chat.answer.marked_stream import MarkedStream
 from workers.engines.chat.answer.parser import AnswerParser
 from workers.engines.chat.answer.pieces import Divider
 from workers.engines.chat.answer.probe import TemplateProbe
+from workers.engines.chat.answer.tag_format import derive_tags
+from workers.engines.chat.answer.tag_grammar import TagGrammar
 from workers.engines.chat.answer.template_calls import CALLS, REASONING, TemplateDivider
 from workers.engines.chat.answer.template_inputs import TemplateInputs
 from workers.engines.chat.answer.thinking import ThinkDivider, ThinkTags
@@ -52,8 +56,21 @@ class AnswerFormat:
         text_arguments = self._calls.text_arguments if self._calls else known is False and takes_text(probe)
         self.inputs = TemplateInputs(probe, text_arguments)
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
-        self._grammar = CallGrammar(self._calls, added) if self._calls else None
+        self._tags = None if self._template is None else derive_tags(probe, self._thinking)
+        self._grammar = self._write_grammar(added)
         self._shown = {tools: self._special_tokens(tokenizer, tools) for tools in (False, True)}
+
+    def _write_grammar(self, added: Mapping[str, int]) -> AnswerGrammar | None:
+        """Return None if the model's calls can't be constrained."""
+        if self._calls is not None:
+            return CallGrammar(self._calls, added)
+        family = next((family for family in FAMILIES.values() if family.template is self._template), None)
+        if family is FAMILIES["harmony"]:
+            return HarmonyGrammar.of(family.closings, added)
+        # the catalogue may name another family than the one that the chat template shows
+        if family is None or self._tags is None or not self._tags.after_value.endswith(family.closings):
+            return None
+        return TagGrammar(self._tags, family.openings, family.closings, added)
 
     def _find(self, probe: TemplateProbe, tokenizer: Any) -> None:
         """Find the format in the tokenizer's own response template, or by the chat template."""
@@ -83,6 +100,8 @@ class AnswerFormat:
         if tools and self._calls is not None:
             texts += [self._calls.opening, self._calls.closing, self._calls.separator or ""]
             texts += [text for text in self._calls.syntax if isinstance(text, str)]
+        if tools:
+            texts += self._tags or ()
         if self._template is not None and (tools or self._divides_always):
             texts.append(json.dumps(self._template, ensure_ascii=False).replace("\\", ""))
         return {
@@ -114,10 +133,16 @@ class AnswerFormat:
 
         `prompt`: the rendered text. Raises UnsupportedParameter if content isn't the rest of the text.
         """
-        if self._divides_always:
+        if self._divides_always and not job.tools:
             raise UnsupportedParameter(
                 f"structured output is not supported by model {job.model!r}: its answers have several channels",
                 param=job.output_format.param if job.output_format else None,
+            )
+        if self._divides_always and job.continue_final_message:
+            raise UnsupportedParameter(
+                f"model {job.model!r} can't go on with a message and be held to calls: its answers have several"
+                " channels",
+                param="continue_final_message",
             )
         if self._thinking is None:
             return None
@@ -139,7 +164,7 @@ class AnswerFormat:
         if template is not None:
             read = prompt if self._template_reasons else ""
             dividers.append(
-                TemplateDivider(template if has_tools else without_calls(template), read, job.tools)
+                TemplateDivider(template if has_tools else without_calls(template), read, typed(job.tools))
             )
         elif has_tools and self._calls is not None:
             names = frozenset(tool["function"]["name"] for tool in job.tools)

@@ -87,6 +87,7 @@ def sources_of_calls(calls: CallConstraint, abandoned: Callable[[], bool]) -> li
             raise Cancelled
         try:
             schemas[at], amounts = _valid(calls.schemas[at].format, amounts)
+            _refuse(calls.schemas[at].format, calls.schemas[at].unenforceable(schemas[at]))
         except InvalidRequest:
             if not calls.schemas[at].optional:
                 raise
