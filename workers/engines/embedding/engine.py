@@ -169,6 +169,8 @@ class EmbeddingEngine:
         length = loaded.max_tokens if loaded.device.type == "cuda" else min(loaded.max_tokens, 16)
         count = max(1, (batch_tokens if loaded.device.type == "cuda" else 256) // length)
         row = [loaded.pad_token] * length
+        # a pass of several inputs has no more tokens with its padding either
+        padded = [row] * (count - 1) if count > 1 else [row[: batch_tokens // 2]]
 
         def seconds(inputs: list[list[int]]) -> float:
             started = time.perf_counter()
@@ -176,7 +178,7 @@ class EmbeddingEngine:
             return time.perf_counter() - started
 
         try:
-            vectors = loaded.vectors([row] * count + [row[:1]])
+            vectors = loaded.vectors([*padded, row[:1]])
             few, many = (min(seconds(inputs) for _ in range(3)) for inputs in ([row[:8]], [row] * count))
         except Exception as error:
             message = f"warm-up failed: {type(error).__name__}: {error}"
