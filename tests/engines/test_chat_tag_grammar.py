@@ -318,3 +318,13 @@ def test_what_the_notation_cannot_express_is_refused_if_strict_and_else_anything
     for seed in range(3):
         tokens = walk.take(grammar.copy(), seed)
         assert len(tokens) == LONGEST or walk.read(tokens, made).calls
+
+
+def test_a_string_in_quotes_stays_one_where_it_may_be_a_number():
+    walk = walk_of("gpt-oss")
+    either = {"anyOf": [{"type": "integer", "minimum": 10}, {"type": "string"}]}
+    made = job(**own_tool({"type": "object", "properties": {"a": either}, "required": ["a"]}, strict=True))
+    text = '<|channel|>commentary to=functions.own <|constrain|>json<|message|>{"a": "5"'
+    tokens = walk.take(walk.grammar(made), 0, text)
+    (answer,) = walk.read(tokens, made).parsed
+    assert answer == ("own", {"a": "5"})

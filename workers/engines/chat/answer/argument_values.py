@@ -133,17 +133,21 @@ def json_of(schema: Any, root: Any, forbidden: tuple[str, ...]) -> dict[str, Any
     return whole | {key: root[key] for key in ("definitions", "x-guidance") if key in root}
 
 
-def typed(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools whose properties name their types, where these can be found, as ResponseParser needs it."""
+def typed(tools: list[dict[str, Any]], *, quoted: bool) -> list[dict[str, Any]]:
+    """Return tools whose properties name their types, where these can be found, as ResponseParser needs it.
+
+    `quoted`: the notation tells strings from other values, so that one stays a string where it may be one.
+    """
     made = []
     for tool in tools:
         function = tool["function"]
         root = function.get("parameters")
         properties = root.get("properties") if isinstance(root, dict) else None
-        named = {
-            key: {"type": list(types)} if (types := types_of(schema, root)) else schema
-            for key, schema in (properties if isinstance(properties, dict) else {}).items()
-        }
+        named = {}
+        for key, schema in (properties if isinstance(properties, dict) else {}).items():
+            types = types_of(schema, root)
+            if not (quoted and "string" in types):
+                named[key] = {"type": list(types)} if types else schema
         made.append({"function": {"name": function["name"], "parameters": {"properties": named}}})
     return made
 

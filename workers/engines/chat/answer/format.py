@@ -163,9 +163,9 @@ class AnswerFormat:
             dividers.append(ThinkDivider(self._thinking, opened=opened, started=job.continue_final_message))
         if template is not None:
             read = prompt if self._template_reasons else ""
-            dividers.append(
-                TemplateDivider(template if has_tools else without_calls(template), read, typed(job.tools))
-            )
+            quoted = template["fields"].get(CALLS, {}).get("content") == "json"
+            tools = typed(job.tools, quoted=quoted)
+            dividers.append(TemplateDivider(template if has_tools else without_calls(template), read, tools))
         elif has_tools and self._calls is not None:
             names = frozenset(tool["function"]["name"] for tool in job.tools)
             dividers.append(CallDivider(self._calls, names))
