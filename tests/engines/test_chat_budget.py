@@ -80,8 +80,8 @@ def test_a_step_of_each_kind_is_run_to_see_what_it_needs(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(peaks))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
     needed = step_bytes(loaded, None, attention, cache, options, 64)
-    # the first is what is recorded as a CUDA graph, with memory of its own
-    assert steps == [4, 4, 3 + 64]
+    # the first is what is recorded as a CUDA graph, with memory of its own; the last is a scored prompt
+    assert steps == [4, 4, 3 + 64, 64]
     assert needed == 60 + 70
     assert (cache.num_active, cache.num_free_slots) == (0, 4)
 

@@ -116,11 +116,14 @@ def test_keys_are_rounded_to_bfloat16_as_torch_rounds():
     key = torch.randn(1, 1, 1024) * 10.0 ** torch.randint(-30, 30, (1, 1, 1024))
     # ties, whose bits end in half of the last place
     key[..., :512] = ((key[..., :512].view(torch.int32) & ~0xFFFF) | 0x8000).view(torch.float32)
+    key[..., 512:515] = torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+    key[..., 515:517] = torch.tensor([torch.inf, -torch.inf])
     value = key.flip(-1)
     attend(CpuPagedAttention(cache), [Chunk(0, 0, [0], True)], (key, key, value), LayerCall(1.0, None, None))
     page = int(cache.tables[0, 0])
-    assert torch.equal(cache.pool[0, 0, page].view(1024, 8)[:, 0], key.view(-1).bfloat16())
-    assert torch.equal(cache.pool[0, 1, page, 0, 0], value.view(-1).bfloat16())
+    stored = cache.pool[0, 0, page].view(1024, 8)[:, 0], cache.pool[0, 1, page, 0, 0]
+    for found, tensor in zip(stored, (key, value), strict=True):
+        torch.testing.assert_close(found, tensor.view(-1).bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_compiled_exponential_is_exact_to_rounding():

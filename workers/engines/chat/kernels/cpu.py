@@ -57,6 +57,9 @@ def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, va
 def _shorten(bits: Any, shift: Any, half: Any) -> Any:
     """Round away the last `shift` bits, 0 or 16. `half`: 0, or half of the lowest bit that stays."""
     if half:
+        if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
+            # rounding could make a number of a NaN
+            return np.uint32(0x7FC00000) >> shift
         bits += half - np.uint32(1) + ((bits >> shift) & np.uint32(1))
     return bits >> shift
 

@@ -12,6 +12,7 @@ from workers.engines.base import EngineLoadError
 from workers.engines.chat.sequence import Chunk
 from workers.engines.chat.vision.features import Features, ReadImage
 from workers.engines.chat.vision.language_model import text_layers
+from workers.engines.progress import call_after_layers
 
 KNOWN = frozenset(
     {"inputs_embeds", "input_ids", "position_ids", "past_key_values", "use_cache", "cache_position"}
@@ -49,14 +50,9 @@ class ImageEncoder:
         """Whether tokens have positions in time, height and width."""
         self.on_progress: Callable[[], None] = lambda: None
         """Called after each layer of the vision tower."""
-        self._watch_layers()
-
-    def _watch_layers(self) -> None:
         own = set(self._layers.modules())
-        for module in self._front.modules():
-            if isinstance(module, nn.ModuleList) and module not in own:
-                for layer in module:
-                    layer.register_forward_hook(lambda *_: self.on_progress())
+        others = [module for module in self._front.modules() if module not in own]
+        call_after_layers(others, lambda: self.on_progress())
 
     @property
     def input_names(self) -> frozenset[str]:
