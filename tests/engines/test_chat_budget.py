@@ -1,6 +1,9 @@
 """How much of a GPU's memory the KV cache gets. The driver's and the allocator's figures are set by the tests."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +86,21 @@ def test_a_step_of_each_kind_is_run_to_see_what_it_needs(
     # the first is what is recorded as a CUDA graph, with memory of its own; the last is a scored prompt
     assert steps == [4, 4, 3 + 64, 64]
     assert needed == 60 + 70
+    assert (cache.num_active, cache.num_free_slots) == (0, 4)
+
+
+def test_no_room_for_the_largest_image_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute_largest() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loaded = load_model(entry(save_model(tmp_path, CONFIGS["llama"]())))
+    vision: Any = SimpleNamespace(compute_largest=compute_largest)
+    options = entry(tmp_path, max_batch_size=4, compile=False).engine
+    cache = KVCache(CacheShape(2, 2, 16, torch.float32, False), 12, 8, 4, torch.device("cpu"))
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    with pytest.raises(TemporaryLoadError, match="max_image_pixels"):
+        step_bytes(replace(loaded, vision=vision), None, PagedAttention(cache), cache, options, 64)
     assert (cache.num_active, cache.num_free_slots) == (0, 4)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from catalogue import ChatEngineOptions
+from workers.engines.base import TemporaryLoadError
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.detokenizer import Detokenizer, WindowStream
@@ -124,12 +125,22 @@ def step_bytes(
     try:
         cache.grow(slot, tokens)
         graphs = peak_bytes(recorded, loaded.device) if options.compile else 0
-        images = peak_bytes(loaded.vision.compute_largest, loaded.device) if loaded.vision is not None else 0
         # an image is computed before the step that needs it
-        return graphs + max(images, peak_bytes(steps, loaded.device))
+        return graphs + max(_image_bytes(loaded), peak_bytes(steps, loaded.device))
     finally:
         cache.release(slot)
         attention.unregister()
+
+
+def _image_bytes(loaded: LoadedModel) -> int:
+    """Return the memory of a GPU that the largest image needs. Raises TemporaryLoadError if it has not so much."""
+    if loaded.vision is None:
+        return 0
+    try:
+        return peak_bytes(loaded.vision.compute_largest, loaded.device)
+    except torch.OutOfMemoryError as error:
+        message = "no room for the largest image beside the weights; it is smaller with less max_image_pixels"
+        raise TemporaryLoadError(message) from error
 
 
 def _sampled_in_every_way(slot: int) -> Sequence:
