@@ -30,6 +30,9 @@ DSML = DSML.replace("parameter", "｜DSML｜parameter").replace(
 SEED = templates.QWEN3_CODER.replace("tool_call>", "seed:tool_call>")
 SEED = SEED.replace("~ key ~ '>\\n'", "~ key ~ '>'").replace("'\\n</parameter>", "'</parameter>")
 
+FUNCTION_GEMMA = templates.GEMMA_4.replace("<|tool_call>", "<start_function_call>")
+FUNCTION_GEMMA = FUNCTION_GEMMA.replace("<tool_call|>", "<end_function_call>").replace('<|"|>', "<escape>")
+
 FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "qwen3 coder": (templates.QWEN3_CODER, ()),
     "qwen3 coder with tokens": (templates.QWEN3_CODER, ("<tool_call>", "</tool_call>")),
@@ -42,9 +45,25 @@ FORMATS: dict[str, tuple[str, tuple[str, ...]]] = {
     "minimax": (templates.MINIMAX_M2, ("<minimax:tool_call>", "</minimax:tool_call>")),
     "dsml": (DSML, ("｜DSML｜",)),
     "dsml without tokens": (DSML, ()),
+    "gemma": (templates.GEMMA_4, ()),
+    "gemma with tokens": (
+        templates.GEMMA_4,
+        ("<|tool_call>", "<tool_call|>", '<|"|>', "<|channel>", "<channel|>"),
+    ),
+    "function gemma": (FUNCTION_GEMMA, ("<escape>", "<start_function_call>", "<end_function_call>")),
     "gpt-oss": (
         templates.GPT_OSS,
-        ("<|channel|>", "<|message|>", "<|constrain|>", "<|start|>", "<|end|>", "<|call|>"),
+        (
+            "<|channel|>",
+            "<|message|>",
+            "<|constrain|>",
+            "<|start|>",
+            "<|end|>",
+            "<|call|>",
+            '<|"|>',
+            "<escape>",
+            "<channel|>",
+        ),
     ),
 }
 """Each with the control tokens that its tokenizer has."""
@@ -59,6 +78,9 @@ TURNS = {
     "minimax": '<minimax:tool_call>\n<invoke name="',
     "dsml": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="',
     "dsml without tokens": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="',
+    "gemma": "<|tool_call>call:",
+    "gemma with tokens": "<|tool_call>call:",
+    "function gemma": "<start_function_call>call:",
     "gpt-oss": "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.",
 }
 """What a call begins with."""
@@ -132,8 +154,12 @@ class Walk:
             "</think>",
             "<|end|>",
             "<|call|>",
+            '<|"|>',
+            "<escape>",
+            "<channel|>",
         )
-        self.marks = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        own = [text for text in texts if text in template]
+        self.marks = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in own]
         self.end = self.tokenizer.eos_token_id
         self.compiler = GrammarCompiler(self.tokenizer, len(self.tokenizer), frozenset([self.end]))
 
@@ -328,3 +354,55 @@ def test_a_string_in_quotes_stays_one_where_it_may_be_a_number():
     tokens = walk.take(walk.grammar(made), 0, text)
     (answer,) = walk.read(tokens, made).parsed
     assert answer == ("own", {"a": "5"})
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        (a(type="string", pattern="^x"), "bounds of its length"),
+        (a(enum=["x", 1]), "some are text"),
+        (a(type="array", items={"type": "string", "format": "date"}), "bounds of its length"),
+        (a(type="array", prefixItems=[{"type": "null"}]), "bounds of their number"),
+        (a(enum=['<|"|>']), "a mark"),
+        (a(oneOf=[{"type": "string"}, {"type": "string", "minLength": 2}, {"type": "array"}]), "oneOf"),
+        ({"type": "object", "properties": {"a-b": {"type": "null"}}}, "names of properties"),
+    ],
+)
+def test_what_gemma_cannot_express_is_refused_if_strict_and_else_anything(parameters, words):
+    walk = walk_of("gemma with tokens")
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        walk.grammar(job(**own_tool(parameters, strict=True)))
+    assert caught.value.param == "tools.0.function.parameters"
+    made = job(**own_tool(parameters, strict=False))
+    grammar = walk.grammar(made)
+    for seed in range(3):
+        tokens = walk.take(grammar.copy(), seed)
+        assert len(tokens) == LONGEST or walk.read(tokens, made).calls
+
+
+def test_definitions_that_refer_to_each_other_many_times_are_followed_once():
+    """One after the other there would be 10 ** 30 ways through them."""
+    many = {f"d{at}": {"anyOf": [{"$ref": f"#/$defs/d{at + 1}"}] * 10} for at in range(30)}
+    deep = {"$defs": {**many, "d30": {"type": "string"}}, **a(**{"$ref": "#/$defs/d0"})}
+    for format in ("glm", "gemma"):
+        with pytest.raises(InvalidRequest):
+            walk_of(format).grammar(job(**own_tool(deep, strict=True)))
+        made = job(**own_tool(deep, strict=False))
+        walk_of(format).grammar(made)
+        assert walk_of(format).format.parser(made, "") is not None
+
+
+def test_a_definition_may_refer_to_itself_in_gemmas_notation():
+    walk = walk_of("gemma with tokens")
+    node = {"type": "object", "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"type": "boolean"}}}
+    parameters = {"$defs": {"n": {**node, "required": ["b"]}}, **a(**{"$ref": "#/$defs/n"})}
+    made = job(**own_tool(parameters, strict=True))
+    grammar = walk.grammar(made)
+    for seed in range(5):
+        tokens = walk.take(grammar.copy(), seed)
+        if len(tokens) < LONGEST:
+            jsonschema.validate(walk.read(tokens, made).parsed[0][1], parameters)
+    text = "<|tool_call>call:own{a:{a:{b:true},b:false},b:true}<tool_call|>"
+    tokens = walk.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [grammar.accept(token) for token in tokens][:-1] == [False] * (len(tokens) - 1)
+    assert walk.read(tokens, made).parsed == [("own", {"a": {"a": {"b": True}, "b": False}, "b": True})]

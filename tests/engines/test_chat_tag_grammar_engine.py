@@ -22,7 +22,10 @@ THINK = ("<think>", "</think>")
 ENDS = ("</think>", "</arg_value>", "<|end|>", '"', "]", "}", "<", '<|"|>')
 
 
-@pytest.fixture(scope="module", params=["qwen3 coder with tokens", "glm with tokens", "dsml", "gpt-oss"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen3 coder with tokens", "glm with tokens", "dsml", "gemma with tokens", "gpt-oss"],
+)
 def served(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     template, special = FORMATS[request.param]
     folder = save_model(tmp_path_factory.mktemp("model"), CONFIGS["llama"]())

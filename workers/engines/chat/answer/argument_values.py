@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 from workers.engines.chat.answer.lark import without
 
-_ANNOTATIONS = frozenset(
+ANNOTATIONS = frozenset(
     {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment"}
 )
-_OF_OBJECT = _ANNOTATIONS | {
+_OF_OBJECT = ANNOTATIONS | {
     "type",
     "properties",
     "required",
@@ -18,8 +18,8 @@ _OF_OBJECT = _ANNOTATIONS | {
     "$id",
     "x-guidance",
 }
-_OF_TEXT = _ANNOTATIONS | {"type", "nullable", "minLength", "maxLength"}
-_OF_CHOICE = _ANNOTATIONS | {"type", "nullable", "enum", "const"}
+_OF_TEXT = ANNOTATIONS | {"type", "nullable", "minLength", "maxLength"}
+_OF_CHOICE = ANNOTATIONS | {"type", "nullable", "enum", "const"}
 _ORDER = ("integer", "number", "boolean", "null", "object", "array", "string")
 """In which a text is read as one of several types: "1" is a number, although a boolean may be written so, too."""
 
@@ -58,22 +58,27 @@ def properties_of(schema: Any) -> dict[str, Any] | None:
     return None if is_open else properties
 
 
-def types_of(schema: Any, root: Any, depth: int = 0) -> tuple[str, ...]:
+def types_of(schema: Any, root: Any, known: dict[str, tuple[str, ...]] | None = None) -> tuple[str, ...]:
     """Return the types that a value may have, in the order in which a text is read as them. Empty: unknown.
 
-    `root`: the schema in which references are looked up.
+    `root`: the schema in which references are looked up. `known`: the types of references so far.
     """
-    if not isinstance(schema, dict) or depth > _DEEPEST:
+    known = {} if known is None else known
+    if not isinstance(schema, dict):
         return ()
-    declared = schema.get("type")
+    declared, reference = schema.get("type"), str(schema.get("$ref"))
     if isinstance(declared, str | list):
         found = [declared] if isinstance(declared, str) else declared
     elif "$ref" in schema:
-        found = list(types_of(_target(schema["$ref"], root), root, depth + 1))
-    elif (choices := _choices(schema)) is not None:
+        if reference not in known:
+            # each is followed once: they may be circular, and each of many may have many
+            known[reference] = ()
+            known[reference] = types_of(target_of(reference, root), root, known)
+        found = list(known[reference])
+    elif (choices := choices_of(schema)) is not None:
         found = [_type_of(value) for value in choices]
     else:
-        parts = [types_of(part, root, depth + 1) for part in _alternatives(schema)]
+        parts = [types_of(part, root, known) for part in alternatives_of(schema)]
         found = [name for part in parts for name in part] if all(parts) else []
     if found and schema.get("nullable") is True:
         found = [*found, "null"]
@@ -96,18 +101,18 @@ def _text(schema: Any, root: Any, depth: int) -> Text:
             "in the model's notation of calls a property may be text, or of other types, but not both or of any"
         )
     null = "null" in types
-    if (choices := _choices(schema)) is not None:
+    if (choices := choices_of(schema)) is not None:
         _allow(schema, _OF_CHOICE)
         return Text(tuple(value for value in choices if isinstance(value, str)), null=None in choices)
     if "$ref" in schema:
-        _allow(schema, _ANNOTATIONS | {"$ref"})
-        return _text(_target(schema["$ref"], root), root, depth + 1)
-    if parts := _alternatives(schema):
-        _allow(schema, _ANNOTATIONS | {"anyOf", "oneOf", "allOf"})
-        texts = [_text(part, root, depth + 1) for part in parts if types_of(part, root) != ("null",)]
+        _allow(schema, ANNOTATIONS | {"$ref"})
+        return _text(target_of(schema["$ref"], root), root, depth + 1)
+    if parts := alternatives_of(schema):
+        _allow(schema, ANNOTATIONS | {"anyOf", "oneOf", "allOf"})
+        texts = [part for part in parts if types_of(part, root) != ("null",)]
         if len(texts) != 1:
             raise Unenforceable("a property has several schemas for text")
-        return texts[0]._replace(null=null)
+        return _text(texts[0], root, depth + 1)._replace(null=null)
     _allow(schema, _OF_TEXT)
     return Text(None, schema.get("minLength", 0), schema.get("maxLength"), null)
 
@@ -117,7 +122,9 @@ def json_of(schema: Any, root: Any, forbidden: tuple[str, ...]) -> dict[str, Any
 
     They are as in `lark.without`.
     """
-    definitions = root.get("$defs", {})
+    # not copied where nothing refers to them: there may be many properties, and many definitions
+    referring = "$ref" in str(schema)
+    definitions = root.get("$defs", {}) if referring else {}
     name = "plain" + "_" * max(map(len, ["", *definitions]))
     plain, pattern = {"$ref": f"#/$defs/{name}"}, f"^{without(forbidden)}$"
     everywhere = {
@@ -130,7 +137,11 @@ def json_of(schema: Any, root: Any, forbidden: tuple[str, ...]) -> dict[str, Any
     }
     own = {key: value for key, value in schema.items() if key != "x-guidance"}
     whole = {"allOf": [own, plain], "$defs": {**definitions, name: everywhere}}
-    return whole | {key: root[key] for key in ("definitions", "x-guidance") if key in root}
+    return whole | {
+        key: root[key]
+        for key in ("definitions", "x-guidance")
+        if key in root and (referring or key != "definitions")
+    }
 
 
 def typed(tools: list[dict[str, Any]], *, quoted: bool) -> list[dict[str, Any]]:
@@ -143,9 +154,9 @@ def typed(tools: list[dict[str, Any]], *, quoted: bool) -> list[dict[str, Any]]:
         function = tool["function"]
         root = function.get("parameters")
         properties = root.get("properties") if isinstance(root, dict) else None
-        named = {}
+        named, known = {}, {}  # type: dict[str, Any], dict[str, tuple[str, ...]]
         for key, schema in (properties if isinstance(properties, dict) else {}).items():
-            types = types_of(schema, root)
+            types = types_of(schema, root, known)
             if not (quoted and "string" in types):
                 named[key] = {"type": list(types)} if types else schema
         made.append({"function": {"name": function["name"], "parameters": {"properties": named}}})
@@ -159,13 +170,14 @@ def _allow(schema: dict[str, Any], keys: frozenset[str]) -> None:
         )
 
 
-def _choices(schema: dict[str, Any]) -> list[Any] | None:
+def choices_of(schema: dict[str, Any]) -> list[Any] | None:
+    """The only values of a schema, None: there are others."""
     if "const" in schema:
         return [schema["const"]]
     return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
-def _alternatives(schema: dict[str, Any]) -> list[Any]:
+def alternatives_of(schema: dict[str, Any]) -> list[Any]:
     """The schemas of which a value fits one."""
     for key in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(key)
@@ -181,7 +193,7 @@ def _type_of(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), "object")
 
 
-def _target(reference: Any, root: Any) -> Any:
+def target_of(reference: Any, root: Any) -> Any:
     """What a reference to a definition points to; None if it isn't one."""
     match str(reference).split("/"):
         case ["#", ("$defs" | "definitions") as place, name]:

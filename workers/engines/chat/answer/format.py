@@ -15,6 +15,7 @@ from workers.engines.chat.answer.call_grammar import AnswerGrammar, CallGrammar
 from workers.engines.chat.answer.calls import CallDivider
 from workers.engines.chat.answer.constraint import CallConstraint, constrain
 from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of, without_calls
+from workers.engines.chat.answer.gemma_grammar import GemmaFormat, GemmaGrammar
 from workers.engines.chat.answer.harmony_grammar import HarmonyGrammar
 from workers.engines.chat.answer.marked_stream import MarkedStream
 from workers.engines.chat.answer.parser import AnswerParser
@@ -56,6 +57,7 @@ class AnswerFormat:
         text_arguments = self._calls.text_arguments if self._calls else known is False and takes_text(probe)
         self.inputs = TemplateInputs(probe, text_arguments)
         added = {token.content: id for id, token in tokenizer.added_tokens_decoder.items()}
+        self._gemma = None if self._template is None else GemmaFormat.of(probe, self._thinking)
         self._tags = None if self._template is None else derive_tags(probe, self._thinking)
         self._grammar = self._write_grammar(added)
         self._shown = {tools: self._special_tokens(tokenizer, tools) for tools in (False, True)}
@@ -67,6 +69,8 @@ class AnswerFormat:
         family = next((family for family in FAMILIES.values() if family.template is self._template), None)
         if family is FAMILIES["harmony"]:
             return HarmonyGrammar.of(family.closings, added)
+        if family is FAMILIES["gemma4"] and self._gemma is not None:
+            return GemmaGrammar(self._gemma, family.openings, family.closings, added)
         # the catalogue may name another family than the one that the chat template shows
         if family is None or self._tags is None or not self._tags.after_value.endswith(family.closings):
             return None

@@ -31,15 +31,10 @@ class TagFormat(NamedTuple):
 
 def derive_tags(probe: TemplateProbe, tags: ThinkTags | None) -> TagFormat | None:
     """Find the format of a template. Returns None if it doesn't write a call in such a way."""
-    texts, numbers, two = (
-        answer_part(_render(probe, values, count), tags)
-        for values, count in ((_TEXTS, 1), (_NUMBERS, 1), (_TEXTS, 2))
-    )
-    parts = re.split("|".join((NAME, *_KEYS, *_TEXTS)), texts)
-    more = re.split("|".join((NAME, *_KEYS, *_TEXTS)), two)
-    typed = re.split("|".join((NAME, *_KEYS, *map(str, _NUMBERS))), numbers)
-    if (len(parts), len(typed), len(more)) != (6, 6, 11):
+    found = around_arguments(probe, tags)
+    if found is None:
         return None
+    parts, typed, more = found
     opening, after_name, before_text, between, _, end = parts
     start = _KEY_START.search(between)
     if start is None or not after_name.endswith(start[0]):
@@ -59,6 +54,23 @@ def derive_tags(probe: TemplateProbe, tags: ThinkTags | None) -> TagFormat | Non
         separator.removeprefix(after_value),
         closing.removeprefix(after_value).rstrip(),
     )
+
+
+def around_arguments(
+    probe: TemplateProbe, tags: ThinkTags | None
+) -> tuple[list[str], list[str], list[str]] | None:
+    """Return what a template writes around the name, the keys and the values of a call with two arguments.
+
+    That of a call with texts, of one with numbers, and of two calls with texts. None: it writes something else.
+    """
+    texts, numbers, two = (
+        answer_part(_render(probe, values, count), tags)
+        for values, count in ((_TEXTS, 1), (_NUMBERS, 1), (_TEXTS, 2))
+    )
+    parts = re.split("|".join((NAME, *_KEYS, *_TEXTS)), texts)
+    more = re.split("|".join((NAME, *_KEYS, *_TEXTS)), two)
+    typed = re.split("|".join((NAME, *_KEYS, *map(str, _NUMBERS))), numbers)
+    return (parts, typed, more) if (len(parts), len(typed), len(more)) == (6, 6, 11) else None
 
 
 def _render(probe: TemplateProbe, values: tuple[Any, Any], count: int) -> str | None:
