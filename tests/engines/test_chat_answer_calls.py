@@ -15,6 +15,7 @@ from workers.engines.chat.answer.call_format import CallFormat, MarkedSyntax, Ob
 from workers.engines.chat.answer.calls import DIFFERENT, MORE, CallDivider, match
 from workers.engines.chat.answer.families import FAMILIES, JSON_FORMATS, family_of
 from workers.engines.chat.answer.format import AnswerFormat
+from workers.engines.chat.answer.json_text import parse_object, write_json
 from workers.engines.chat.answer.parser import AnswerParser
 from workers.engines.chat.answer.pieces import CallArguments, CallStart, Content, Piece, Reasoning
 from workers.engines.chat.answer.probe import TemplateProbe
@@ -672,3 +673,9 @@ def test_reasoning_beside_content_and_a_call_is_left_out_where_the_template_refu
 )
 def test_spaces_do_not_count_when_a_literal_is_matched(literal, text, expected):
     assert match(literal, text) == expected
+
+
+def test_halves_of_surrogate_pairs_are_replaced():
+    """An escape makes them in JSON, and no text with one can be sent."""
+    assert parse_object(r'{"a": "x\ud800", "b": "\ud83d\ude00"}') == {"a": "x\ufffd", "b": "\U0001f600"}
+    assert write_json({"\udfff": "é"}) == '{"\ufffd": "é"}'

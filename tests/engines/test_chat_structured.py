@@ -190,15 +190,9 @@ def test_every_answer_is_valid(served):
     results = run(engine, collector, [job for _, job in jobs.values()])
     ended: dict[str, int] = {}
     for (schema, job), result in zip(jobs.values(), results, strict=True):
-        if not hasattr(result.events[-1], "usage"):
-            print("BAD", job.id, result.events[-1])
-            continue
         for index in range(2):
             if result.finish(index)[0] == "stop":
-                try:
-                    check(schema, result.text(index))
-                except Exception as e:
-                    print("BAD", job.id, result.text(index)[:200], type(e), str(e)[:80].split("\n")[0])
+                check(schema, result.text(index))
                 ended[job.id[:-2]] = ended.get(job.id[:-2], 0) + 1
     # the rest were cut off by max_tokens
     assert ended.keys() == SCHEMAS.keys()

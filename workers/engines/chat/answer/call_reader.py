@@ -1,6 +1,5 @@
 """Reads one call as its text arrives: name, then arguments, and for a JSON object its end."""
 
-import json
 import re
 import secrets
 import string
@@ -16,7 +15,7 @@ from workers.engines.chat.answer.call_format import (
     MarkedSyntax,
     ObjectSyntax,
 )
-from workers.engines.chat.answer.json_text import ObjectText, parse_object
+from workers.engines.chat.answer.json_text import ObjectText, parse_object, write_json
 from workers.engines.chat.answer.pieces import CallArguments, CallStart, Piece
 
 LONGEST_HEAD = 400
@@ -126,7 +125,7 @@ class CallReader:
             pieces.clear()
             self.started, self.status = False, ReaderStatus.BROKEN
             return
-        pieces.append(CallArguments(self._number, json.dumps(arguments, ensure_ascii=False)))
+        pieces.append(CallArguments(self._number, write_json(arguments)))
         self._done(rest)
 
     def _start(self, name: Any, id: str | None, end: int, pieces: list[Piece]) -> str:

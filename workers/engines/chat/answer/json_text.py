@@ -45,9 +45,23 @@ class ObjectText:
 
 
 def parse_object(text: Any) -> dict[str, Any] | None:
-    """Return the object that a text is, also with line breaks in its strings; None if it is no object."""
+    """Return the object that a text is, also with line breaks in its strings; None if it is no object.
+
+    Its strings can be encoded, as `write_json` says.
+    """
     try:
         value = json.loads(text, strict=False) if isinstance(text, str) else None
+        if isinstance(value, dict) and "\\u" in text:
+            value = json.loads(write_json(value))
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def write_json(value: Any) -> str:
+    """Return a value as JSON, with characters as they are.
+
+    Halves of surrogate pairs, which an escape such as \\ud800 makes and no encoding knows, become U+FFFD.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

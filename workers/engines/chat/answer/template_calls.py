@@ -1,6 +1,5 @@
 """Divides an answer by a response template of transformers: channels, and calls that are not written as JSON."""
 
-import json
 import re
 from typing import Any
 
@@ -8,7 +7,7 @@ from transformers.utils.chat_parsing import ResponseParser
 
 from protocol.jobs import FUNCTION_NAME
 from workers.engines.chat.answer.call_reader import new_id
-from workers.engines.chat.answer.json_text import parse_object
+from workers.engines.chat.answer.json_text import parse_object, write_json
 from workers.engines.chat.answer.pieces import CallArguments, CallStart, Content, Piece, Reasoning
 
 _NAME = re.compile(FUNCTION_NAME)
@@ -149,6 +148,6 @@ class TemplateDivider:
                 return [Content(raw)]
             number = len(self.calls) + len(pieces) // 2
             pieces.append(CallStart(number, new_id(), name))
-            pieces.append(CallArguments(number, json.dumps(arguments, ensure_ascii=False)))
+            pieces.append(CallArguments(number, write_json(arguments)))
         self.calls += [piece.number for piece in pieces if isinstance(piece, CallStart)]
         return pieces

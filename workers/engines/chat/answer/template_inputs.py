@@ -1,10 +1,10 @@
 """What a chat template gets of a request, under the names that it reads."""
 
-import json
 from typing import Any
 
 from protocol.errors import UnsupportedParameter
 from protocol.jobs import ChatJob
+from workers.engines.chat.answer.json_text import write_json
 from workers.engines.chat.answer.probe import TemplateProbe
 
 SWITCHES = ("enable_thinking", "thinking")
@@ -59,5 +59,5 @@ class TemplateInputs:
 
 def _with_text(call: dict[str, Any]) -> dict[str, Any]:
     function = call["function"]
-    text = json.dumps(function["arguments"], ensure_ascii=False)
+    text = write_json(function["arguments"])
     return {**call, "function": {**function, "arguments": text}}
