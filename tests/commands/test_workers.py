@@ -43,7 +43,7 @@ def test_a_drained_worker_finishes_takes_nothing_and_waits_over_a_restart(
 ) -> None:
     rows = {row["name"]: row for row in service.worker_rows()}
     assert sorted(rows) == [FIRST, SECOND]
-    readers = read(service, 300, 4)
+    readers = read(service, 800, 4)
 
     assert FIRST in succeeds(service, "workers", "drain", "echo-1")
     service.wait_worker("echo-1", "draining", timeout_s=20)
@@ -51,7 +51,7 @@ def test_a_drained_worker_finishes_takes_nothing_and_waits_over_a_restart(
     assert not any(reader.ended.is_set() for reader in readers), "the node is told while the streams run"
     for reader in readers:
         reader.wait_end(60)
-        assert reader.done and reader.text == counted(300), "what runs is finished"
+        assert reader.done and reader.text == counted(800), "what runs is finished"
     service.wait_worker("echo-1", "drained", timeout_s=20)
 
     log = service.workers["echo-1"].log

@@ -22,7 +22,7 @@ from workers.engines.chat.attention.cpu import CpuPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
-from workers.engines.chat.kernels.cpu import exp_of_differences
+from workers.engines.chat.kernels.cpu import exp_of_differences, refine_greatest
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model import linear, loader
 from workers.engines.chat.model.fused_decoder import FusedDecoder
@@ -260,3 +260,22 @@ def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
 def test_a_worker_on_a_gpu_imports_no_compiler():
     program = "import sys, workers.engines.chat.build; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_the_greatest_logits_are_those_of_float32():
+    torch.manual_seed(1)
+    weight, x = torch.randn(1000, 64).bfloat16(), torch.randn(5, 64) * 8
+    # near the greatest of the first row: rounded, they are all equal
+    weight[100:110] = weight[:1].float().mul(1 + torch.arange(10)[:, None] / 1000).bfloat16()
+    x[0] = weight[0].float() * 3
+    exact = x @ weight.float().T
+    rounded = exact.bfloat16().float()
+    refined = rounded.clone()
+    refine_greatest(refined.numpy(), x.numpy(), weight.view(torch.uint16).numpy())
+    greatest = exact.amax(1, keepdim=True)
+    near = exact >= greatest - greatest.abs() * 2**-8
+    torch.testing.assert_close(refined[near], exact[near], rtol=1e-5, atol=1e-5)
+    assert torch.equal(refined.argmax(1), exact.argmax(1))
+    far = exact < greatest - greatest.abs() * 2**-6
+    assert torch.equal(refined[far], rounded[far])
+    assert not torch.equal(rounded.argmax(1), exact.argmax(1))

@@ -257,6 +257,40 @@ def decode_rows(
                 add_product(weights, block[kv_head, begin:stop], out[row, own])
 
 
+BLOCK = 128
+"""Number of logits that are looked at together, in vector instructions."""
+
+
+@compiled
+def refine_greatest(logits: Any, x: Any, weight: Any) -> None:
+    """Compute those logits again that rounding to bfloat16 may have put below or above the greatest one.
+
+    logits float32 [rows, vocabulary], x float32 [rows, width], weight the bits of bfloat16, uint16 [vocabulary,
+    width]. A logit of 25 is rounded to eighths, so that the most probable tokens are often equal.
+    """
+    rows, vocabulary = logits.shape
+    width = x.shape[1]
+    bits = np.empty(width, np.uint32)
+    numbers = bits.view(np.float32)
+    for row in range(rows):
+        own = logits[row]
+        best = _largest(own, vocabulary)
+        # two numbers that each are rounded by at most half of the last of 8 bits
+        least = best - abs(best) * np.float32(2**-7)
+        for start in range(0, vocabulary, BLOCK):
+            count = min(BLOCK, vocabulary - start)
+            if not _largest(own[start:], count) >= least:
+                continue
+            for token in range(start, start + count):
+                if own[token] >= least:
+                    total = np.float32(0)
+                    for at in range(width):
+                        bits[at] = np.uint32(weight[token, at]) << np.uint32(16)
+                    for at in range(width):
+                        total += x[row, at] * numbers[at]
+                    own[token] = total
+
+
 @compiled
 def normalize(x: Any, weight: Any, eps: float, out: Any) -> None:
     """Root mean square norm of each row of x [rows, width] (Zhang and Sennrich 2019). Writes out, like x."""

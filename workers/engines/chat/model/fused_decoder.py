@@ -91,6 +91,8 @@ class FusedDecoder:
             for layer, weights, next_norm in zip(inner.layers, joined, next_norms, strict=True)
         ]
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
+        self._head_weight: torch.Tensor = model.lm_head.weight.detach()
+        self._refines = self._head_weight.dtype == torch.bfloat16 and model.lm_head.bias is None
 
     def __call__(
         self,
@@ -111,7 +113,9 @@ class FusedDecoder:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
             x, normed = ops.add_norm(x, layer.attention_out(attended), layer.mlp_norm)
             x, normed = ops.add_norm(x, layer.down(ops.gate(layer.gate_up(normed))), layer.next_norm)
-        return self._head(normed if outputs is None else normed[outputs])
+        last = normed if outputs is None else normed[outputs]
+        logits = self._head(last)
+        return ops.refine_greatest(logits, last, self._head_weight) if self._refines else logits
 
 
 def _layer(layer: Any, joined: JoinedWeights, attention: ModelAttention, next_norm: Norm) -> _Layer:

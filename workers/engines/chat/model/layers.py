@@ -91,6 +91,13 @@ class LayerOperations:
         gate, up = joined.chunk(2, -1)
         return F.silu(gate) * up
 
+    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the logits x weight^T, or the greatest of them more exactly.
+
+        logits [rows, vocabulary], x [rows, width], weight bfloat16 [vocabulary, width].
+        """
+        return logits
+
 
 class CompiledLayerOperations(LayerOperations):
     """For float32 on a CPU: norm and rotation are one compiled pass each, without the interpreter lock."""
@@ -120,6 +127,11 @@ class CompiledLayerOperations(LayerOperations):
         tables = self._cos.numpy(), self._sin.numpy()
         self._kernels.rotate_heads(joined.numpy(), *tables, positions.numpy(), out.numpy())
         return out
+
+    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        bits = weight.view(torch.uint16).numpy()
+        self._kernels.refine_greatest(logits.numpy(), x.contiguous().numpy(), bits)
+        return logits
 
 
 class TritonLayerOperations(LayerOperations):
