@@ -129,6 +129,30 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     },
     "any object": {"type": "object"},
     "anything": {},
+    "const text": {"const": 'with "quotes" and a \\'},
+    "const null": {"const": None},
+    "enum within a type": {"type": "string", "enum": ["one", "two", "three"]},
+    "negative integers": {"type": "integer", "minimum": -500, "maximum": -20},
+    "one number": {"type": "integer", "minimum": 5, "maximum": 5},
+    "number with exclusive bounds": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 10},
+    "even and small": {"type": "integer", "multipleOf": 2, "exclusiveMinimum": 10, "maximum": 30},
+    "empty text": {"type": "string", "maxLength": 0},
+    "one character": {"type": "string", "minLength": 1, "maxLength": 1},
+    "pattern with lengths": {"type": "string", "pattern": "^[xyz]+$", "minLength": 3, "maxLength": 6},
+    "empty array": {"type": "array", "maxItems": 0},
+    "array of an enum": array({"enum": ["a", "b", None]}, 4, minItems=1),
+    "array of objects": array(closed(id=SMALL, ok={"type": "boolean"}), 2, minItems=1),
+    "object that may be null": {"anyOf": [{"type": "null"}, closed(a=SMALL, b=closed(c=TEXT))]},
+    "reference beside keywords": {
+        "$defs": {"positive": {"type": "integer", "minimum": 1}},
+        **closed(n={"$ref": "#/$defs/positive", "maximum": 99}),
+    },
+    "anyOf beside properties": {
+        "type": "object",
+        "properties": {"a": SMALL, "b": {"type": "boolean"}},
+        "anyOf": [{"required": ["a"]}, {"required": ["b"]}],
+        "additionalProperties": False,
+    },
 }
 
 
@@ -185,7 +209,7 @@ def test_every_answer_is_valid(served):
     jobs = {
         f"{name} {seed}": (schema, schema_job(f"{name} {seed}", schema, seed=seed, n=2, logit_bias=bias))
         for name, schema in SCHEMAS.items()
-        for seed in range(4)
+        for seed in range(10)
     }
     results = run(engine, collector, [job for _, job in jobs.values()])
     ended: dict[str, int] = {}
@@ -196,7 +220,7 @@ def test_every_answer_is_valid(served):
                 ended[job.id[:-2]] = ended.get(job.id[:-2], 0) + 1
     # the rest were cut off by max_tokens
     assert ended.keys() == SCHEMAS.keys()
-    assert sum(ended.values()) > 7 * len(SCHEMAS), ended
+    assert sum(ended.values()) > 17 * len(SCHEMAS), ended
 
 
 def test_all_options_of_sampling_go_with_it(weights):
