@@ -1,4 +1,4 @@
-"""Loads the images of requests, whatever way they are sent."""
+"""Loads the images of requests: files of a form, base64, data URLs and links."""
 
 import base64
 import binascii
