@@ -145,6 +145,7 @@ def outcome(events: list[Event]) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("pipelined", [False, True], ids=["single steps", "launched ahead"])
 @pytest.mark.parametrize("count", [1, 2], ids=["once", "and again"])
+@pytest.mark.timeout(600)  # hundreds of runs: half a minute on two idle cores
 def test_memory_that_runs_out_at_any_operation(weights: Path, pipelined: bool, count: int) -> None:
     """A second failure in a row hits the first sequence that is then computed alone: its request fails."""
     trial = Trial(weights, pipelined=pipelined)
