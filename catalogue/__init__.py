@@ -5,7 +5,7 @@ Imports nothing of this project but config, nor Flask, Celery, Redis or torch.
 
 from catalogue.entries import (
     CHAT,
-    COMPLETIONS_PATH,
+    COMPLETION,
     DETOKENIZE_PATH,
     EDIT,
     EMBEDDING,
@@ -17,6 +17,7 @@ from catalogue.entries import (
     ImageModelEntry,
     ModelEntry,
     TaskSpec,
+    TextModelEntry,
 )
 from catalogue.file import Catalogue
 from catalogue.options import (
@@ -27,11 +28,13 @@ from catalogue.options import (
     EngineOptions,
     ImageDefaults,
     ImageEngineOptions,
+    TextDefaults,
+    TextEngineOptions,
 )
 
 __all__ = [
     "CHAT",
-    "COMPLETIONS_PATH",
+    "COMPLETION",
     "DETOKENIZE_PATH",
     "EDIT",
     "EMBEDDING",
@@ -51,4 +54,7 @@ __all__ = [
     "ImageModelEntry",
     "ModelEntry",
     "TaskSpec",
+    "TextDefaults",
+    "TextEngineOptions",
+    "TextModelEntry",
 ]

@@ -18,6 +18,8 @@ from catalogue.options import (
     ImageDefaults,
     ImageEngineOptions,
     Table,
+    TextDefaults,
+    TextEngineOptions,
 )
 from config import Settings
 
@@ -55,6 +57,11 @@ class ModelEntry(Table):
         return None if _HUB_ID.fullmatch(self.weights) else Path(self.weights).expanduser()
 
     @property
+    def paths(self) -> frozenset[str]:
+        """The endpoints that serve the model."""
+        return frozenset(path for task in self.tasks for path in TASKS[task].paths)
+
+    @property
     def source(self) -> str:
         """`weights` for messages. A misspelt relative folder looks like a hub id, so what it was taken for is told."""
         is_here = self.weights_folder is not None or Path(self.weights).is_dir()
@@ -82,10 +89,17 @@ def _exists(path: Path) -> bool:
         return True
 
 
-class ChatModelEntry(ModelEntry):
-    """A decoder-only language model that transformers loads."""
+class TextModelEntry(ModelEntry):
+    """A decoder-only language model that transformers loads, without a chat template."""
 
     weights_file = "config.json"
+
+    engine: TextEngineOptions = Field(default_factory=TextEngineOptions)
+    defaults: TextDefaults = Field(default_factory=TextDefaults)
+
+
+class ChatModelEntry(TextModelEntry):
+    """A decoder-only language model that transformers loads, with a chat template."""
 
     engine: ChatEngineOptions = Field(default_factory=ChatEngineOptions)
     defaults: ChatDefaults = Field(default_factory=ChatDefaults)
@@ -154,6 +168,15 @@ CHAT = TaskSpec(
     job="chat",
     entry=ChatModelEntry,
 )
+COMPLETION = TaskSpec(
+    name="completion",
+    path=COMPLETIONS_PATH,
+    more_paths=(TOKENIZE_PATH, DETOKENIZE_PATH),
+    node_type=None,
+    deadline="chat_deadline_s",
+    job="completion",
+    entry=TextModelEntry,
+)
 GENERATION = TaskSpec(
     name="generation",
     path="/v1/images/generations",
@@ -179,7 +202,9 @@ EMBEDDING = TaskSpec(
     entry=EmbeddingModelEntry,
 )
 
-TASKS: dict[str, TaskSpec[ModelEntry]] = {task.name: task for task in (CHAT, GENERATION, EDIT, EMBEDDING)}
+TASKS: dict[str, TaskSpec[ModelEntry]] = {
+    task.name: task for task in (CHAT, COMPLETION, GENERATION, EDIT, EMBEDDING)
+}
 """Every task, by name. A model that serves several is registered at the network node under the first one."""
 
 

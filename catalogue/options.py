@@ -29,8 +29,8 @@ class EngineOptions(Table):
     torch_threads: int | None
 
 
-class ChatEngineOptions(EngineOptions):
-    """`[models.engine]` of a chat model."""
+class TextEngineOptions(EngineOptions):
+    """`[models.engine]` of a model for completions alone."""
 
     dtype: Dtype = Field(
         default="auto",
@@ -72,6 +72,17 @@ class ChatEngineOptions(EngineOptions):
         description="draft tokens by n-gram lookup, for texts that repeat their prompt: summaries, code edits; "
         "the text stays the same. 0: none",
     )
+    compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
+    torch_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="CPU threads of torch. Default: all cores but one on a CPU, torch's own number with a GPU",
+    )
+
+
+class ChatEngineOptions(TextEngineOptions):
+    """`[models.engine]` of a chat model."""
+
     control_tokens_in_content: bool = Field(
         default=False,
         description="encode control tokens such as `</s>` in messages as those that the chat template writes; "
@@ -87,16 +98,10 @@ class ChatEngineOptions(EngineOptions):
         description="larger images in messages are scaled down to this width x height. While an image is computed, "
         "all streams wait",
     )
-    compile: bool = Field(default=True, description="on a GPU: capture decode steps as CUDA graphs")
     tool_format: ToolFormat | None = Field(
         default=None,
         description="how the model writes calls of tools; `none`: it gets no tools. Default: as its chat template "
         "shows it",
-    )
-    torch_threads: int | None = Field(
-        default=None,
-        ge=1,
-        description="CPU threads of torch. Default: all cores but one on a CPU, torch's own number with a GPU",
     )
 
 
@@ -155,8 +160,8 @@ class EmbeddingEngineOptions(EngineOptions):
     )
 
 
-class ChatDefaults(Table):
-    """`[models.defaults]` of a chat model, for fields that a request leaves out.
+class TextDefaults(Table):
+    """`[models.defaults]` of a model for completions alone, for fields that a request leaves out.
 
     Where this table has no value either, the model's generation_config.json decides, then the neutral value.
     """
@@ -183,6 +188,11 @@ class ChatDefaults(Table):
     frequency_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="the same, for each time that the answer contains the token"
     )
+
+
+class ChatDefaults(TextDefaults):
+    """`[models.defaults]` of a chat model, for fields that a request leaves out."""
+
     max_tokens: int = Field(default=2048, ge=1, description="longest answer where a request names no limit")
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the model's chat template; a request's are merged in"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from catalogue import CHAT, EMBEDDING, GENERATION
+from catalogue import CHAT, COMPLETION, EMBEDDING, GENERATION
 
 FUNCTION_NAME = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """The name of a tool, which requests send and models write."""
@@ -91,7 +91,7 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
     """Whether the request goes on for a while without a client (protocol/resumable_streams.py)."""
 
 
-class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag="completion", omit_defaults=True):
+class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag=COMPLETION.job, omit_defaults=True):
     """The continuation of one prompt, a text or tokens, without a chat template.
 
     `add_special_tokens`: whether a text gets the tokens that the tokenizer puts around one. `echo`: whether the

@@ -8,6 +8,7 @@ from pydantic import Field, ValidationError
 import catalogue.entries
 from catalogue import (
     CHAT,
+    COMPLETION,
     EDIT,
     EMBEDDING,
     GENERATION,
@@ -17,12 +18,13 @@ from catalogue import (
     EmbeddingModelEntry,
     ImageModelEntry,
     TaskSpec,
+    TextModelEntry,
 )
 from catalogue.entries import ModelEntry
 from catalogue.options import EngineOptions, Table
 from config import ConfigurationError, Settings
 from node.registration import registration_for
-from protocol.jobs import ChatJob, EmbeddingJob, ImageJob
+from protocol.jobs import ChatJob, CompletionJob, EmbeddingJob, ImageJob
 from workers.canary import JOBS
 
 MODEL = '[[models]]\nname = "m"\nweights = "w"\n'
@@ -44,6 +46,7 @@ def complaint(folder: Path, text: str) -> str:
     ("tasks", "kind"),
     [
         ('["chat"]', ChatModelEntry),
+        ('["completion"]', TextModelEntry),
         ('["generation"]', ImageModelEntry),
         ('["edit"]', ImageModelEntry),
         ('["embedding"]', EmbeddingModelEntry),
@@ -59,13 +62,18 @@ def test_the_tasks_of_a_model_decide_on_the_class_of_its_entry(
     assert entry.engine.max_batch_size == kind.model_validate(entry.model_dump()).engine.max_batch_size
 
 
-@pytest.mark.parametrize("tasks", ['["chat", "edit"]', '["speech"]', "[]", '["edit", "edit"]', '["chat", 3]'])
+@pytest.mark.parametrize(
+    "tasks",
+    ['["chat", "edit"]', '["chat", "completion"]', '["speech"]', "[]", '["edit", "edit"]', '["chat", 3]'],
+)
 def test_tasks_that_no_model_serves_together_are_named_with_those_that_do(tmp_path: Path, tasks: str) -> None:
     found = complaint(tmp_path, f"{MODEL}tasks = {tasks}\n[models.engine]\nanything = 1")
     if "3" in tasks:
         assert found == "models.0.tasks.1: Input should be a valid string"
     else:
-        choices = '["chat"], ["generation"], ["edit"], ["embedding"] or ["generation", "edit"]'
+        choices = (
+            '["chat"], ["completion"], ["generation"], ["edit"], ["embedding"] or ["generation", "edit"]'
+        )
         assert found == f"models.0.tasks: must be {choices}"
 
 
@@ -88,6 +96,10 @@ def test_a_class_of_entry_refuses_the_tasks_of_another() -> None:
         (
             f'{MODEL}tasks = ["edit"]\n[models.defaults]\nstrength = 3',
             "models.0: [models.defaults] strength: Input should be less than or equal to 1",
+        ),
+        (
+            f'{MODEL}tasks = ["completion"]\n[models.engine]\ntool_format = "none"',
+            "models.0: [models.engine] tool_format: Extra inputs are not permitted",
         ),
         (f'{MODEL}tasks = ["chat"]\ntask = 1', "models.0.task: Extra inputs are not permitted"),
         (MODEL, "models.0.tasks: Field required"),
@@ -121,11 +133,13 @@ def test_weights_are_searched_beside_the_file_first(tmp_path: Path) -> None:
 
 def test_the_table_holds_every_task_and_names_what_exists() -> None:
     rows = [value for value in vars(catalogue.entries).values() if isinstance(value, TaskSpec)]
-    assert list(TASKS.values()) == rows == [CHAT, GENERATION, EDIT, EMBEDDING]
+    assert list(TASKS.values()) == rows == [CHAT, COMPLETION, GENERATION, EDIT, EMBEDDING]
     assert set(JOBS) == set(TASKS)
     for task in rows:
         assert Settings.model_fields[task.deadline].annotation is float
-        assert task.job in {kind.__struct_config__.tag for kind in (ChatJob, ImageJob, EmbeddingJob)}
+        assert task.job in {
+            kind.__struct_config__.tag for kind in (ChatJob, CompletionJob, ImageJob, EmbeddingJob)
+        }
 
 
 def test_a_task_is_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

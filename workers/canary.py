@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 
-from catalogue import CHAT, EDIT, EMBEDDING, GENERATION, ModelEntry
+from catalogue import CHAT, COMPLETION, EDIT, EMBEDDING, GENERATION, ModelEntry
 from protocol.errors import OutOfMemory
 from protocol.events import Event, Failed, is_terminal
-from protocol.jobs import ChatJob, EmbeddingJob, ImageJob, Job, SamplingParams
+from protocol.jobs import ChatJob, CompletionJob, EmbeddingJob, ImageJob, Job, SamplingParams
 from workers.engines.base import Emit, Engine, EngineLoadError, TemporaryLoadError
 
 CANARY_ID = "canary"
@@ -60,6 +60,11 @@ def _chat(model: str) -> Job:
     return ChatJob(id=CANARY_ID, model=model, messages=messages, sampling=sampling)
 
 
+def _completion(model: str) -> Job:
+    sampling = SamplingParams(max_tokens=2, temperature=0)
+    return CompletionJob(id=CANARY_ID, model=model, prompt="Hello!", sampling=sampling)
+
+
 def _generation(model: str) -> Job:
     return ImageJob(
         id=CANARY_ID, model=model, task="generation", prompt="a circle", num_inference_steps=2, seed=0
@@ -86,6 +91,7 @@ def _embedding(model: str) -> Job:
 
 JOBS: dict[str, Callable[[str], Job]] = {
     CHAT.name: _chat,
+    COMPLETION.name: _completion,
     GENERATION.name: _generation,
     EDIT.name: _edit,
     EMBEDDING.name: _embedding,

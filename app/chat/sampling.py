@@ -19,7 +19,7 @@ from pydantic_core import PydanticKnownError
 
 from app.chat.output_format import OutputFormatFields
 from app.http.validation import first_given
-from catalogue import ChatDefaults
+from catalogue import TextDefaults
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import SamplingParams
 
@@ -94,7 +94,7 @@ class SamplingFields(OutputFormatFields):
         """Whether a stream has a last chunk with the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, defaults: ChatDefaults, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
+    def sampling(self, defaults: TextDefaults, *, max_tokens: int, logprobs: int | None) -> SamplingParams:
         """Make the parameters of the job. Raises InvalidRequest."""
         min_tokens = self.min_tokens or 0
         if min_tokens > max_tokens:

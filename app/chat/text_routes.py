@@ -19,7 +19,7 @@ from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import add_timings, job_origin, name_request
-from catalogue import CHAT, COMPLETIONS_PATH, Catalogue
+from catalogue import COMPLETION, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
 
@@ -28,7 +28,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
     """Make the blueprint of the completions endpoint."""
     routes = Blueprint("completions", __name__)
 
-    @routes.post(COMPLETIONS_PATH)
+    @routes.post(COMPLETION.path)
     def create_completion() -> Response:
         connection = Connection(request.environ)
         with bodies.read(request, MAX_BODY_BYTES) as body:
@@ -63,7 +63,7 @@ def _submit(
     """Validate the request and queue its jobs. Nothing keeps its body after this returns."""
     body = parse(CompletionRequest, raw)
     request_id = f"cmpl-{uuid.uuid4().hex}"
-    jobs = body.to_jobs(request_id, find_model(catalogue, body.model, CHAT))
+    jobs = body.to_jobs(request_id, find_model(catalogue, body.model, COMPLETION))
     n, origin = jobs[0].sampling.n, job_origin(raw)
     jobs = [msgspec.structs.replace(job, **origin) for job in jobs]
     name_request(request_id, jobs[0].model)
@@ -75,7 +75,7 @@ def _submit(
         include_usage=body.includes_usage,
         ignored=ignored_params(body, raw),
     )
-    reader = JoinedReader(dispatcher.begin_all(jobs, CHAT, connection), n)
+    reader = JoinedReader(dispatcher.begin_all(jobs, COMPLETION, connection), n)
     current_access().times = reader.timings
     return params, reader
 

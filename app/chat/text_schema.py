@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, WithJsonSchema
 
 from app.chat.sampling import SamplingFields, TokenId, stream_options_need_stream
-from catalogue import ChatModelEntry
+from catalogue import TextModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import CHARACTERS_OF_A_TOKEN, CompletionJob
 
@@ -76,7 +76,7 @@ class CompletionRequest(SamplingFields):
     prompt_embeds: Annotated[Any, _unsupported("prompt_embeds")] = None
     use_beam_search: Annotated[Any, _unsupported("use_beam_search")] = None
 
-    def to_jobs(self, request_id: str, entry: ChatModelEntry) -> list[CompletionJob]:
+    def to_jobs(self, request_id: str, entry: TextModelEntry) -> list[CompletionJob]:
         """Make a job for each prompt. Raises InvalidRequest and UnsupportedParameter."""
         self.refuse_unsupported(_UNSUPPORTED, entry.name)
         prompts = self._prompts()

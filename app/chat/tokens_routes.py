@@ -16,7 +16,7 @@ from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import add_timings, job_origin, name_request
-from catalogue import CHAT, DETOKENIZE_PATH, TOKENIZE_PATH, Catalogue
+from catalogue import COMPLETION, DETOKENIZE_PATH, TOKENIZE_PATH, Catalogue
 from protocol.events import Event, Text, Tokens
 
 MAX_BODY_BYTES = 2 * 2**20
@@ -39,12 +39,12 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
         with bodies.read(request, MAX_BODY_BYTES) as data:
             raw = parse_json(data)
         body = parse(schema, raw)
-        model = body.model or only_model(catalogue, CHAT)
-        job = body.to_job(f"tok-{uuid.uuid4().hex}", find_model(catalogue, model, CHAT))
+        model = body.model or only_model(catalogue, COMPLETION)
+        job = body.to_job(f"tok-{uuid.uuid4().hex}", find_model(catalogue, model, COMPLETION))
         job = msgspec.structs.replace(job, **job_origin(raw))
         name_request(job.id, job.model)
         # without metrics: they are those of answers
-        reader = dispatcher.begin(job, CHAT, connection, Timings())
+        reader = dispatcher.begin(job, COMPLETION, connection, Timings())
         current_access().times = reader.timings
         try:
             events = [event for batch in reader for event in batch]

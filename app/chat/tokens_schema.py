@@ -8,7 +8,8 @@ from app.chat.messages import ChatMessage, images_of
 from app.chat.sampling import TokenId
 from app.chat.schema import MAX_MESSAGES
 from app.chat.tools import Tools, tools_for_job
-from catalogue import ChatModelEntry
+from app.dispatch.models import no_chat_template
+from catalogue import ChatModelEntry, TextModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, DetokenizeJob, SamplingParams, TokenizeJob
 
@@ -16,7 +17,7 @@ MAX_TOKENS = 2**18
 """Of /detokenize."""
 
 Model = Annotated[StrictStr, Field(min_length=1, max_length=256)] | None
-"""May be left out if there is one chat model."""
+"""May be left out if there is one model for texts."""
 
 
 def _one_text(schema: dict[str, Any]) -> None:
@@ -54,7 +55,7 @@ class TokenizeRequest(BaseModel):
             raise ValueError("it must have a prompt or messages, and not both")
         return self
 
-    def to_job(self, request_id: str, entry: ChatModelEntry) -> TokenizeJob:
+    def to_job(self, request_id: str, entry: TextModelEntry) -> TokenizeJob:
         """Make the job. Raises InvalidRequest and UnsupportedParameter."""
         chat = self._chat(entry)
         return TokenizeJob(
@@ -67,13 +68,15 @@ class TokenizeRequest(BaseModel):
             with_strings=bool(self.return_token_strs),
         )
 
-    def _chat(self, entry: ChatModelEntry) -> ChatJob | None:
+    def _chat(self, entry: TextModelEntry) -> ChatJob | None:
         if self.chat_template is not None:
             raise UnsupportedParameter(
                 "chat_template is not supported: the model's own is used; leave it out", param="chat_template"
             )
         if self.messages is None:
             return None
+        if not isinstance(entry, ChatModelEntry):
+            raise no_chat_template(entry.name)
         if images := images_of(self.messages):
             raise UnsupportedParameter("images are not counted here; send text parts", param=images[0].param)
         if self.add_special_tokens:
@@ -109,6 +112,6 @@ class DetokenizeRequest(BaseModel):
     model: Model = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_TOKENS)]
 
-    def to_job(self, request_id: str, entry: ChatModelEntry) -> DetokenizeJob:
+    def to_job(self, request_id: str, entry: TextModelEntry) -> DetokenizeJob:
         """Make the job."""
         return DetokenizeJob(id=request_id, model=entry.name, tokens=self.tokens)

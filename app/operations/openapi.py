@@ -14,7 +14,7 @@ from app.operations.openapi_examples import requests
 from app.operations.openapi_operation import EVENT, HEADERS, Name, act, get, probe, task
 from app.operations.openapi_parts import STRING
 from app.operations.openapi_schemas import BINARY, component_schemas, edit_form, ref
-from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
+from catalogue import CHAT, COMPLETION, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
 from config import VERSION
 
 _TAGS = {
@@ -54,7 +54,7 @@ def describe(server_url: str, models: Mapping[str, str], *, keyed: bool = False)
 
 
 def _text_paths(models: Mapping[str, str]) -> dict[str, Any]:
-    """Return the endpoints of chat models."""
+    """Return the endpoints of models for texts."""
     examples = requests(models)
     resumable = {**STRING, "description": "true: the stream can be resumed; other values are ignored"}
     last_id = {
@@ -86,12 +86,12 @@ def _text_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 errors=(400, 404, 503),
             )
         },
-        COMPLETIONS_PATH: {
+        COMPLETION.path: {
             "post": task(
                 Name("createCompletion", "Text", "Create a completion of one or more prompts"),
                 {"application/json": ref("CompletionRequest")},
                 "Completion",
-                examples[COMPLETIONS_PATH],
+                examples[COMPLETION.path],
                 streams=True,
             )
         },

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from catalogue import CHAT, COMPLETIONS_PATH, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
+from catalogue import CHAT, COMPLETION, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
 from config import VERSION
 
 _RED = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFElEQVR4nGP4z8CAFTEMLQkQAABzzT/BAhd0vAAAAABJRU5ErkJggg=="
@@ -31,6 +31,7 @@ _PERSON = {
 def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Return bodies in JSON by path and by summary. `models`: a model of each task; one without any gets a made-up name."""
     chat = {"model": models.get(CHAT.name, "chat-model")}
+    text = {"model": models.get(CHAT.name) or models.get(COMPLETION.name, "text-model")}
     image = {"model": models.get(GENERATION.name, "image-model")}
     edit = {"model": models.get(EDIT.name, "image-model")}
     question = {
@@ -62,10 +63,10 @@ def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 "tools": [_WEATHER],
             },
         },
-        COMPLETIONS_PATH: {
-            "A text": {**chat, "prompt": "Once upon a time", "max_tokens": 50},
+        COMPLETION.path: {
+            "A text": {**text, "prompt": "Once upon a time", "max_tokens": 50},
             "The score of a prompt": {
-                **chat,
+                **text,
                 "prompt": "The sky is blue",
                 "max_tokens": 0,
                 "echo": True,
@@ -73,10 +74,10 @@ def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             },
         },
         TOKENIZE_PATH: {
-            "A text": {**chat, "prompt": "Hello"},
+            "A text": {**text, "prompt": "Hello"},
             "A chat": {**chat, "messages": [{"role": "user", "content": "Hello"}]},
         },
-        DETOKENIZE_PATH: {"Tokens": {**chat, "tokens": [72, 105]}},
+        DETOKENIZE_PATH: {"Tokens": {**text, "tokens": [72, 105]}},
         GENERATION.path: {
             "An image": {**image, "prompt": "a red circle on a white ground"},
             "The same image again": {

@@ -3,7 +3,7 @@
 import pytest
 
 from app.dispatch.models import find_model, only_model
-from catalogue import CHAT, EDIT, GENERATION, Catalogue
+from catalogue import CHAT, COMPLETION, EDIT, GENERATION, Catalogue
 from protocol.errors import InvalidRequest, ModelNotFound
 
 
@@ -17,6 +17,30 @@ def catalogue(*editors: str) -> Catalogue:
 def test_a_model_is_found_by_name_and_task():
     assert find_model(catalogue("one"), "one", EDIT).name == "one"
     assert find_model(catalogue("one"), "chat", CHAT).name == "chat"
+
+
+def texts(*tasks: str) -> Catalogue:
+    """A catalogue with one model for each task, named as the task."""
+    models = [{"name": task, "tasks": [task], "weights": "w"} for task in tasks]
+    return Catalogue.model_validate({"project": "p", "models": models})
+
+
+def test_a_chat_model_serves_completions_and_a_model_for_completions_no_chats():
+    both = texts("chat", "completion")
+    assert [find_model(both, name, COMPLETION).name for name in ("chat", "completion")] == [
+        "chat",
+        "completion",
+    ]
+    with pytest.raises(InvalidRequest, match=r"has no chat template.* /v1/completions") as caught:
+        find_model(both, "completion", CHAT)
+    assert caught.value.param == "model"
+    with pytest.raises(ModelNotFound, match=r"this endpoint serves: chat, completion$"):
+        find_model(both, "other", COMPLETION)
+    with pytest.raises(ModelNotFound, match=r"this endpoint serves: chat$"):
+        find_model(both, "other", CHAT)
+    assert only_model(texts("completion"), COMPLETION) == "completion"
+    with pytest.raises(InvalidRequest, match=r"serves: chat, completion$"):
+        only_model(both, COMPLETION)
 
 
 def test_an_unknown_model_is_refused_with_the_names_for_the_endpoint():

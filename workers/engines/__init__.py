@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from catalogue import ChatModelEntry, EmbeddingModelEntry, ImageModelEntry, ModelEntry
+from catalogue import EmbeddingModelEntry, ImageModelEntry, ModelEntry, TextModelEntry
 from protocol.jobs import Job
 from workers.engines.base import CancelReason, Emit, Engine, EngineStatus
 from workers.engines.echo import PREFIX, EchoEngine
@@ -56,7 +56,7 @@ def _create_engine(entry: ModelEntry, gpu_share: float) -> Engine:
     if entry.weights.startswith(PREFIX):
         return EchoEngine(entry)
     match entry:
-        case ChatModelEntry():
+        case TextModelEntry():
             from workers.engines.chat import ChatEngine
 
             return ChatEngine(entry, gpu_share)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from catalogue import ChatEngineOptions
+from catalogue import TextEngineOptions
 from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.attention.flash import FlashPagedAttention
@@ -44,7 +44,7 @@ class Backend(NamedTuple):
 
 
 def build_backend(
-    loaded: LoadedModel, options: ChatEngineOptions, *, prefill_chunk: int, gpu_share: float
+    loaded: LoadedModel, options: TextEngineOptions, *, prefill_chunk: int, gpu_share: float
 ) -> Backend:
     """Build the fastest backend whose output is right. Raises EngineLoadError if there is none.
 
@@ -78,7 +78,7 @@ def _build_portable(loaded: LoadedModel, joined: list[JoinedWeights] | None, cac
 def _try_flash(
     loaded: LoadedModel,
     joined: list[JoinedWeights] | None,
-    options: ChatEngineOptions,
+    options: TextEngineOptions,
     caches: CacheFactory,
 ) -> Backend | None:
     """The backend for a GPU. Returns None, without holding its cache any longer, if its output is not right."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from catalogue import ChatModelEntry
+from catalogue import ChatEngineOptions, TextEngineOptions, TextModelEntry
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.backend import Backend, build_backend
 from workers.engines.chat.cache.kv_cache import KVCache
@@ -86,7 +86,7 @@ class EngineParts:
 
 
 def build_engine(
-    entry: ChatModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
+    entry: TextModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
 ) -> EngineParts:
     """Load the model and warm it up. Raises EngineLoadError.
 
@@ -98,7 +98,7 @@ def build_engine(
 
 
 def _build(
-    entry: ChatModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
+    entry: TextModelEntry, gpu_share: float, metrics: Metrics, on_end: Callable[[str], None]
 ) -> EngineParts:
     options = entry.engine
     torch_threads = options.torch_threads or default_threads()
@@ -119,14 +119,15 @@ def _build(
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
     scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
+    for_chats = _chat_options(options)
     prompts = PromptBuilder(
         loaded.tokenizer,
         loaded.model.generation_config,
         rows,
         max_context,
         loaded.text_config,
-        options.tool_format,
-        options.control_tokens_in_content,
+        for_chats.tool_format,
+        for_chats.control_tokens_in_content,
         vocabulary,
         vision,
     )
@@ -153,6 +154,13 @@ def _build(
         sampled_tokens=sampled,
         torch_threads=torch_threads,
     )
+
+
+def _chat_options(options: TextEngineOptions) -> ChatEngineOptions:
+    """The options for messages. A model that takes none need not tell its control tokens from their text."""
+    if isinstance(options, ChatEngineOptions):
+        return options
+    return ChatEngineOptions(tool_format="none", control_tokens_in_content=True)
 
 
 def _checked_vision(loaded: LoadedModel, backend: Backend, metrics: Metrics) -> Vision | None:

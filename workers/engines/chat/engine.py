@@ -12,7 +12,7 @@ from collections import deque
 
 import torch
 
-from catalogue import ChatModelEntry
+from catalogue import TextModelEntry
 from protocol.errors import EngineStopped, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import EmbeddingJob, ImageJob, Job, TextJob
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class ChatEngine:
     """Serves a decoder-only language model. Implements workers.engines.base.Engine."""
 
-    def __init__(self, entry: ChatModelEntry, gpu_share: float = 1.0) -> None:
+    def __init__(self, entry: TextModelEntry, gpu_share: float = 1.0) -> None:
         """`gpu_share`: the part of the GPU's memory that this process may use."""
         self.entry = entry
         self._gpu_share = gpu_share

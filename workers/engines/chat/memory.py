@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from catalogue import ChatEngineOptions
+from catalogue import TextEngineOptions
 from workers.engines.base import TemporaryLoadError
 from workers.engines.chat.attention.base import ModelAttention
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
@@ -32,7 +32,7 @@ class CacheFactory:
         self,
         loaded: LoadedModel,
         joined: list[JoinedWeights] | None,
-        options: ChatEngineOptions,
+        options: TextEngineOptions,
         prefill_chunk: int,
         gpu_share: float,
     ) -> None:
@@ -81,7 +81,7 @@ def step_bytes(
     joined: list[JoinedWeights] | None,
     attention: ModelAttention,
     cache: KVCache,
-    options: ChatEngineOptions,
+    options: TextEngineOptions,
     chunk: int,
 ) -> int:
     """Return the memory of a GPU that the largest steps need besides weights and cache, in bytes.
@@ -151,7 +151,7 @@ def _sampled_in_every_way(slot: int) -> Sequence:
 
 
 def budget_tokens(
-    loaded: LoadedModel, shape: CacheShape, options: ChatEngineOptions, *, gpu_share: float, reserve: int
+    loaded: LoadedModel, shape: CacheShape, options: TextEngineOptions, *, gpu_share: float, reserve: int
 ) -> int:
     """Return the number of tokens that the KV cache may hold: at most what a full batch can use.
 

@@ -16,7 +16,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
-from catalogue import ChatEngineOptions, ChatModelEntry
+from catalogue import COMPLETION, ChatModelEntry, TextEngineOptions, TextModelEntry
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import CacheShape
 from workers.engines.chat.model.precision import Precision, choose_precision
@@ -62,7 +62,7 @@ class LoadedModel:
         return name
 
 
-def load_model(entry: ChatModelEntry) -> LoadedModel:
+def load_model(entry: TextModelEntry) -> LoadedModel:
     """Load what a catalogue entry names. Raises EngineLoadError, or what the libraries do."""
     options = entry.engine
     device = choose_device()
@@ -71,14 +71,14 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     source = _source(entry)
     vision = None
     if takes_images(config):
-        adopt_template(tokenizer, entry.weights, source)
-        vision = load_vision(model, config, entry, source, copy.deepcopy(tokenizer))
+        if isinstance(entry, ChatModelEntry):
+            adopt_template(tokenizer, entry.weights, source)
+            vision = load_vision(model, config, entry, source, copy.deepcopy(tokenizer))
         model = language_model(model)
     if getattr(model, "_is_stateful", False) or not getattr(model, "_supports_attention_backend", True):
         raise EngineLoadError(f"{type(model).__name__} has no standard attention cache")
-    if not tokenizer.chat_template:
-        raise EngineLoadError(f"{entry.weights} has no chat template")
-    _refuse_broken_template(entry, tokenizer)
+    if isinstance(entry, ChatModelEntry):
+        _refuse_without_template(entry, tokenizer)
     text_config = config.get_text_config()
     return LoadedModel(
         model=model,
@@ -92,12 +92,12 @@ def load_model(entry: ChatModelEntry) -> LoadedModel:
     )
 
 
-def _source(entry: ChatModelEntry) -> dict[str, Any]:
+def _source(entry: TextModelEntry) -> dict[str, Any]:
     """The arguments of `from_pretrained`."""
     return {"revision": entry.revision, "trust_remote_code": False}
 
 
-def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig, Any, Any, Precision]:
+def _read(entry: TextModelEntry, device: torch.device) -> tuple[PreTrainedConfig, Any, Any, Precision]:
     """Return configuration, tokenizer, model and the dtype of its weights.
 
     Raises EngineLoadError, or what transformers does.
@@ -132,7 +132,7 @@ def _read(entry: ChatModelEntry, device: torch.device) -> tuple[PreTrainedConfig
 
 
 @contextmanager
-def in_one_line(entry: ChatModelEntry) -> Iterator[None]:
+def in_one_line(entry: TextModelEntry) -> Iterator[None]:
     """Turn every error of a load into an EngineLoadError that names model and weights."""
     try:
         yield
@@ -150,7 +150,13 @@ def in_one_line(entry: ChatModelEntry) -> Iterator[None]:
         raise load_error(entry, error, f"can't load {entry.source}: {first_line(error)}") from error
 
 
-def _refuse_broken_template(entry: ChatModelEntry, tokenizer: Any) -> None:
+def _refuse_without_template(entry: ChatModelEntry, tokenizer: Any) -> None:
+    """Raise EngineLoadError unless the tokenizer has a chat template that can be compiled."""
+    if not tokenizer.chat_template:
+        raise EngineLoadError(
+            f"{entry.weights} has no chat template;"
+            f' with tasks = ["{COMPLETION.name}"] it serves {COMPLETION.path}'
+        )
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "Hello!"}], tokenize=False)
     except TemplateSyntaxError as error:
@@ -206,7 +212,7 @@ def cache_shape(loaded: LoadedModel, token_major: bool) -> CacheShape:
     return CacheShape(text.num_hidden_layers, kv_heads, head_dim, dtype, token_major)
 
 
-def _max_context(text: PreTrainedConfig, options: ChatEngineOptions) -> int:
+def _max_context(text: PreTrainedConfig, options: TextEngineOptions) -> int:
     own = getattr(text, "max_position_embeddings", None) or options.max_context
     if own is None:
         raise EngineLoadError("the model doesn't say how long its context is; set max_context")

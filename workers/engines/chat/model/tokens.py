@@ -39,7 +39,7 @@ def refuse_foreign_tokenizer(loaded: LoadedModel, rows: int, end_tokens: frozens
 
 def _written_by_template(tokenizer: Any) -> Iterator[str]:
     """Yield the added tokens that occur in the chat template, by their text or as variables."""
-    template = tokenizer.chat_template
+    template = tokenizer.chat_template or ""
     source = "".join(template.values()) if isinstance(template, dict) else template
     names = {tokenizer.bos_token: "bos_token", tokenizer.eos_token: "eos_token"}
     for added in tokenizer.added_tokens_decoder.values():
