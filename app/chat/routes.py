@@ -10,20 +10,19 @@ from flask import Blueprint, Response, request
 from app.chat.completion import completion
 from app.chat.images import MAX_TOTAL_BYTES, load_images
 from app.chat.messages import ImageSource
+from app.chat.respond import Chunks, ResponseParams, respond
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.resumable import NumberedChunks, is_wanted
 from app.chat.schema import ChatCompletionRequest
-from app.chat.stream import Chunks, stream_response
 from app.dispatch.dispatcher import Dispatcher, EventReader
 from app.dispatch.models import find_model
 from app.dispatch.resumption import Resumption
 from app.dispatch.worker_view import WorkerView
 from app.http.access_log import current_access
 from app.http.connection import Connection
-from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, job_origin, name_request
+from app.http.wsgi import job_origin, name_request
 from app.image_input.source import Fetch, counted
 from catalogue import CHAT, Catalogue, ChatModelEntry
 from protocol.errors import PayloadTooLarge, UnsupportedParameter
@@ -59,33 +58,21 @@ def blueprint(inputs: ChatInputs, resumption: Resumption, bodies: BodyReader) ->
             resumable = is_wanted() and resumption.is_offered()
             params, reader = _submit(body, within, connection, resumable)
         del body
-        try:
-            response = _respond(params, reader, connection, resumption)
-            if params.ignored:
-                response.headers["X-Ignored-Params"] = params.ignored
-        except BaseException:
-            reader.close()
-            raise
-        return response
+        events = ChatEventReader(reader, params.choices)
+        return respond(
+            params,
+            reader,
+            connection,
+            chunks=lambda: _chunks(params, reader, events, resumption),
+            body=lambda: completion(events, params.id, params.model, n=params.choices),
+        )
 
     return routes
 
 
-class _ResponseParams(NamedTuple):
-    """What a response needs of its request. No more is kept: thousands of streams are open at once."""
-
-    id: str
-    model: str
-    n: int
-    stream: bool
-    resumable: bool
-    include_usage: bool
-    ignored: str
-
-
 def _submit(
     received: bytes, inputs: ChatInputs, connection: Connection, resumable: bool
-) -> tuple[_ResponseParams, EventReader]:
+) -> tuple[ResponseParams, EventReader]:
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
     started = time.monotonic()
     raw = _parse_json(received)
@@ -101,7 +88,7 @@ def _submit(
     if sources:
         # everything else is validated before an image is downloaded
         job = msgspec.structs.replace(job, images=_load_images(sources, entry, inputs, connection, started))
-    params = _ResponseParams(
+    params = ResponseParams(
         job.id,
         job.model,
         job.sampling.n,
@@ -150,31 +137,25 @@ def _load_images(
     )
 
 
-def _respond(
-    params: _ResponseParams, reader: EventReader, connection: Connection, resumption: Resumption
-) -> Response:
-    """Wait for the first token of a stream, or for the whole completion."""
-    events = ChatEventReader(reader, params.n)
-    if params.stream:
-        encoder = ChunkEncoder(
-            params.id,
-            params.model,
-            n=params.n,
-            include_usage=params.include_usage,
-            timings=reader.timings.milliseconds,
-        )
-        chunks: Chunks = ChunkStream(events, encoder)
-        if params.resumable:
-            resumption.begin(
-                reader,
-                params.model,
-                n=params.n,
-                include_usage=params.include_usage,
-                created=encoder.created,
-            )
-            chunks = NumberedChunks(chunks)
-        return stream_response(chunks, connection, reader.close)
-    response = json_response(completion(events, params.id, params.model, n=params.n))
-    add_timings(response, reader.timings.milliseconds())
-    reader.close()
-    return response
+def _chunks(
+    params: ResponseParams, reader: EventReader, events: ChatEventReader, resumption: Resumption
+) -> Chunks:
+    """Wait for the first token."""
+    encoder = ChunkEncoder(
+        params.id,
+        params.model,
+        n=params.choices,
+        include_usage=params.include_usage,
+        timings=reader.timings.milliseconds,
+    )
+    chunks = ChunkStream(events, encoder)
+    if not params.resumable:
+        return chunks
+    resumption.begin(
+        reader,
+        params.model,
+        n=params.choices,
+        include_usage=params.include_usage,
+        created=encoder.created,
+    )
+    return NumberedChunks(chunks)

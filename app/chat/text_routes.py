@@ -1,24 +1,23 @@
 """POST /v1/completions."""
 
 import uuid
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from flask import Blueprint, Response, request
 
 from app.chat.joined_reader import JoinedReader
+from app.chat.respond import ResponseParams, respond
 from app.chat.response import ChunkStream
-from app.chat.stream import stream_response
 from app.chat.text_response import TextChunkEncoder, text_completion
 from app.chat.text_schema import CompletionRequest
 from app.dispatch.dispatcher import Dispatcher
 from app.dispatch.models import find_model
 from app.http.access_log import current_access
 from app.http.connection import Connection
-from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, job_origin, name_request
+from app.http.wsgi import job_origin, name_request
 from catalogue import COMPLETION, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -34,32 +33,20 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
         with bodies.read(request, MAX_BODY_BYTES) as body:
             params, reader = _submit(parse_json(body), catalogue, dispatcher, connection)
         del body
-        try:
-            response = _respond(params, reader, connection)
-            if params.ignored:
-                response.headers["X-Ignored-Params"] = params.ignored
-        except BaseException:
-            reader.close()
-            raise
-        return response
+        return respond(
+            params,
+            reader,
+            connection,
+            chunks=lambda: _chunks(params, reader),
+            body=lambda: text_completion(reader, params.id, params.model, choices=params.choices),
+        )
 
     return routes
 
 
-class _ResponseParams(NamedTuple):
-    """What a response needs of its request."""
-
-    id: str
-    model: str
-    choices: int
-    stream: bool
-    include_usage: bool
-    ignored: str
-
-
 def _submit(
     raw: dict[str, Any], catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
-) -> tuple[_ResponseParams, JoinedReader]:
+) -> tuple[ResponseParams, JoinedReader]:
     """Validate the request and queue its jobs. Nothing keeps its body after this returns."""
     body = parse(CompletionRequest, raw)
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -67,7 +54,7 @@ def _submit(
     n, origin = jobs[0].sampling.n, job_origin(raw)
     jobs = [msgspec.structs.replace(job, **origin) for job in jobs]
     name_request(request_id, jobs[0].model)
-    params = _ResponseParams(
+    params = ResponseParams(
         request_id,
         jobs[0].model,
         len(jobs) * n,
@@ -80,19 +67,13 @@ def _submit(
     return params, reader
 
 
-def _respond(params: _ResponseParams, reader: JoinedReader, connection: Connection) -> Response:
-    """Wait for the first token of a stream, or for the whole completion."""
-    if params.stream:
-        encoder = TextChunkEncoder(
-            params.id,
-            params.model,
-            n=params.choices,
-            include_usage=params.include_usage,
-            timings=reader.timings.milliseconds,
-        )
-        return stream_response(ChunkStream(reader, encoder), connection, reader.close)
-    body = text_completion(reader, params.id, params.model, choices=params.choices)
-    response = json_response(body)
-    add_timings(response, reader.timings.milliseconds())
-    reader.close()
-    return response
+def _chunks(params: ResponseParams, reader: JoinedReader) -> ChunkStream:
+    """Wait for the first token."""
+    encoder = TextChunkEncoder(
+        params.id,
+        params.model,
+        n=params.choices,
+        include_usage=params.include_usage,
+        timings=reader.timings.milliseconds,
+    )
+    return ChunkStream(reader, encoder)

@@ -15,7 +15,7 @@ from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, job_origin, name_request
+from app.http.wsgi import add_job_headers, job_origin, name_request
 from catalogue import COMPLETION, DETOKENIZE_PATH, TOKENIZE_PATH, Catalogue
 from protocol.events import Event, Text, Tokens
 
@@ -51,9 +51,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
         finally:
             reader.close()
         response = json_response({"code": 0, "message": "success", **to_body(events)})
-        add_timings(response, reader.timings.milliseconds())
-        if ignored := ignored_params(body, raw):
-            response.headers["X-Ignored-Params"] = ignored
+        add_job_headers(response, reader.timings.milliseconds(), ignored_params(body, raw))
         return response
 
     return routes

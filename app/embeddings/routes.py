@@ -16,7 +16,7 @@ from app.http.access_log import current_access
 from app.http.connection import Connection
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
-from app.http.wsgi import add_timings, job_origin, name_request
+from app.http.wsgi import add_job_headers, job_origin, name_request
 from catalogue import EMBEDDING, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -46,9 +46,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
             _giving_way(embeddings_body(request_id, model, rows, usage, base64=is_base64)),
             content_type="application/json",
         )
-        add_timings(response, reader.timings.milliseconds())
-        if ignored:
-            response.headers["X-Ignored-Params"] = ignored
+        add_job_headers(response, reader.timings.milliseconds(), ignored)
         return response
 
     return routes

@@ -49,10 +49,16 @@ def job_origin(given: dict[str, Any]) -> dict[str, str | None]:
     return {"wallet_sha256": wallet_sha256(given), "traceparent": current_access().traceparent}
 
 
-def add_timings(response: Response, milliseconds: dict[str, int]) -> None:
-    """Tell the client the times of its job: queued_ms becomes the header X-Queued-Ms."""
+def add_job_headers(response: Response, milliseconds: dict[str, int], ignored: str) -> None:
+    """Tell the client the times of its job, and the fields of its body that have no effect.
+
+    `milliseconds`: queued_ms becomes the header X-Queued-Ms. `ignored`: the value of X-Ignored-Params, "" for none
+    (app.http.request_body.ignored_params).
+    """
     for name, value in milliseconds.items():
         response.headers["X-" + name.replace("_", "-").title()] = str(value)
+    if ignored:
+        response.headers["X-Ignored-Params"] = ignored
 
 
 def add_request_ids(app: Flask) -> None:

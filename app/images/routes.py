@@ -14,7 +14,7 @@ from app.http.connection import Connection
 from app.http.errors import json_response
 from app.http.request_body import BodyReader, ignored_params
 from app.http.validation import parse
-from app.http.wsgi import add_timings, job_origin, name_request
+from app.http.wsgi import add_job_headers, job_origin, name_request
 from app.image_input.fetch import ImageFetcher
 from app.image_input.source import counted
 from app.images.body import MAX_FORM_BYTES, MAX_JSON_BYTES, ImageBody, read_image_body
@@ -70,9 +70,7 @@ def blueprint(
         else:
             answer = images_response(created, job, images, link=lambda name: public_url + FILES + name)
         response = json_response(answer)
-        add_timings(response, reader.timings.milliseconds())
-        if ignored := ignored_params(params, body.fields):
-            response.headers["X-Ignored-Params"] = ignored
+        add_job_headers(response, reader.timings.milliseconds(), ignored_params(params, body.fields))
         return response
 
     @routes.post(GENERATION.path)

@@ -1,0 +1,84 @@
+"""The response of a chat or a completion: a stream of chunks, or one JSON document."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from flask import Response, request
+
+from app.dispatch.timings import Timings
+from app.http.access_log import current_access
+from app.http.connection import Connection
+from app.http.errors import json_response
+from app.http.sse import EventStream
+from app.http.wsgi import add_job_headers
+
+
+class Chunks(Protocol):
+    """Frames for app.http.sse.EventStream: app.chat.response.ChunkStream."""
+
+    def next_frames(self) -> bytes | None: ...
+
+
+class TimedReader(Protocol):
+    """The part of app.dispatch.dispatcher.EventReader that is needed here."""
+
+    timings: Timings
+
+    def close(self) -> None: ...
+
+
+class ResponseParams(NamedTuple):
+    """What a response needs of its request. No more is kept: thousands of streams are open at once."""
+
+    id: str
+    model: str
+    choices: int
+    stream: bool
+    include_usage: bool
+    ignored: str
+    resumable: bool = False
+
+
+def respond(
+    params: ResponseParams,
+    reader: TimedReader,
+    connection: Connection,
+    *,
+    chunks: Callable[[], Chunks],
+    body: Callable[[], dict[str, Any]],
+) -> Response:
+    """Wait for the first token of a stream, which `chunks` does, or for the whole document, which `body` reads.
+
+    `reader` is closed at the end of the stream; otherwise before this returns or raises.
+    """
+    try:
+        if params.stream:
+            response = stream_response(chunks(), connection, reader.close)
+            add_job_headers(response, {}, params.ignored)
+        else:
+            response = json_response(body())
+            add_job_headers(response, reader.timings.milliseconds(), params.ignored)
+            reader.close()
+    except BaseException:
+        reader.close()
+        raise
+    return response
+
+
+def stream_response(chunks: Chunks, connection: Connection, close: Callable[[], None]) -> Response:
+    """Make the response. The WSGI server closes it, which calls `close`."""
+
+    def end() -> None:
+        close()
+        connection.end_sending()
+
+    connection.begin_sending()
+    # gunicorn keeps the environ until the stream ends, and would keep the request and its body with it
+    request.environ.pop("werkzeug.request", None)
+    return Response(
+        EventStream(chunks.next_frames, end, current_access().fail),
+        content_type="text/event-stream; charset=utf-8",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream
+        direct_passthrough=True,
+    )
