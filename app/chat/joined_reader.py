@@ -6,13 +6,13 @@ from typing import Protocol
 import msgspec
 
 from app.chat.response import ChatEventReader
-from app.dispatch.dispatcher import CHECK_S
+from app.dispatch.event_reader import CHECK_S
 from app.dispatch.timings import Timings
 from protocol.events import Delta, Echo, Event, Finished, Usage
 
 
 class ClosableReader(Protocol):
-    """The part of app.dispatch.dispatcher.EventReader that is needed here."""
+    """The part of app.dispatch.event_reader.EventReader that is needed here."""
 
     finished: bool
     timings: Timings

@@ -20,7 +20,7 @@ class Chunks(Protocol):
 
 
 class TimedReader(Protocol):
-    """The part of app.dispatch.dispatcher.EventReader that is needed here."""
+    """The part of app.dispatch.event_reader.EventReader that is needed here."""
 
     timings: Timings
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from app.dispatch.dispatcher import CHECK_S
+from app.dispatch.event_reader import CHECK_S
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
@@ -57,7 +57,7 @@ def _call_part(event: ToolCallDelta) -> dict[str, Any]:
 
 
 class Reader(Protocol):
-    """The part of app.dispatch.dispatcher.EventReader that a response needs."""
+    """The part of app.dispatch.event_reader.EventReader that a response needs."""
 
     finished: bool
 

@@ -14,7 +14,8 @@ from app.chat.respond import Chunks, ResponseParams, respond
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.resumable import NumberedChunks, is_wanted
 from app.chat.schema import ChatCompletionRequest
-from app.dispatch.dispatcher import Dispatcher, EventReader
+from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.event_reader import EventReader
 from app.dispatch.models import find_model
 from app.dispatch.resumption import Resumption
 from app.dispatch.worker_view import WorkerView

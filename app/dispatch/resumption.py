@@ -8,7 +8,7 @@ from contextlib import suppress
 import msgspec
 from redis.exceptions import RedisError
 
-from app.dispatch.dispatcher import Client, EventReader
+from app.dispatch.event_reader import Client, EventReader
 from app.dispatch.timings import Timings
 from protocol.errors import NotFound
 from protocol.event_router import EventRouter, Inbox

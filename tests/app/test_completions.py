@@ -14,7 +14,7 @@ from app.chat.text_logprobs import TextLogprobs
 from app.chat.text_response import TextChunkEncoder, text_completion
 from app.chat.text_schema import MAX_CHOICES, MAX_PROMPT_TOKENS, MAX_PROMPTS, CompletionRequest
 from app.chat.tokens_schema import DetokenizeRequest, TokenizeRequest
-from app.dispatch.dispatcher import EventReader
+from app.dispatch.event_reader import EventReader
 from app.http.validation import parse
 from catalogue import ChatModelEntry
 from protocol.errors import DeadlineExceeded, InvalidRequest, UnsupportedParameter, WorkerLost

@@ -1,11 +1,11 @@
-"""app.dispatch.dispatcher.EventReader: reads after the deadline, during a shutdown, after a disconnect."""
+"""app.dispatch.event_reader.EventReader: reads after the deadline, during a shutdown, after a disconnect."""
 
 import time
 from typing import Any
 
 import pytest
 
-from app.dispatch.dispatcher import DEADLINE_GRACE_S, EventReader
+from app.dispatch.event_reader import DEADLINE_GRACE_S, EventReader
 from protocol.errors import (
     Cancelled,
     CancelledByOperator,
