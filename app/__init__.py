@@ -3,7 +3,10 @@
 It never imports torch or workers.
 """
 
-from flask import Flask
+from collections.abc import Iterator
+
+from click import Command
+from flask import Blueprint, Flask
 
 from app.chat.resumable import blueprint as resumable_blueprint
 from app.chat.routes import ChatInputs
@@ -24,10 +27,11 @@ from app.images.routes import blueprint as images_blueprint
 from app.operations.activity import blueprint as activity_blueprint
 from app.operations.activity import note_ended
 from app.operations.drains import blueprint as drains_blueprint
+from app.operations.health import blueprint as health_blueprint
 from app.operations.models import blueprint as models_blueprint
 from app.operations.openapi import describe
 from app.operations.routes import blueprint as operations_blueprint
-from app.services import build_services
+from app.services import Services, build_services
 from catalogue import Catalogue
 from config import Settings
 from node.cli import node_commands
@@ -44,7 +48,20 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     services = build_services(settings, catalogue)
     app = Flask("modelservice", static_folder=None)
     app.extensions[EXTENSION] = services.process
+    _add_hooks(app, settings, services)
+    blueprints = (
+        *_model_blueprints(settings, catalogue, services),
+        *_operations(settings, catalogue, services),
+    )
+    for blueprint in blueprints:
+        app.register_blueprint(blueprint)
+    for command in _commands(settings, catalogue, services):
+        app.cli.add_command(command)
+    return app
 
+
+def _add_hooks(app: Flask, settings: Settings, services: Services) -> None:
+    """Add what is done with every request and every response."""
     # metrics first, so that refused requests are counted too
     services.metrics.init_app(app)
     app.before_request(services.origins.check)
@@ -55,81 +72,72 @@ def create_app(settings: Settings, catalogue: Catalogue | None = None) -> Flask:
     register_error_handlers(app)
 
     def on_end(access: Access) -> None:
-        note_ended(services.activity, access)
+        note_ended(services.shared.activity, access)
         services.traces.end(access)
 
     app.wsgi_app = log_accesses(PlainPaths(app.wsgi_app), on_end)  # type: ignore[method-assign, assignment]
 
-    app.register_blueprint(
-        chat_blueprint(
-            ChatInputs(catalogue, services.dispatcher, services.worker_view, services.fetcher.fetch),
-            services.resumption,
-            services.bodies,
-        )
+
+def _model_blueprints(settings: Settings, catalogue: Catalogue, services: Services) -> Iterator[Blueprint]:
+    """Make the endpoints of models, which need a worker."""
+    dispatcher, bodies, fetcher = services.dispatcher, services.bodies, services.fetcher
+    inputs = ChatInputs(catalogue, dispatcher, services.shared.worker_view, fetcher.fetch)
+    yield chat_blueprint(inputs, services.resumption, bodies)
+    yield resumable_blueprint(services.resumption)
+    for blueprint in (completions_blueprint, tokens_blueprint, embeddings_blueprint):
+        yield blueprint(catalogue=catalogue, dispatcher=dispatcher, bodies=bodies)
+    yield images_blueprint(
+        catalogue=catalogue,
+        dispatcher=dispatcher,
+        bodies=bodies,
+        fetcher=fetcher,
+        image_store=services.shared.image_store,
+        image_ttl_s=settings.image_ttl_s,
+        public_url=settings.public_url,
     )
-    app.register_blueprint(resumable_blueprint(services.resumption))
-    for blueprint in (completions_blueprint, tokens_blueprint):
-        app.register_blueprint(
-            blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
-        )
-    app.register_blueprint(
-        embeddings_blueprint(catalogue=catalogue, dispatcher=services.dispatcher, bodies=services.bodies)
+
+
+def _operations(settings: Settings, catalogue: Catalogue, services: Services) -> Iterator[Blueprint]:
+    """Make the endpoints that the web process answers by itself."""
+    shared, process, operators = services.shared, services.process, services.operators
+    yield models_blueprint(
+        catalogue=catalogue, public_url=settings.public_url, worker_view=shared.worker_view
     )
-    app.register_blueprint(
-        images_blueprint(
-            catalogue=catalogue,
-            dispatcher=services.dispatcher,
-            bodies=services.bodies,
-            fetcher=services.fetcher,
-            image_store=services.image_store,
-            image_ttl_s=settings.image_ttl_s,
-            public_url=settings.public_url,
-        )
+    yield health_blueprint(
+        catalogue.models,
+        shared.worker_view,
+        namespace=services.deployment.namespace,
+        redis_state=process.redis_state,
+        draining_for_s=process.draining_for_s,
+        has_key=services.gate.has_key,
+        warnings=services.warnings,
     )
-    app.register_blueprint(
-        models_blueprint(
-            catalogue=catalogue, public_url=settings.public_url, worker_view=services.worker_view
-        )
+    yield operations_blueprint(
+        shared.worker_view,
+        render_metrics=services.deployment_metrics.render,
+        description=describe(settings.public_url, _first_models(catalogue), keyed=bool(settings.api_keys)),
     )
-    app.register_blueprint(
-        operations_blueprint(
-            models=catalogue.models,
-            namespace=services.deployment.namespace,
-            worker_view=services.worker_view,
-            metrics=services.metrics,
-            redis_state=services.process.redis_state,
-            draining_for_s=services.process.draining_for_s,
-            has_key=services.gate.has_key,
-            warnings=services.warnings,
-            description=describe(
-                settings.public_url, _first_models(catalogue), keyed=bool(settings.api_keys)
-            ),
-        )
+    yield activity_blueprint(
+        shared.activity,
+        shared.drains,
+        shared.worker_view,
+        check_may_look=operators.check_may_look,
+        may_act=operators.may_act,
     )
-    app.register_blueprint(
-        activity_blueprint(
-            services.activity,
-            services.drains,
-            services.worker_view,
-            check_may_look=services.operators.check_may_look,
-            may_act=services.operators.may_act,
-        )
+    yield drains_blueprint(
+        shared.leases, shared.drains, services.bodies, check_may_act=operators.check_may_act
     )
-    app.register_blueprint(
-        drains_blueprint(
-            services.leases, services.drains, services.bodies, check_may_act=services.operators.check_may_act
-        )
-    )
-    app.register_blueprint(console_blueprint())
-    app.cli.add_command(node_commands(services.deployment, leases=services.leases, lock=services.node_lock))
-    app.cli.add_command(worker_commands(services.leases, services.drains))
-    app.cli.add_command(receipt_commands(settings.receipts))
-    names = [entry.name for entry in catalogue.models]
-    app.cli.add_command(request_commands(names, services.requests, services.leases))
-    app.cli.add_command(
-        doctor_command(settings, catalogue, services.deployment, services.redis, services.leases)
-    )
-    return app
+    yield console_blueprint()
+
+
+def _commands(settings: Settings, catalogue: Catalogue, services: Services) -> Iterator[Command]:
+    """Make the commands of `flask --app wsgi`."""
+    shared, deployment = services.shared, services.deployment
+    yield node_commands(deployment, leases=shared.leases, lock=services.node_lock)
+    yield worker_commands(shared.leases, shared.drains)
+    yield receipt_commands(settings.receipts)
+    yield request_commands([entry.name for entry in catalogue.models], shared.requests, shared.leases)
+    yield doctor_command(settings, catalogue, deployment, services.redis, shared.leases)
 
 
 def _first_models(catalogue: Catalogue) -> dict[str, str]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from app.dispatch.monitor import RequestMonitor
+from app.dispatch.heartbeat import WebHeartbeat
 from app.dispatch.worker_view import WorkerView
 from app.http.request_trace import RequestTraces
 from node.reconciler import Reconciler
@@ -28,14 +28,14 @@ class WebProcess:
         *,
         router: EventRouter,
         worker_view: WorkerView,
-        monitor: RequestMonitor,
+        heartbeat: WebHeartbeat,
         reconciler: Reconciler | None,
         traces: RequestTraces,
         warnings: Sequence[str] = (),
     ) -> None:
         self._router = router
         self._worker_view = worker_view
-        self._monitor = monitor
+        self._heartbeat = heartbeat
         self._reconciler = reconciler
         self._traces = traces
         self._warnings = warnings
@@ -53,7 +53,7 @@ class WebProcess:
             log.warning("%s", warning)
         self._traces.start()
         self._router.start()
-        self._monitor.start()
+        self._heartbeat.start()
         if self._reconciler is not None:
             self._reconciler.start()
         give_up_at = time.monotonic() + START_S
@@ -61,10 +61,10 @@ class WebProcess:
             time.sleep(0.02)
 
     def stop(self) -> None:
-        """End the threads; the monitor then releases the lease of this process."""
+        """End the threads; the heartbeat then releases the lease of this process."""
         if self._reconciler is not None:
             self._reconciler.stop()
-        self._monitor.stop()
+        self._heartbeat.stop()
         self._router.stop()
         self._traces.stop()
 
@@ -76,8 +76,8 @@ class WebProcess:
         """Return "ok", "unreachable", or "refuses writes: " and the reason."""
         if not self._worker_view.reachable:
             return "unreachable"
-        if self._monitor.refusal:
-            return f"refuses writes: {self._monitor.refusal}"
+        if self._heartbeat.refusal:
+            return f"refuses writes: {self._heartbeat.refusal}"
         return "ok" if self._router.subscribed.is_set() else "unreachable"
 
     def draining_for_s(self) -> float:

@@ -1,12 +1,14 @@
 """The composition root of a web process: makes every collaborator once."""
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
 from app.dispatch.activity import Activity
 from app.dispatch.dispatcher import Dispatcher
+from app.dispatch.heartbeat import WebHeartbeat
 from app.dispatch.monitor import RequestMonitor
 from app.dispatch.request_metrics import RequestMetrics
 from app.dispatch.resumption import Resumption
@@ -17,7 +19,8 @@ from app.http.origin import OriginCheck
 from app.http.request_body import BodyBudget, BodyReader
 from app.http.request_trace import RequestTraces
 from app.image_input.fetch import ImageFetcher
-from app.operations.metrics import Metrics
+from app.operations.metrics import DeploymentMetrics
+from app.operations.process_metrics import ProcessMetrics
 from app.operations.warnings import Warnings
 from app.process import WebProcess
 from catalogue import CHAT, Catalogue
@@ -42,6 +45,33 @@ from protocol.resumable_streams import ResumableStreams
 
 
 @dataclass(frozen=True)
+class _Redis:
+    """How a web process gets to Redis. `web_id`: its own id there."""
+
+    client: RedisClient
+    background: RedisClient
+    """A burst of requests may use all connections of `client`. What the process does by itself has its own: it tells
+    whether Redis answers, and keeps the lease."""
+    keys: Keys
+    web_id: str
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What the processes of a deployment share in Redis, as this process reads and writes it."""
+
+    leases: Leases
+    worker_view: WorkerView
+    drains: Drains
+    requests: OpenRequests
+    activity: Activity
+    queue: JobQueue
+    router: EventRouter
+    image_store: ImageStore
+    metric_store: MetricStore
+
+
+@dataclass(frozen=True)
 class Services:
     """The collaborators that `create_app` hands to hooks, blueprints and commands, to each what it uses."""
 
@@ -50,86 +80,39 @@ class Services:
     gate: Gate
     origins: OriginCheck
     operators: Operators
-    metrics: Metrics
+    metrics: ProcessMetrics
+    deployment_metrics: DeploymentMetrics
     traces: RequestTraces
+    shared: Shared
     dispatcher: Dispatcher
     resumption: Resumption
     bodies: BodyReader
-    worker_view: WorkerView
-    activity: Activity
     warnings: Warnings
-    image_store: ImageStore
     fetcher: ImageFetcher
     redis: RedisClient
-    leases: Leases
-    drains: Drains
-    requests: OpenRequests
     node_lock: NodeLock
 
 
 def build_services(settings: Settings, catalogue: Catalogue) -> Services:
     """Make everything. Nothing connects or starts yet."""
     namespace = namespace_of(settings, catalogue)
-    keys = Keys.of(namespace)
-    client = connect_redis(settings)
-    # A burst of requests may use all connections of `client`. What the process does by itself has its own: it tells
-    # whether Redis answers, and keeps the lease.
-    background = connect_redis(settings)
-    web_id = uuid.uuid4().hex
-    leases = Leases(background, keys)
-    drains = Drains(background, keys)
-    requests = OpenRequests(background, keys, mark_ttl_s=claim_ttl_s(settings))
-    worker_view = WorkerView(leases)
-    activity = Activity(background, keys, [entry.name for entry in catalogue.models])
-    celery = create_celery(settings, keys)
-    queue = JobQueue(client, keys, celery, claim_ttl_s=claim_ttl_s(settings), background=background)
-    queue.prepare(entry.name for entry in catalogue.models)
-    router = EventRouter(background, keys, web_id)
-    deployment = Deployment(settings, namespace, catalogue.project)
-    node_lock = NodeLock(background, keys, settings.node_url, settings.service_id)
-    reconciler = None
-    if settings.node_url:
-        reconciler = Reconciler(
-            Election(background, keys.reconciler(settings.node_url, settings.service_id), ELECTION_TTL_S),
-            leases,
-            NodeClient(settings.node_url),
-            node_lock,
-            deployment=deployment,
-        )
+    redis = _Redis(connect_redis(settings), connect_redis(settings), Keys.of(namespace), uuid.uuid4().hex)
+    names = [entry.name for entry in catalogue.models]
+    shared = _build_shared(settings, names, redis)
     registry = CollectorRegistry()
-    metrics = Metrics(
-        registry,
-        web_id=web_id,
-        models=[entry.name for entry in catalogue.models],
-        store=MetricStore(background, keys),
-        leases=leases,
-        queue=queue,
-        worker_view=worker_view,
-        router=router,
-    )
-    traces = RequestTraces(settings.otel_exporter_otlp_endpoint, web_id)
+    metrics = ProcessMetrics(registry, shared.router, shared.metric_store, web_id=redis.web_id)
+    traces = RequestTraces(settings.otel_exporter_otlp_endpoint, redis.web_id)
+    deployment = Deployment(settings, namespace, catalogue.project)
+    node_lock = NodeLock(redis.background, redis.keys, settings.node_url, settings.service_id)
     process = WebProcess(
-        router=router,
-        worker_view=worker_view,
-        monitor=RequestMonitor(
-            background,
-            keys,
-            web_id=web_id,
-            leases=leases,
-            worker_view=worker_view,
-            router=router,
-            queue=queue,
-            activity=activity,
-            publish_metrics=metrics.publish,
-        ),
-        reconciler=reconciler,
+        router=shared.router,
+        worker_view=shared.worker_view,
+        heartbeat=_build_heartbeat(redis, shared, metrics),
+        reconciler=_build_reconciler(settings, redis, shared.leases, node_lock, deployment),
         traces=traces,
         warnings=settings.warnings(),
     )
-    image_store = ImageStore(
-        client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
-    )
-    gate = Gate(settings, _build_limiter(settings, client, keys, worker_view))
+    gate = Gate(settings, _build_limiter(settings, redis, shared.worker_view))
     origins = OriginCheck(settings)
     return Services(
         deployment=deployment,
@@ -138,54 +121,131 @@ def build_services(settings: Settings, catalogue: Catalogue) -> Services:
         origins=origins,
         operators=Operators(settings, origins, gate.carries_one_of),
         metrics=metrics,
+        deployment_metrics=DeploymentMetrics(
+            names,
+            shared.metric_store,
+            shared.leases,
+            shared.queue,
+            shared.worker_view,
+            publish=metrics.publish,
+        ),
         traces=traces,
-        dispatcher=Dispatcher(
-            settings,
-            web_id=web_id,
-            queue=queue,
-            router=router,
-            worker_view=worker_view,
-            requests=requests,
-            metrics=RequestMetrics(registry),
-            connected=process.connected,
-            draining_for_s=process.draining_for_s,
-        ),
-        resumption=Resumption(
-            ResumableStreams(client, keys, ttl_s=claim_ttl_s(settings)),
-            router,
-            requests,
-            web_id=web_id,
-            deadline_s=CHAT.deadline_s(settings),
-            grace_s=settings.stream_grace_s,
-            owner=gate.caller,
-            draining_for_s=process.draining_for_s,
-        ),
+        shared=shared,
+        dispatcher=_build_dispatcher(settings, redis, shared, process, RequestMetrics(registry)),
+        resumption=_build_resumption(settings, redis, shared, process, gate),
         bodies=BodyReader(BodyBudget()),
-        worker_view=worker_view,
-        activity=activity,
-        warnings=Warnings(
-            settings, catalogue.models, worker_view, background, Alarms(background, keys), drains
-        ),
-        image_store=image_store,
+        warnings=_build_warnings(settings, catalogue, redis, shared),
         fetcher=ImageFetcher(
             allowed_hosts=settings.allowed_image_hosts,
             public_url=settings.public_url,
-            read_own=image_store.get,
+            read_own=shared.image_store.get,
         ),
-        redis=background,
-        leases=leases,
-        drains=drains,
-        requests=requests,
+        redis=redis.background,
         node_lock=node_lock,
     )
 
 
-def _build_limiter(
-    settings: Settings, client: RedisClient, keys: Keys, worker_view: WorkerView
-) -> Limiter | None:
+def _build_shared(settings: Settings, models: Sequence[str], redis: _Redis) -> Shared:
+    background, keys = redis.background, redis.keys
+    leases = Leases(background, keys)
+    queue = JobQueue(
+        redis.client,
+        keys,
+        create_celery(settings, keys),
+        claim_ttl_s=claim_ttl_s(settings),
+        background=background,
+    )
+    queue.prepare(models)
+    return Shared(
+        leases=leases,
+        worker_view=WorkerView(leases),
+        drains=Drains(background, keys),
+        requests=OpenRequests(background, keys, mark_ttl_s=claim_ttl_s(settings)),
+        activity=Activity(background, keys, models),
+        queue=queue,
+        router=EventRouter(background, keys, redis.web_id),
+        image_store=ImageStore(
+            redis.client, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
+        ),
+        metric_store=MetricStore(background, keys),
+    )
+
+
+def _build_heartbeat(redis: _Redis, shared: Shared, metrics: ProcessMetrics) -> WebHeartbeat:
+    monitor = RequestMonitor(redis.background, redis.keys, shared.worker_view, shared.router, shared.queue)
+    return WebHeartbeat(
+        redis.web_id,
+        shared.leases,
+        shared.worker_view,
+        shared.queue,
+        shared.activity,
+        monitor,
+        publish_metrics=metrics.publish,
+    )
+
+
+def _build_reconciler(
+    settings: Settings, redis: _Redis, leases: Leases, node_lock: NodeLock, deployment: Deployment
+) -> Reconciler | None:
+    if not settings.node_url:
+        return None
+    return Reconciler(
+        Election(
+            redis.background, redis.keys.reconciler(settings.node_url, settings.service_id), ELECTION_TTL_S
+        ),
+        leases,
+        NodeClient(settings.node_url),
+        node_lock,
+        deployment=deployment,
+    )
+
+
+def _build_dispatcher(
+    settings: Settings, redis: _Redis, shared: Shared, process: WebProcess, metrics: RequestMetrics
+) -> Dispatcher:
+    return Dispatcher(
+        settings,
+        web_id=redis.web_id,
+        queue=shared.queue,
+        router=shared.router,
+        worker_view=shared.worker_view,
+        requests=shared.requests,
+        metrics=metrics,
+        connected=process.connected,
+        draining_for_s=process.draining_for_s,
+    )
+
+
+def _build_resumption(
+    settings: Settings, redis: _Redis, shared: Shared, process: WebProcess, gate: Gate
+) -> Resumption:
+    return Resumption(
+        ResumableStreams(redis.client, redis.keys, ttl_s=claim_ttl_s(settings)),
+        shared.router,
+        shared.requests,
+        web_id=redis.web_id,
+        deadline_s=CHAT.deadline_s(settings),
+        grace_s=settings.stream_grace_s,
+        owner=gate.caller,
+        draining_for_s=process.draining_for_s,
+    )
+
+
+def _build_warnings(settings: Settings, catalogue: Catalogue, redis: _Redis, shared: Shared) -> Warnings:
+    return Warnings(
+        settings,
+        catalogue.models,
+        shared.worker_view,
+        redis.background,
+        Alarms(redis.background, redis.keys),
+        shared.drains,
+    )
+
+
+def _build_limiter(settings: Settings, redis: _Redis, worker_view: WorkerView) -> Limiter | None:
     if not (settings.rate_limit and settings.api_keys):
         return None
     # imported here, because few deployments have a limit and the others start sooner without the library
     from app.http.rate_limit import RateLimiter
 
-    return RateLimiter(settings.rate_limit, client, keys, reachable=lambda: worker_view.reachable)
+    return RateLimiter(settings.rate_limit, redis.client, redis.keys, reachable=lambda: worker_view.reachable)

@@ -1,31 +1,22 @@
-"""Checks once a second on the requests for which no events arrive, all of them in one pipeline.
+"""Checks the requests for which no events arrive, all of them in one pipeline.
 
-It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, sends
-ids again that were lost between the queue and a worker, deletes the replay lists of finished requests, writes
-what the process did and renews its lease, with which its metrics are written.
+It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, and sends ids
+again that were lost between the queue and a worker.
 """
 
 import logging
-import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
 
-from redis.exceptions import RedisError
-
-from app.dispatch.activity import Activity
 from app.dispatch.worker_view import WorkerView
 from protocol import events
 from protocol.connections import RedisClient
 from protocol.errors import Cancelled, NoWorker, QueueUnavailable, ServiceError, WorkerLost
 from protocol.event_router import EventRouter, Inbox
-from protocol.leases import REFRESH_S, Leases
 from protocol.names import Keys
 from protocol.queue import JobQueue
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 1.0
 SILENCE_S = 2.0
 """A request without events for this long is checked."""
 GAP_LIMIT_S = 10.0
@@ -36,74 +27,21 @@ UNSERVED_S = 5.0
 """A waiting request fails when its model has had no worker, not even one that loads, for this long."""
 
 
-class RequestMonitor(threading.Thread):
-    """One thread in each web process (a greenlet under gunicorn)."""
+class RequestMonitor:
+    """Checks the requests of this web process whose events do not arrive. Called by the process's heartbeat."""
 
     def __init__(
-        self,
-        client: RedisClient,
-        keys: Keys,
-        *,
-        web_id: str,
-        leases: Leases,
-        worker_view: WorkerView,
-        router: EventRouter,
-        queue: JobQueue,
-        activity: Activity,
-        publish_metrics: Callable[[], None],
+        self, client: RedisClient, keys: Keys, worker_view: WorkerView, router: EventRouter, queue: JobQueue
     ) -> None:
-        """`publish_metrics` is called with each renewal of the lease, and may raise redis.RedisError."""
-        super().__init__(name="monitor", daemon=True)
         self._redis = client
         self._keys = keys
-        self._web_id = web_id
-        self._leases = leases
         self._worker_view = worker_view
         self._router = router
         self._queue = queue
-        self._activity = activity
-        self._publish_metrics = publish_metrics
-        self._renew_at = 0.0
-        self._refusal = ""
-        self._stopping = threading.Event()
 
-    def stop(self) -> None:
-        """End the thread after the check that is running. Does not wait for it."""
-        self._stopping.set()
-
-    def run(self) -> None:
-        """Check until `stop` is called, then release the lease of this process."""
-        while not self._stopping.is_set():
-            try:
-                self.tick()
-            except RedisError as error:
-                log.warning("Redis can't be reached: %s", error)
-            except Exception:
-                # without this thread, a request whose worker died would wait until its deadline
-                log.exception("request monitor failed; it continues")
-            self._stopping.wait(INTERVAL_S)
-        try:
-            self._activity.write()
-            self._publish_metrics()
-            self._leases.release_web(self._web_id)
-        except RedisError:
-            log.info("Redis can't be reached: the lease of this process was not released and will expire")
-
-    @property
-    def refusal(self) -> str:
-        """Why Redis refused the last write, "" if it took it. One that is full or a replica answers reads all the same."""
-        return self._refusal
-
-    def tick(self) -> None:
+    def check(self) -> None:
         """Check every silent request once. Raises redis.RedisError."""
         now = time.monotonic()
-        if now >= self._renew_at:
-            self._renew(now)
-        self._worker_view.refresh()
-        self._queue.sweep()
-        # _renew tells of a Redis that refuses writes; requests are checked all the same
-        with suppress(RedisError):
-            self._activity.write()
         silent = [inbox for inbox in self._router.inboxes() if _is_silent(inbox, now)]
         if not silent:
             return
@@ -116,19 +54,6 @@ class RequestMonitor(threading.Thread):
             elif inbox.incarnation_id is None and claim is None:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
-
-    def _renew(self, now: float) -> None:
-        """Renew the lease of this process. A Redis that refuses it must not keep requests from being checked."""
-        try:
-            self._leases.renew_web(self._web_id)
-        except RedisError as error:
-            if not self._refusal:
-                log.warning("Redis refuses to write: %s", error)
-            self._refusal = str(error) or type(error).__name__
-        else:
-            self._refusal = ""
-            self._renew_at = now + REFRESH_S
-            self._publish_metrics()
 
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool, bool]]:
         """Feed the inboxes from the replay lists.

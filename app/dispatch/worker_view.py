@@ -1,4 +1,4 @@
-"""A web process's view of the workers: a snapshot of their leases, taken every second by the monitor."""
+"""A web process's view of the workers: a snapshot of their leases, taken every second by the heartbeat."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""app.operations.metrics on a real Redis: each web process shows the metrics of the whole deployment."""
+"""app.operations.metrics and process_metrics on a real Redis: each web process shows the metrics of the whole deployment."""
 
 import re
 from typing import Any
@@ -10,7 +10,8 @@ from prometheus_client import CollectorRegistry
 from app.dispatch.request_metrics import RequestMetrics
 from app.dispatch.timings import Timings
 from app.dispatch.worker_view import WorkerView
-from app.operations.metrics import Metrics
+from app.operations.metrics import DeploymentMetrics
+from app.operations.process_metrics import ProcessMetrics
 from config import Settings
 from protocol.celery_app import create_celery
 from protocol.event_router import EventRouter
@@ -37,15 +38,10 @@ class Web:
         self.router = EventRouter(redis, keys, web_id)
         self.registry = CollectorRegistry()
         self.requests = RequestMetrics(self.registry)
-        self.metrics = Metrics(
-            self.registry,
-            web_id=web_id,
-            models=["echo"],
-            store=MetricStore(redis, keys),
-            leases=self.leases,
-            queue=self.queue,
-            worker_view=self.worker_view,
-            router=self.router,
+        store = MetricStore(redis, keys)
+        self.metrics = ProcessMetrics(self.registry, self.router, store, web_id=web_id)
+        self.deployment = DeploymentMetrics(
+            ["echo"], store, self.leases, self.queue, self.worker_view, publish=self.metrics.publish
         )
         app = Flask(web_id)
         self.metrics.init_app(app)
@@ -54,7 +50,7 @@ class Web:
 
     def samples(self) -> dict[str, float]:
         """What a scrape of this process finds."""
-        lines = self.metrics.render().decode().splitlines()
+        lines = self.deployment.render().decode().splitlines()
         found = [line.rpartition(" ") for line in lines if not line.startswith("#")]
         return {name: float(value) for name, _, value in found}
 
@@ -192,7 +188,7 @@ def test_streams_go_on_while_many_metrics_are_written(
     two.metrics.publish()
     pauses: list[float] = []
     monkeypatch.setattr("protocol.metrics.time.sleep", pauses.append)
-    families = one.metrics.render().count(b"# TYPE")
+    families = one.deployment.render().count(b"# TYPE")
     own = len(list(one.registry.collect()))
     assert pauses == [0] * (own + families)
 

@@ -1,4 +1,4 @@
-"""app.dispatch.monitor.RequestMonitor against a real Redis: requests for which no events arrive.
+"""app.dispatch.monitor and app.dispatch.heartbeat against a real Redis: requests for which no events arrive.
 
 The tests call `tick` instead of waiting for the thread, and set times of a request back instead of waiting.
 """
@@ -10,6 +10,7 @@ import pytest
 from redis.exceptions import OutOfMemoryError
 
 from app.dispatch.activity import Activity
+from app.dispatch.heartbeat import WebHeartbeat
 from app.dispatch.monitor import GAP_LIMIT_S, ORPHAN_S, SILENCE_S, UNSERVED_S, RequestMonitor
 from app.dispatch.worker_view import WorkerView
 from config import Settings
@@ -38,7 +39,7 @@ ANSWER: list[Event] = [
 
 
 class Web:
-    """The parts of a web process that the monitor uses. The router is not started: nothing is published."""
+    """The parts of a web process that the heartbeat uses. The router is not started: nothing is published."""
 
     def __init__(self, server: RedisServer, keys: Keys) -> None:
         self.redis: Any = server.client
@@ -49,18 +50,17 @@ class Web:
         self.router = EventRouter(self.redis, keys, WEB)
         self.worker_view = WorkerView(self.leases)
         self.activity = Activity(self.redis, keys, [MODEL])
-        self.monitor = self.new_monitor(RequestMonitor)
+        self.heartbeat = self.new_heartbeat()
 
-    def new_monitor(self, kind: type[RequestMonitor]) -> RequestMonitor:
+    def new_heartbeat(self, kind: type[WebHeartbeat] = WebHeartbeat) -> WebHeartbeat:
+        monitor = RequestMonitor(self.redis, self.keys, self.worker_view, self.router, self.queue)
         return kind(
-            self.redis,
-            self.keys,
-            web_id=WEB,
-            leases=self.leases,
-            worker_view=self.worker_view,
-            router=self.router,
-            queue=self.queue,
-            activity=self.activity,
+            WEB,
+            self.leases,
+            self.worker_view,
+            self.queue,
+            self.activity,
+            monitor,
             publish_metrics=lambda: None,
         )
 
@@ -125,7 +125,7 @@ def test_a_gap_is_filled_from_the_replay_list_which_may_have_duplicates(web: Web
         inbox.feed(envelope)
     assert inbox.gap_since is not None and inbox.next_events(0) == []
     web.write("r", *envelopes("r", 0, 1, 0, 1, 2, 3))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == ANSWER[1:]
     assert inbox.ended and inbox.gap_since is None
 
@@ -133,7 +133,7 @@ def test_a_gap_is_filled_from_the_replay_list_which_may_have_duplicates(web: Web
 def test_a_silent_request_gets_the_events_whose_messages_were_lost(web: Web) -> None:
     inbox, other = web.running(), web.running("other")
     web.write("r", *envelopes("r", 0, 1))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == [Delta("one")] and not inbox.ended
     assert other.next_events(0) == [] and not other.ended
 
@@ -141,11 +141,11 @@ def test_a_silent_request_gets_the_events_whose_messages_were_lost(web: Web) -> 
 def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
     inbox = web.running()
     inbox.feed(Envelope("r", 2, ANSWER[2]))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert not inbox.ended, "the missing event may still come"
     assert inbox.gap_since is not None
     inbox.gap_since -= GAP_LIMIT_S
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert failure(inbox) == Failed(
         "queue_unavailable", "a part of the response was lost; send the request again"
     )
@@ -154,7 +154,7 @@ def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
 def test_a_pause_of_the_web_process_fails_no_request(web: Web) -> None:
     """A gap or a silence that was short before the pause has become long, and the worker's lease has expired."""
     silent, with_gap = web.running("silent"), web.running("with gap")
-    web.monitor.tick()
+    web.heartbeat.tick()
     with_gap.feed(Envelope("with gap", 2, ANSWER[2]))
     assert with_gap.gap_since is not None
     for inbox in (silent, with_gap):
@@ -162,7 +162,7 @@ def test_a_pause_of_the_web_process_fails_no_request(web: Web) -> None:
     with_gap.gap_since -= 60
     web.redis.delete(web.keys.lease("gpu0"))
     web.write("with gap", *envelopes("with gap", 0, 1, 2))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert with_gap.next_events(0) == ANSWER[1:3] and not with_gap.ended
     assert silent.next_events(0) == [] and not silent.ended
 
@@ -170,7 +170,7 @@ def test_a_pause_of_the_web_process_fails_no_request(web: Web) -> None:
 def test_a_request_whose_claim_is_lost_fails(web: Web) -> None:
     inbox = web.running()
     web.redis.delete(web.keys.claim("r"))
-    web.monitor.tick()
+    web.heartbeat.tick()
     found = failure(inbox)
     assert found.code == "queue_unavailable" and "while this request was running" in found.message
 
@@ -180,17 +180,17 @@ def test_a_request_whose_worker_is_lost_fails(web: Web, started: bool) -> None:
     inbox = web.running()
     if not started:
         inbox.incarnation_id = None
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert not inbox.ended
     web.lease("gpu0:second")
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert failure(inbox).code == "worker_lost"
 
 
 def test_a_request_whose_job_is_lost_fails(web: Web) -> None:
     inbox = web.request()
     web.redis.delete(web.keys.job("r"))
-    web.monitor.tick()
+    web.heartbeat.tick()
     found = failure(inbox)
     assert found.code == "queue_unavailable" and "while this request was waiting" in found.message
 
@@ -199,7 +199,7 @@ def test_a_waiting_request_that_an_operator_cancels_fails_without_being_lost(web
     inbox, other = web.request(), web.request("other")
     assert OpenRequests(web.redis, web.keys, mark_ttl_s=100).cancel("r", [MODEL])
     web.lease(WORKER)
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert failure(inbox).code == "cancelled"
     assert not other.ended
 
@@ -207,7 +207,7 @@ def test_a_waiting_request_that_an_operator_cancels_fails_without_being_lost(web
 def test_a_request_that_its_worker_has_given_up_fails(web: Web) -> None:
     inbox = web.running()
     web.queue.end("r", MODEL)
-    web.monitor.tick()
+    web.heartbeat.tick()
     found = failure(inbox)
     assert found.code == "queue_unavailable" and "could not deliver" in found.message
 
@@ -218,11 +218,11 @@ def test_a_request_fails_when_an_event_can_not_be_read_and_no_other_does(web: We
     web.write("r", started)
     web.redis.rpush(web.keys.replay("r"), b'["r",1,["new-event",1]]', events.encode(second))
     web.write("other", *envelopes("other", 0, 1))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert other.next_events(0) == [Delta("one")]
     assert inbox.gap_since is not None
     inbox.gap_since -= GAP_LIMIT_S + 1
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert "a part of the response was lost" in failure(inbox).message and not other.ended
 
 
@@ -237,16 +237,16 @@ def unserved(web: Web, state: str) -> Inbox:
     """A waiting request whose model's only worker has had `state` for longer than UNSERVED_S."""
     clock = Clock()
     web.worker_view = WorkerView(web.leases, clock)
-    web.monitor = web.new_monitor(RequestMonitor)
+    web.heartbeat = web.new_heartbeat()
     web.lease(WORKER)
     inbox = web.request()
-    web.monitor.tick()
+    web.heartbeat.tick()
     web.lease(WORKER, state)
     for _ in range(int(UNSERVED_S)):
-        web.monitor.tick()
+        web.heartbeat.tick()
         assert not inbox.ended
         clock.now += 1
-    web.monitor.tick()
+    web.heartbeat.tick()
     return inbox
 
 
@@ -267,21 +267,21 @@ def test_a_redis_that_refuses_writes_is_noticed_and_requests_are_checked(
     def refuse(web_id: str) -> None:
         raise OutOfMemoryError("command not allowed when used memory > 'maxmemory'.")
 
-    assert not web.monitor.refusal
+    assert not web.heartbeat.refusal
     monkeypatch.setattr(web.leases, "renew_web", refuse)
-    web.monitor.tick()
-    assert "maxmemory" in web.monitor.refusal
+    web.heartbeat.tick()
+    assert "maxmemory" in web.heartbeat.refusal
     assert failure(inbox).code == "worker_lost"
     monkeypatch.undo()
-    web.monitor.tick()
-    assert not web.monitor.refusal
+    web.heartbeat.tick()
+    assert not web.heartbeat.refusal
 
 
 def test_a_terminal_event_in_the_replay_list_wins_over_a_lost_worker(web: Web) -> None:
     inbox = web.running()
     web.write("r", *envelopes("r", 0, 1, 2, 3))
     web.lease("gpu0:second")
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == ANSWER[1:]
 
 
@@ -289,17 +289,17 @@ def test_a_request_with_new_events_in_the_replay_list_is_not_failed_before_they_
     inbox = web.running()
     web.write("r", *envelopes("r", 0, 1))
     web.lease("gpu0:second")
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == [Delta("one")] and not inbox.ended
     inbox.last_event_at -= SILENCE_S
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert failure(inbox).code == "worker_lost"
 
 
 def test_nothing_happens_to_a_silent_request_whose_worker_lives(web: Web) -> None:
     inbox = web.running()
     for _ in range(3):
-        web.monitor.tick()
+        web.heartbeat.tick()
     assert inbox.next_events(0) == [] and not inbox.ended
     assert web.queued() == 0 and inbox.orphan_since is None
 
@@ -309,14 +309,14 @@ def test_a_request_that_hears_events_is_not_checked(web: Web) -> None:
     inbox.last_event_at += SILENCE_S
     web.redis.delete(web.keys.claim("r"), web.keys.job("r"))
     web.write("r", *envelopes("r", 0, 1))
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == [] and not inbox.ended
 
 
 def test_a_request_that_is_not_admitted_yet_is_not_checked(web: Web) -> None:
     inbox = web.router.open("r", MODEL)
     inbox.last_event_at -= SILENCE_S
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.next_events(0) == [] and not inbox.ended
 
 
@@ -324,14 +324,14 @@ def test_an_id_that_a_worker_took_without_claiming_it_is_sent_again_once(web: We
     inbox = web.request()
     web.pop()
     for _ in range(2):
-        web.monitor.tick()
+        web.heartbeat.tick()
         assert web.queued() == 0, "a worker may be about to claim it"
     assert inbox.orphan_since is not None
     inbox.orphan_since -= ORPHAN_S
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert web.queued() == 1 and inbox.resent
     web.pop()
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert web.queued() == 0 and not inbox.ended
 
 
@@ -341,27 +341,27 @@ def test_an_id_is_sent_again_when_a_younger_request_was_claimed_before_it(web: W
     web.pop()
     web.lease(WORKER)
     assert web.queue.claim("younger", MODEL, WORKER) is not None
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert older.orphan_since is not None
     older.orphan_since -= ORPHAN_S
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert older.resent and web.queued() == 2
 
 
 def test_an_id_that_waits_in_the_queue_is_not_sent_again(web: Web) -> None:
     inbox = web.request()
     web.pop()
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.orphan_since is not None
     assert web.queue.send_again("r", MODEL)
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert inbox.orphan_since is None and not inbox.resent and web.queued() == 1
 
 
 def test_replay_lists_of_finished_requests_are_deleted_and_the_lease_is_renewed(web: Web) -> None:
     web.write("r", *envelopes("r", 0, 1, 2, 3))
     web.queue.forget("r")
-    web.monitor.tick()
+    web.heartbeat.tick()
     assert not web.redis.exists(web.keys.replay("r"))
     assert web.leases.living_webs([WEB]) == {WEB}
 
@@ -369,9 +369,9 @@ def test_replay_lists_of_finished_requests_are_deleted_and_the_lease_is_renewed(
 def test_the_thread_survives_a_failed_round_and_releases_the_lease_at_its_end(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.dispatch.monitor.INTERVAL_S", 0.01)
+    monkeypatch.setattr("app.dispatch.heartbeat.INTERVAL_S", 0.01)
 
-    class FailsOnce(RequestMonitor):
+    class FailsOnce(WebHeartbeat):
         failed = threading.Event()
 
         def tick(self) -> None:
@@ -380,9 +380,9 @@ def test_the_thread_survives_a_failed_round_and_releases_the_lease_at_its_end(
                 raise RuntimeError("once")
             super().tick()
 
-    monitor = web.new_monitor(FailsOnce)
-    monitor.start()
+    heartbeat = web.new_heartbeat(FailsOnce)
+    heartbeat.start()
     wait_until(lambda: web.leases.living_webs([WEB]) == {WEB}, timeout_s=30, what="the lease is renewed")
-    monitor.stop()
-    monitor.join(30)
-    assert not monitor.is_alive() and web.leases.living_webs([WEB]) == set()
+    heartbeat.stop()
+    heartbeat.join(30)
+    assert not heartbeat.is_alive() and web.leases.living_webs([WEB]) == set()

@@ -32,7 +32,9 @@ def calls() -> list[str]:
 
 @pytest.fixture
 def parts(calls: list[str]) -> dict[str, Any]:
-    return {name: Part(name, calls) for name in ("router", "worker_view", "monitor", "reconciler", "traces")}
+    return {
+        name: Part(name, calls) for name in ("router", "worker_view", "heartbeat", "reconciler", "traces")
+    }
 
 
 def test_the_threads_start_in_order_and_stop_in_the_opposite_one(
@@ -42,8 +44,8 @@ def test_the_threads_start_in_order_and_stop_in_the_opposite_one(
     process.start()
     process.stop()
     assert calls == [
-        *("start traces", "start router", "start monitor", "start reconciler"),
-        *("stop reconciler", "stop monitor", "stop router", "stop traces"),
+        *("start traces", "start router", "start heartbeat", "start reconciler"),
+        *("stop reconciler", "stop heartbeat", "stop router", "stop traces"),
     ]
 
 
@@ -60,10 +62,10 @@ def test_it_is_connected_while_redis_answers_and_the_channel_is_subscribed(parts
     parts["worker_view"].reachable = False
     assert not process.connected()
     parts["worker_view"].reachable = True
-    parts["monitor"].refusal = "it is full"
+    parts["heartbeat"].refusal = "it is full"
     assert not process.connected(), "Redis answers reads, and refuses what queues a request"
     assert process.redis_state() == "refuses writes: it is full"
-    parts["monitor"].refusal = ""
+    parts["heartbeat"].refusal = ""
     parts["router"].subscribed.is_set = lambda: False
     assert not process.connected()
 

@@ -38,7 +38,7 @@ class Bench:
         self.client.delete(self.keys.lease("cid"))
 
     def watch(self, seconds: int) -> None:
-        """Let time pass, with a refresh each second as the monitor does it."""
+        """Let time pass, with a refresh each second as the heartbeat does it."""
         for _ in range(seconds):
             self.now += 1
             self.view.refresh()
