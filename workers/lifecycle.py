@@ -27,9 +27,10 @@ from workers.buffered_log import buffer_lines, flush_lines
 from workers.canary import SwitchableEmit, run_canary
 from workers.control import check_options, install_controls, stop_at_hangup
 from workers.engines.base import EngineLoadError, TemporaryLoadError
-from workers.heartbeat import NotConsuming, WorkerReplaced
+from workers.held_lease import WorkerReplaced
 from workers.job_log import log as job_log
 from workers.json_logs import format_handlers
+from workers.queue_watch import NotConsuming
 from workers.services import Worker
 from workers.stop_signal import StopSignal
 from workers.watchdog import EngineHung

@@ -12,6 +12,7 @@ from protocol.errors import Cancelled, EngineError, ServiceError
 from protocol.event_sender import EventSender
 from protocol.events import Event, Failed, Finished, Started
 from protocol.jobs import ChatJob, work_of
+from protocol.leases import WorkerRecord
 from protocol.queue import Claimed, JobQueue, UnreadableJob
 from protocol.resumable_streams import web_of
 from workers.engines.base import CancelReason, Engine
@@ -52,19 +53,18 @@ class Runner:
 
     def __init__(
         self,
-        *,
-        model: str,
-        incarnation_id: str,
+        identity: WorkerRecord,
         queue: JobQueue,
         engine: Engine,
         sender: EventSender,
         throughput: Throughput,
         gpu_time: GpuTime,
+        *,
         on_ended: Callable[[JobLog], None],
     ) -> None:
         """`on_ended` is called in the thread of the task, with each job that has ended."""
-        self._model = model
-        self._incarnation_id = incarnation_id
+        self._model = identity.model
+        self._incarnation_id = identity.incarnation_id
         self._queue = queue
         self._engine = engine
         self._sender = sender

@@ -25,17 +25,20 @@ from protocol.metrics import MetricStore
 from protocol.names import Keys
 from protocol.queue import JobQueue, claim_ttl_s
 from protocol.resumable_streams import ResumableStreams
+from workers.abandoned import AbandonedRequests
 from workers.device import visible_gpus
 from workers.engines import LazyEngine
 from workers.engines.base import Engine
 from workers.gpu_time import GpuTime
 from workers.gpu_watch import GpuWatch
 from workers.heartbeat import Heartbeat
+from workers.held_lease import HeldLease
 from workers.image_keeper import keep_image
 from workers.intake import Intake
 from workers.job_log import JobLog
 from workers.metrics import WorkerMetrics
 from workers.operator_drain import OperatorDrain
+from workers.queue_watch import QueueWatch
 from workers.runner import Runner
 from workers.status import WorkerStatus
 from workers.stream_readers import StreamReaders
@@ -73,32 +76,13 @@ def build_worker(
     identity = identify(settings, catalogue, entry, namespace, node_name)
     leases = Leases(redis, keys)
     queue = JobQueue(redis, keys, celery, claim_ttl_s=claim_ttl_s(settings))
-    image_store = ImageStore(
-        redis, keys, ttl_s=settings.image_ttl_s, capacity_bytes=settings.image_store_mb * 2**20
-    )
-    sender = EventSender(redis, keys, prepare=partial(keep_image, image_store))
+    sender = _build_sender(settings, redis, keys)
     engine = LazyEngine(entry, gpus=identity.gpus, gpu_share=settings.worker_gpu_share)
     throughput = Throughput(entry.engine.max_batch_size)
     gpu_time = GpuTime()
     metrics = WorkerMetrics(identity, engine, gpu_time, MetricStore(redis, keys))
-    write_receipt = _receipts(settings, identity, entry)
-    trace_job, stop_traces = _traces(settings, identity)
-
-    def on_ended(job: JobLog) -> None:
-        metrics.ended(job)
-        write_receipt(job)
-        trace_job(job)
-
-    runner = Runner(
-        model=entry.name,
-        incarnation_id=identity.incarnation_id,
-        queue=queue,
-        engine=engine,
-        sender=sender,
-        throughput=throughput,
-        gpu_time=gpu_time,
-        on_ended=on_ended,
-    )
+    on_ended, stop_traces = _on_ended(settings, identity, entry, metrics)
+    runner = Runner(identity, queue, engine, sender, throughput, gpu_time, on_ended=on_ended)
     record_changed = threading.Event()
     registrar = _build_registrar(settings, catalogue, entry, identity.cid, redis, keys, record_changed)
     intake = Intake(celery)
@@ -111,17 +95,12 @@ def build_worker(
         metrics.write_off_running()
         registrar.lease_was_lost()
 
+    readers = StreamReaders(ResumableStreams(redis, keys, ttl_s=claim_ttl_s(settings)), runner, sender)
     heartbeat = Heartbeat(
-        leases,
-        queue,
-        runner,
-        StreamReaders(ResumableStreams(redis, keys, ttl_s=claim_ttl_s(settings)), runner, sender),
         watchdog,
-        throughput,
-        model=entry.name,
-        get_record=status.record,
-        renew_now=record_changed,
-        on_expired=on_expired,
+        HeldLease(leases, get_record=status.record, changed=record_changed, on_expired=on_expired),
+        QueueWatch(queue, runner, throughput, model=entry.name, is_ready=lambda: status.ready),
+        AbandonedRequests(queue, leases, readers, runner),
         look_for_drain=operator_drain.look,
         publish_metrics=metrics.publish,
     )
@@ -164,6 +143,27 @@ def identify(
         node=settings.node_url,
         gpus=gpus,
     )
+
+
+def _build_sender(settings: Settings, redis: RedisClient, keys: Keys) -> EventSender:
+    capacity_bytes = settings.image_store_mb * 2**20
+    image_store = ImageStore(redis, keys, ttl_s=settings.image_ttl_s, capacity_bytes=capacity_bytes)
+    return EventSender(redis, keys, prepare=partial(keep_image, image_store))
+
+
+def _on_ended(
+    settings: Settings, identity: WorkerRecord, entry: ModelEntry, metrics: WorkerMetrics
+) -> tuple[Callable[[JobLog], None], Callable[[], None]]:
+    """What is done with each job that has ended, and what sends the traces that are left at the end."""
+    write_receipt = _receipts(settings, identity, entry)
+    trace_job, stop_traces = _traces(settings, identity)
+
+    def on_ended(job: JobLog) -> None:
+        metrics.ended(job)
+        write_receipt(job)
+        trace_job(job)
+
+    return on_ended, stop_traces
 
 
 def _traces(

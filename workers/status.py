@@ -63,6 +63,11 @@ class WorkerStatus:
             self._changed.set()
 
     @property
+    def ready(self) -> bool:
+        """Whether the worker takes requests."""
+        return self._shown_state() == "ready"
+
+    @property
     def stopping(self) -> bool:
         """Whether the process is about to end."""
         return self._state == "draining"

@@ -9,7 +9,10 @@ import redis
 from protocol.leases import LEASE_TTL_S, REFRESH_S, Leases, WorkerRecord
 from protocol.names import Keys
 from tests.records import worker_record
-from workers.heartbeat import DEAF_LOOKS, Heartbeat, NotConsuming, WorkerReplaced
+from workers.abandoned import AbandonedRequests
+from workers.heartbeat import Heartbeat
+from workers.held_lease import HeldLease, WorkerReplaced
+from workers.queue_watch import DEAF_LOOKS, NotConsuming, QueueWatch
 from workers.watchdog import EngineHung
 
 
@@ -45,18 +48,17 @@ class Bench:
         stand_in = cast(Any, self)
         self.heartbeat = Heartbeat(
             stand_in,
-            stand_in,
-            stand_in,
-            stand_in,
-            stand_in,
-            stand_in,
-            model="m",
-            get_record=lambda: worker_record(state=self.state),
-            renew_now=self.renew_now,
-            on_expired=self.on_expired,
+            HeldLease(
+                stand_in,
+                get_record=lambda: worker_record(state=self.state),
+                changed=self.renew_now,
+                on_expired=self.on_expired,
+                clock=lambda: self.now,
+            ),
+            QueueWatch(stand_in, stand_in, stand_in, model="m", is_ready=lambda: self.state == "ready"),
+            AbandonedRequests(stand_in, stand_in, stand_in, stand_in, lambda: self.now),
             look_for_drain=self.look_for_drain,
             publish_metrics=self.publish_metrics,
-            clock=lambda: self.now,
         )
 
     def on_expired(self) -> None:

@@ -24,7 +24,7 @@ from protocol.names import Keys
 from tests.deployment import wait_until
 from tests.records import worker_record
 from workers.engines.base import Emit, EngineLoadError, EngineStatus, TemporaryLoadError
-from workers.heartbeat import WorkerReplaced
+from workers.held_lease import WorkerReplaced
 from workers.job_log import log as job_log
 from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
 from workers.lifecycle import log as lifecycle_log

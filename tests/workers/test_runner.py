@@ -27,6 +27,7 @@ from protocol.names import Keys
 from protocol.queue import JobQueue
 from protocol.resumable_streams import ResumableStreams, StreamRecord
 from tests.deployment import RedisServer, wait_until
+from tests.records import worker_record
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.gpu_time import GpuTime
 from workers.job_log import JobLog
@@ -76,13 +77,12 @@ class Bench:
         self.throughput = Mock(Throughput)
         self.ended: list[JobLog] = []
         self.runner = Runner(
-            model=MODEL,
-            incarnation_id=ME,
-            queue=self.queue,
-            engine=self.engine,
-            sender=self.sender,
-            throughput=self.throughput,
-            gpu_time=GpuTime(),
+            worker_record(incarnation_id=ME, model=MODEL),
+            self.queue,
+            self.engine,
+            self.sender,
+            self.throughput,
+            GpuTime(),
             on_ended=self.ended.append,
         )
         self.tasks: list[threading.Thread] = []
