@@ -16,8 +16,8 @@ from logs import print_failure
 from protocol.celery_app import consume, create_celery
 from protocol.connections import namespace_of
 from protocol.names import Keys
+from workers.celery_signals import connect_signals
 from workers.json_logs import write_json
-from workers.lifecycle import connect_signals
 from workers.services import build_worker
 
 

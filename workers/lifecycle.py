@@ -1,35 +1,27 @@
 """The order of events in a worker: load, warm up, canary, register, serve; at a stop unregister, drain, exit.
 
-The lease is held from before the load until the exit. Celery's signals drive all this; in the threads pool
-they fire in this one process (docs/adr/0001-threads-pool.md).
+The lease is held from before the load until the exit. workers/celery_signals.py drives all this.
 """
 
 import gc
 import logging
 import os
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import msgspec
-from celery import Celery
-from celery.signals import worker_init, worker_ready, worker_shutdown
 from redis.exceptions import RedisError
 
-from config import EXIT_CONFIGURATION, EXIT_TEMPORARY, ConfigurationError
+from config import EXIT_CONFIGURATION, EXIT_TEMPORARY
 from protocol.errors import EngineStopped, ServiceError, WorkerLost
 from protocol.events import Failed
-from protocol.names import GENERATE_TASK
-from workers.buffered_log import buffer_lines, flush_lines
+from workers.buffered_log import flush_lines
 from workers.canary import SwitchableEmit, run_canary
-from workers.control import check_options, install_controls, stop_at_hangup
 from workers.engines.base import EngineLoadError, TemporaryLoadError
 from workers.held_lease import WorkerReplaced
 from workers.job_log import log as job_log
-from workers.json_logs import format_handlers
 from workers.queue_watch import NotConsuming
 from workers.services import Worker
 from workers.stop_signal import StopSignal
@@ -42,70 +34,6 @@ DRAIN_POLL_S = 0.2
 EXIT_S = 8.0
 END_S = 30.0
 """How long the steps of an end may take together, apart from the time that requests are given."""
-
-
-def connect_signals(celery: Celery, build: Callable[[str], Worker], *, json_logs: bool = False) -> None:
-    """Let Celery's signals start and stop the worker that `build` makes for Celery's name of this process."""
-
-    def on_init(sender: Any, **_: object) -> None:
-        # Celery does this after the signal, too late for what is logged while the model is loaded
-        sender.setup_logging()
-        buffer_lines(job_log)
-        if json_logs:
-            format_handlers(str(sender))
-        # until Celery installs its handler SIGTERM would end the process with its lease unreleased
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        stop_at_hangup()
-        stop = StopSignal()
-        with _fatal("the worker could not be started"):
-            conf = celery.conf
-            check_options(sender, queue=conf.task_default_queue, slots=conf.worker_concurrency)
-            worker = build(str(sender))
-            install_controls(worker.runner.revoke)
-            lifecycle = Lifecycle(worker, stop)
-
-            def on_ready(sender: Any, **_: object) -> None:
-                with _fatal("the worker could not begin to serve"):
-                    # Celery has installed a handler of its own meanwhile
-                    stop_at_hangup()
-                    lifecycle.serve(sender)
-
-            # weak=False: Celery would drop functions to which nothing else refers
-            worker_ready.connect(on_ready, weak=False)
-            worker_shutdown.connect(lambda **_: end(lifecycle), weak=False)
-
-            def generate(request_id: str) -> None:
-                worker.runner.run(request_id)
-
-            celery.task(name=GENERATE_TASK)(generate)
-            lifecycle.start()
-
-    def end(lifecycle: Lifecycle) -> None:
-        lifecycle.shut_down()
-        # Python takes its handlers away while it exits, and a late SIGTERM would then be its exit status
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    worker_init.connect(on_init, weak=False)
-
-
-@contextmanager
-def _fatal(what: str) -> Iterator[None]:
-    """End the process after an exception: of a signal's receivers Celery ignores all but SystemExit.
-
-    It would then take requests that it can't serve.
-    """
-    try:
-        yield
-    except ConfigurationError as error:
-        log.critical("%s", error)
-        raise SystemExit(EXIT_CONFIGURATION) from error
-    except TemporaryLoadError as error:
-        log.critical("%s; a later start may succeed", error)
-        raise SystemExit(EXIT_TEMPORARY) from error
-    except Exception as error:
-        log.exception("%s", what)
-        log.critical("%s: %s: %s", what, type(error).__name__, error)
-        raise SystemExit(1) from error
 
 
 class Lifecycle:

@@ -1,4 +1,4 @@
-"""workers.lifecycle with stand-ins for all collaborators but the status: what happens in which order."""
+"""workers.lifecycle and celery_signals with stand-ins for all collaborators but the status: what happens in which order."""
 
 import errno
 import logging
@@ -23,10 +23,11 @@ from protocol.leases import WorkerRecord
 from protocol.names import Keys
 from tests.deployment import wait_until
 from tests.records import worker_record
+from workers.celery_signals import connect_signals
 from workers.engines.base import Emit, EngineLoadError, EngineStatus, TemporaryLoadError
 from workers.held_lease import WorkerReplaced
 from workers.job_log import log as job_log
-from workers.lifecycle import EXIT_HUNG, Lifecycle, connect_signals
+from workers.lifecycle import EXIT_HUNG, Lifecycle
 from workers.lifecycle import log as lifecycle_log
 from workers.operator_drain import OperatorDrain
 from workers.services import Worker
