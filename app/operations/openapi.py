@@ -41,7 +41,13 @@ def describe(server_url: str, models: Mapping[str, str], *, keyed: bool = False)
         "servers": [{"url": server_url}],
         "tags": [{"name": name, "description": text} for name, text in _TAGS.items()],
         "components": {"schemas": component_schemas(), "headers": HEADERS},
-        "paths": {**_text_paths(models), **_vector_and_image_paths(models), **_operations_paths()},
+        "paths": {
+            **_chat_paths(models),
+            **_completion_paths(models),
+            **_vector_and_image_paths(models),
+            **_model_and_worker_paths(),
+            **_process_paths(),
+        },
     }
     if keyed:
         headers = {name: {"type": "apiKey", "in": "header", "name": name} for name in KEY_HEADERS}
@@ -53,8 +59,8 @@ def describe(server_url: str, models: Mapping[str, str], *, keyed: bool = False)
     return document
 
 
-def _text_paths(models: Mapping[str, str]) -> dict[str, Any]:
-    """Return the endpoints of models for texts."""
+def _chat_paths(models: Mapping[str, str]) -> dict[str, Any]:
+    """Return the endpoints of chats."""
     examples = requests(models)
     resumable = {**STRING, "description": "true: the stream can be resumed; other values are ignored"}
     last_id = {
@@ -86,6 +92,13 @@ def _text_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 errors=(400, 404, 503),
             )
         },
+    }
+
+
+def _completion_paths(models: Mapping[str, str]) -> dict[str, Any]:
+    """Return the endpoints of models for texts that take plain prompts or tokens."""
+    examples = requests(models)
+    return {
         COMPLETION.path: {
             "post": task(
                 Name("createCompletion", "Text", "Create a completion of one or more prompts"),
@@ -154,34 +167,42 @@ def _vector_and_image_paths(models: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _operations_paths() -> dict[str, Any]:
-    """Return the endpoints that the web process answers by itself."""
+def _operations(operation: str, summary: str) -> Name:
+    return Name(operation, "Operations", summary)
 
-    def named(operation: str, summary: str) -> Name:
-        return Name(operation, "Operations", summary)
 
+def _model_and_worker_paths() -> dict[str, Any]:
+    """Return the endpoints that list what is served, and those of operators."""
     models = Name("listModels", "Models", "List the models and their endpoints")
     model = Name("retrieveModel", "Models", "Retrieve a model")
     activity = "List the queues, the times to first token and the ended requests of the last minutes"
     return {
         "/v1/models": {"get": get(models, "Models")},
         "/v1/models/{name}": {"get": get(model, "Model", path="name", errors=(404,))},
-        "/v1/workers": {"get": get(named("listWorkers", "List the workers and their states"), "Workers")},
-        "/v1/workers/{worker}/drain": {
-            "post": act(named("drainWorker", "Let a worker finish what it runs and take nothing new"))
+        "/v1/workers": {
+            "get": get(_operations("listWorkers", "List the workers and their states"), "Workers")
         },
-        "/v1/workers/{worker}/resume": {"post": act(named("resumeWorker", "Let a worker serve again"))},
+        "/v1/workers/{worker}/drain": {
+            "post": act(_operations("drainWorker", "Let a worker finish what it runs and take nothing new"))
+        },
+        "/v1/workers/{worker}/resume": {"post": act(_operations("resumeWorker", "Let a worker serve again"))},
         "/v1/activity": {
             "get": get(
-                named("listActivity", activity),
+                _operations("listActivity", activity),
                 "Activity",
                 query={"after": {**STRING, "pattern": f"^{CURSOR}$"}},
                 errors=(400, 403, 503),
             )
         },
+    }
+
+
+def _process_paths() -> dict[str, Any]:
+    """Return the endpoints that tell of the web process itself."""
+    return {
         "/healthz": {
             "get": get(
-                named("checkProcess", "Check that this process runs, and whether it serves a model"),
+                _operations("checkProcess", "Check that this process runs, and whether it serves a model"),
                 "Health",
                 query=dict.fromkeys(("namespace", "model"), STRING),
                 public=True,
@@ -189,27 +210,28 @@ def _operations_paths() -> dict[str, Any]:
         },
         "/readyz": {
             "get": get(
-                named("checkReadiness", "Check that every model has a worker"),
+                _operations("checkReadiness", "Check that every model has a worker"),
                 "Readiness",
                 also={503: "Readiness"},
                 public=True,
             )
         },
-        "/health": {"get": probe(named("checkHealth", "Check that this process can serve a model"))},
-        "/ping": {"get": probe(named("ping", "The same as /health"))},
+        "/health": {"get": probe(_operations("checkHealth", "Check that this process can serve a model"))},
+        "/ping": {"get": probe(_operations("ping", "The same as /health"))},
         "/version": {
             "get": get(
-                named("retrieveVersion", "Retrieve the version of the service"), "Version", public=True
+                _operations("retrieveVersion", "Retrieve the version of the service"), "Version", public=True
             )
         },
         "/metrics": {
             "get": get(
-                named("retrieveMetrics", "Retrieve Prometheus metrics"), {"text/plain": {"schema": STRING}}
+                _operations("retrieveMetrics", "Retrieve Prometheus metrics"),
+                {"text/plain": {"schema": STRING}},
             )
         },
         "/openapi.json": {
             "get": get(
-                named("retrieveDescription", "Retrieve this document"),
+                _operations("retrieveDescription", "Retrieve this document"),
                 {"application/json": {"schema": {"type": "object"}}},
             )
         },

@@ -34,67 +34,54 @@ def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     text = {"model": models.get(CHAT.name) or models.get(COMPLETION.name, "text-model")}
     image = {"model": models.get(GENERATION.name, "image-model")}
     edit = {"model": models.get(EDIT.name, "image-model")}
-    question = {
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
-        "max_tokens": 100,
-    }
+    embedding = {"model": models.get(EMBEDDING.name, "embedding-model")}
     return {
-        CHAT.path: {
-            "A question": {**chat, **question},
-            "A stream with usage": {
-                **chat,
-                **question,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            },
-            "JSON by a schema": {
-                **chat,
-                "messages": [{"role": "user", "content": "Ada is 36 years old."}],
-                "max_tokens": 100,
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "person", "schema": _PERSON},
-                },
-            },
-            "A tool": {
-                **chat,
-                "messages": [{"role": "user", "content": "How is the weather in Oslo?"}],
-                "max_tokens": 100,
-                "tools": [_WEATHER],
-            },
-        },
-        COMPLETION.path: {
-            "A text": {**text, "prompt": "Once upon a time", "max_tokens": 50},
-            "The score of a prompt": {
-                **text,
-                "prompt": "The sky is blue",
-                "max_tokens": 0,
-                "echo": True,
-                "logprobs": 1,
-            },
-        },
-        TOKENIZE_PATH: {
-            "A text": {**text, "prompt": "Hello"},
-            "A chat": {**chat, "messages": [{"role": "user", "content": "Hello"}]},
-        },
-        DETOKENIZE_PATH: {"Tokens": {**text, "tokens": [72, 105]}},
-        GENERATION.path: {
-            "An image": {**image, "prompt": "a red circle on a white ground"},
-            "The same image again": {
-                **image,
-                "prompt": "a red circle on a white ground",
-                "seed": 7,
-                "response_format": "b64_json",
-            },
-        },
+        CHAT.path: _chats(chat),
+        **_prompts(text, chat),
+        GENERATION.path: _images(image),
         EDIT.path: {"An image in the body": {**edit, "prompt": "make it blue", "image": _RED}},
         EMBEDDING.path: {
-            "A text": {"model": models.get(EMBEDDING.name, "embedding-model"), "input": "Hello"},
-            "Texts": {
-                "model": models.get(EMBEDDING.name, "embedding-model"),
-                "input": ["Hello", "Good morning"],
-            },
+            "A text": {**embedding, "input": "Hello"},
+            "Texts": {**embedding, "input": ["Hello", "Good morning"]},
         },
+    }
+
+
+def _chats(model: dict[str, Any]) -> dict[str, Any]:
+    question = _ask(model, "What is the capital of France?")
+    by_schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": _PERSON}}
+    return {
+        "A question": question,
+        "A stream with usage": {**question, "stream": True, "stream_options": {"include_usage": True}},
+        "JSON by a schema": {**_ask(model, "Ada is 36 years old."), "response_format": by_schema},
+        "A tool": {**_ask(model, "How is the weather in Oslo?"), "tools": [_WEATHER]},
+    }
+
+
+def _ask(model: dict[str, Any], text: str) -> dict[str, Any]:
+    return {**model, "messages": [{"role": "user", "content": text}], "max_tokens": 100}
+
+
+def _prompts(model: dict[str, Any], chat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    score = {"prompt": "The sky is blue", "max_tokens": 0, "echo": True, "logprobs": 1}
+    return {
+        COMPLETION.path: {
+            "A text": {**model, "prompt": "Once upon a time", "max_tokens": 50},
+            "The score of a prompt": {**model, **score},
+        },
+        TOKENIZE_PATH: {
+            "A text": {**model, "prompt": "Hello"},
+            "A chat": {**chat, "messages": [{"role": "user", "content": "Hello"}]},
+        },
+        DETOKENIZE_PATH: {"Tokens": {**model, "tokens": [72, 105]}},
+    }
+
+
+def _images(model: dict[str, Any]) -> dict[str, Any]:
+    image = {**model, "prompt": "a red circle on a white ground"}
+    return {
+        "An image": image,
+        "The same image again": {**image, "seed": 7, "response_format": "b64_json"},
     }
 
 
