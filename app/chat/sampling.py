@@ -19,6 +19,7 @@ from pydantic_core import PydanticKnownError
 
 from app.chat.output_format import OutputFormatFields
 from app.http.validation import first_given
+from app.text_input import TokenId
 from catalogue import TextDefaults
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import SamplingParams
@@ -26,7 +27,6 @@ from protocol.jobs import SamplingParams
 MAX_STOP_SEQUENCES = 16
 MAX_LOGIT_BIAS = 1024
 MAX_N = 128
-MAX_TOKEN_ID = 2**31
 
 
 def _check_bias_count(value: object) -> object:
@@ -46,7 +46,6 @@ def stream_options_need_stream(schema: dict[str, Any]) -> None:
 
 
 Number = StrictFloat | StrictInt
-TokenId = Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]
 _Stop = Annotated[StrictStr, Field(min_length=1, max_length=1024)]
 
 

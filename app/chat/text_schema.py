@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Discriminator, Field, StrictBool, StrictInt, StrictStr, Tag, WithJsonSchema
 
-from app.chat.sampling import SamplingFields, TokenId, stream_options_need_stream
+from app.chat.sampling import SamplingFields, stream_options_need_stream
+from app.text_input import TokenId, form_of, listed
 from catalogue import TextModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import CHARACTERS_OF_A_TOKEN, CompletionJob
@@ -35,14 +36,6 @@ def _unsupported(name: str) -> Any:
     return WithJsonSchema({"enum": [None, *_UNSUPPORTED[name]]})
 
 
-def _kind(prompt: object) -> str:
-    """Return the tag of the form that a prompt has, so that a long one is validated as that alone."""
-    if not isinstance(prompt, list):
-        return "text"
-    first = prompt[0] if prompt else None
-    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "tokens"
-
-
 _Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPT_TOKENS)]
 _Prompt = Annotated[
     Annotated[StrictStr, Tag("text")]
@@ -51,7 +44,7 @@ _Prompt = Annotated[
     | Annotated[
         list[_Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS), Tag("token lists")
     ],
-    Discriminator(_kind),
+    Discriminator(form_of),
 ]
 
 
@@ -79,7 +72,7 @@ class CompletionRequest(SamplingFields):
     def to_jobs(self, request_id: str, entry: TextModelEntry) -> list[CompletionJob]:
         """Make a job for each prompt. Raises InvalidRequest and UnsupportedParameter."""
         self.refuse_unsupported(_UNSUPPORTED, entry.name)
-        prompts = self._prompts()
+        prompts = listed(self.prompt)
         if len(prompts) * (self.n or 1) > MAX_CHOICES:
             raise InvalidRequest(
                 f"n must be at most {MAX_CHOICES // len(prompts)} for {len(prompts)} prompts", param="n"
@@ -119,7 +112,3 @@ class CompletionRequest(SamplingFields):
                 f" {MAX_ECHOED:,} (tokens * n * (2 + logprobs), without logprobs tokens * n)",
                 param="echo",
             )
-
-    def _prompts(self) -> Sequence[str | list[int]]:
-        prompts: Any = self.prompt if _kind(self.prompt) in ("texts", "token lists") else [self.prompt]
-        return cast(Sequence[str | list[int]], prompts)

@@ -5,10 +5,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictStr, WithJsonSchema, model_validator
 
 from app.chat.messages import ChatMessage, images_of
-from app.chat.sampling import TokenId
 from app.chat.schema import MAX_MESSAGES
 from app.chat.tools import Tools, tools_for_job
 from app.dispatch.models import no_chat_template
+from app.text_input import TokenId
 from catalogue import ChatModelEntry, TextModelEntry
 from protocol.errors import InvalidRequest, UnsupportedParameter
 from protocol.jobs import ChatJob, DetokenizeJob, SamplingParams, TokenizeJob

@@ -1,7 +1,6 @@
 """The body of POST /v1/embeddings, with OpenAI's fields and vLLM's `truncate_prompt_tokens`, and its job."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -15,6 +14,7 @@ from pydantic import (
 )
 
 from app.http.validation import first_given
+from app.text_input import TokenId, form_of, listed
 from catalogue import EmbeddingModelEntry
 from protocol.errors import InvalidRequest
 from protocol.jobs import EmbeddingJob
@@ -24,7 +24,6 @@ MAX_INPUTS = 2048
 MAX_CHARACTERS = 2**20
 """Of a text. Tokenizing takes a second for some millions, and a model's limit is a few thousand tokens."""
 MAX_TOKENS = 2**19
-MAX_TOKEN_ID = 2**31
 
 
 def _check_text(text: str) -> str:
@@ -33,22 +32,13 @@ def _check_text(text: str) -> str:
     return text
 
 
-def _kind(given: object) -> str:
-    """Return the tag of the form that `input` has, so that a long one is validated as that alone."""
-    if not isinstance(given, list):
-        return "text"
-    first = given[0] if given else ""
-    return "texts" if isinstance(first, str) else "token lists" if isinstance(first, list) else "tokens"
-
-
 # fail_fast, here and below: a million invalid items must not become a million errors
 _Text = Annotated[
     StrictStr,
     Field(min_length=1, max_length=MAX_CHARACTERS, json_schema_extra={"pattern": r"^[^\u0000]*$"}),
     AfterValidator(_check_text),
 ]
-_Token = Annotated[StrictInt, Field(ge=0, lt=MAX_TOKEN_ID)]
-_Tokens = Annotated[list[_Token], Field(fail_fast=True, min_length=1, max_length=MAX_TOKENS)]
+_Tokens = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKENS)]
 _Input = Annotated[
     Annotated[_Text, Tag("text")]
     | Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("texts")]
@@ -56,7 +46,7 @@ _Input = Annotated[
     | Annotated[
         list[_Tokens], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS), Tag("token lists")
     ],
-    Discriminator(_kind),
+    Discriminator(form_of),
 ]
 
 
@@ -74,8 +64,7 @@ class EmbeddingRequest(BaseModel):
 
     def to_job(self, request_id: str, entry: EmbeddingModelEntry) -> EmbeddingJob:
         """Make the job. Raises InvalidRequest."""
-        many = _kind(self.input) in ("texts", "token lists")
-        inputs: Any = self.input if many else [self.input]
+        inputs = listed(self.input)
         if sum(len(part) for part in inputs if isinstance(part, list)) > MAX_TOKENS:
             raise InvalidRequest(
                 f"input must have at most {MAX_TOKENS} tokens in all lists together", param="input"
@@ -83,7 +72,7 @@ class EmbeddingRequest(BaseModel):
         return EmbeddingJob(
             id=request_id,
             model=entry.name,
-            inputs=list(cast(Sequence[str | list[int]], inputs)),
+            inputs=list(inputs),
             dimensions=self.dimensions,
             truncate_prompt_tokens=first_given(
                 self.truncate_prompt_tokens, entry.defaults.truncate_prompt_tokens
