@@ -9,6 +9,7 @@ from tests.engines.sampling_cases import KINDS, masks_of, row_of
 from tests.gpu_stand_ins import StandInGpu
 from workers.engines.chat.sampling.sampler import Sampler, Samples
 from workers.engines.chat.sequence import Sequence
+from workers.engines.chat.step_executor import with_copies
 
 LARGE = 128_256
 MIB = 1 << 20
@@ -94,3 +95,13 @@ def test_memory_beside_the_logits_does_not_grow_with_the_rows():
             peaks.append(cost.peak_bytes - logits.nbytes)
             del logits, cost
     assert peaks[1] == pytest.approx(peaks[0], rel=0.1)
+
+
+@torch.inference_mode()
+def test_the_logits_of_further_choices_are_copied_without_a_wait():
+    with StandInGpu() as gpu:
+        logits = torch.randn(3, 20)
+        on_gpu = logits.to("cuda")
+        cost = gpu.measure(partial(with_copies, on_gpu, [0, 2, 2]))
+        assert cost.waits == [] and cost.operations == 1
+        assert torch.equal(cost.result.cpu(), logits[[0, 1, 2, 0, 2, 2]])

@@ -204,7 +204,7 @@ class StepExecutor:
         Returns rows and logits with the forks added.
         """
         scheduler = self._parts.scheduler
-        all_rows, sources = list(rows), list(range(len(rows)))
+        all_rows, forked = list(rows), []
         for at, sequence in enumerate(rows):
             if sequence.output:
                 continue
@@ -218,10 +218,18 @@ class StepExecutor:
                     continue
                 if scheduler.fork(sequence, sibling):
                     all_rows.append(sibling)
-                    sources.append(at)
+                    forked.append(at)
                 else:
                     scheduler.add(sibling)
-        return all_rows, logits if len(all_rows) == len(rows) else logits[sources]
+        return all_rows, with_copies(logits, forked) if forked else logits
+
+
+def with_copies(logits: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Return the logits and, after them, those of `rows` again.
+
+    By slices: a list as index goes to the device first, and the host waits for that.
+    """
+    return torch.cat([logits, *(logits[row : row + 1] for row in rows)])
 
 
 def _with_grammar(batch: ScheduledBatch, chunks: list[Chunk]) -> list[Sequence]:
