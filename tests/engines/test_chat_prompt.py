@@ -176,7 +176,7 @@ def test_the_end_token_of_the_config_counts_if_it_is_a_special_token():
     system = TOKENIZER.convert_tokens_to_ids("<|system|>")
     for token, expected in ((system, {EOS, system}), (300, {EOS})):
         config = LlamaConfig(vocab_size=VOCABULARY, eos_token_id=token)
-        made = PromptBuilder(TOKENIZER, GenerationConfig(), VOCABULARY, CONTEXT, config)
+        made = PromptBuilder(TOKENIZER, GenerationConfig(), VOCABULARY, CONTEXT, config=config)
         assert made.build(job()).sampling.stop_token_ids == expected
 
 

@@ -119,18 +119,7 @@ def _build(
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
     scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
-    for_chats = _chat_options(options)
-    prompts = PromptBuilder(
-        loaded.tokenizer,
-        loaded.model.generation_config,
-        rows,
-        max_context,
-        loaded.text_config,
-        for_chats.tool_format,
-        for_chats.control_tokens_in_content,
-        vocabulary,
-        vision,
-    )
+    prompts = _build_prompts(loaded, options, rows, vocabulary, max_context, vision)
     # a sampled token is also the next step's input
     sampled = sampled_tokens(loaded.tokenizer, min(rows, vocabulary))
     sampler = Sampler(vocabulary, options.max_batch_size, loaded.device, sampled)
@@ -156,11 +145,29 @@ def _build(
     )
 
 
-def _chat_options(options: TextEngineOptions) -> ChatEngineOptions:
-    """The options for messages. A model that takes none need not tell its control tokens from their text."""
-    if isinstance(options, ChatEngineOptions):
-        return options
-    return ChatEngineOptions(tool_format="none", control_tokens_in_content=True)
+def _build_prompts(
+    loaded: LoadedModel,
+    options: TextEngineOptions,
+    rows: int,
+    vocabulary: int,
+    max_context: int,
+    vision: Vision | None,
+) -> PromptBuilder:
+    """`rows`: of the embedding. `vocabulary`: number of logits."""
+    if not isinstance(options, ChatEngineOptions):
+        # a model that takes no messages need not tell its control tokens from their text
+        options = ChatEngineOptions(tool_format="none", control_tokens_in_content=True)
+    return PromptBuilder(
+        loaded.tokenizer,
+        loaded.model.generation_config,
+        rows,
+        max_context,
+        config=loaded.text_config,
+        tool_format=options.tool_format,
+        control_tokens_in_content=options.control_tokens_in_content,
+        logits_size=vocabulary,
+        vision=vision,
+    )
 
 
 def _checked_vision(loaded: LoadedModel, backend: Backend, metrics: Metrics) -> Vision | None:

@@ -3,20 +3,20 @@
 Runs in the thread that submits, never in the engine thread.
 """
 
-import random
 from collections.abc import Callable
 from typing import Any
 
 from jinja2 import TemplateError
 
 from protocol.errors import Cancelled, ContextLengthExceeded, InvalidRequest, UnsupportedParameter
-from protocol.jobs import ChatJob, CompletionJob, SamplingParams, TextJob
+from protocol.jobs import ChatJob, CompletionJob, TextJob
 from workers.engines.chat.answer.format import AnswerFormat
 from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.encoding import PromptEncoder
 from workers.engines.chat.end_tokens import end_tokens
 from workers.engines.chat.grammar.compiler import GrammarCompiler
-from workers.engines.chat.sequence import Request, Sampling, Sequence
+from workers.engines.chat.sampling.defaults import SamplingDefaults
+from workers.engines.chat.sequence import Request, Sequence
 from workers.engines.chat.text_bound import TextBound
 from workers.engines.chat.vision.features import PromptImages
 from workers.engines.chat.vision.vision import Vision
@@ -48,31 +48,32 @@ class PromptBuilder:
         generation: Any,
         vocabulary_size: int,
         max_context: int,
+        *,
         config: Any = None,
         tool_format: str | None = None,
         control_tokens_in_content: bool = False,
-        logits: int | None = None,
+        logits_size: int | None = None,
         vision: Vision | None = None,
     ) -> None:
         """`generation` and `config`: the model's generation config and its config for text.
 
-        `vocabulary_size`: number of rows of the embedding. `logits`: that of the logits, if it differs.
+        `vocabulary_size`: number of rows of the embedding. `logits_size`: that of the logits, if it differs.
         `max_context`: limit of prompt and answer together, in tokens.
         `tool_format`: the catalogue's, None: as the chat template shows it.
         `control_tokens_in_content`: see PromptEncoder. `vision`: of a model that takes images. Raises
         EngineLoadError.
         """
         self._tokenizer = tokenizer
-        self._generation = generation
         self._vocabulary = Vocabulary.of(tokenizer)
         self._answers = AnswerFormat(tokenizer, tool_format)
         self._vocabulary_size = vocabulary_size
         self._max_context = max_context
-        self._eos = end_tokens(generation, config, tokenizer)
+        end = end_tokens(generation, config, tokenizer)
+        self._defaults = SamplingDefaults(generation, end, vocabulary_size)
         self._vision = vision
         placeholder = vision.reader.placeholder if vision is not None else None
         self._encoder = PromptEncoder(tokenizer, control_tokens_in_content, placeholder)
-        self.grammars = GrammarCompiler(tokenizer, max(vocabulary_size, logits or 0), self._eos)
+        self.grammars = GrammarCompiler(tokenizer, max(vocabulary_size, logits_size or 0), end)
         self._bound = TextBound(tokenizer)
 
     @property
@@ -161,7 +162,7 @@ class PromptBuilder:
                 f" the model's tokens are 0 to {self._vocabulary_size - 1}",
                 param=param,
             )
-        return Request(job.id, prompt, self._resolve(job.sampling, self._max_context - len(prompt)))
+        return Request(job.id, prompt, self._defaults.resolve(job.sampling, self._max_context - len(prompt)))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the tokens of a text that is no chat: see PromptEncoder.encode_raw."""
@@ -252,41 +253,3 @@ class PromptBuilder:
                 param="messages",
             ) from error
         return text
-
-    def _resolve(self, params: SamplingParams, room: int) -> Sampling:
-        """Fill in defaults. `room`: number of tokens that the context leaves for the answer."""
-        outside = [token for token in params.logit_bias if not 0 <= token < self._vocabulary_size]
-        if outside:
-            raise InvalidRequest(
-                f"logit_bias has token {outside[0]}; the model's tokens are 0 to {self._vocabulary_size - 1}",
-                param="logit_bias",
-            )
-        stops = frozenset(token for token in params.stop_token_ids if 0 <= token < self._vocabulary_size)
-        max_tokens = min(params.max_tokens, room)
-        return Sampling(
-            max_tokens=max_tokens,
-            min_tokens=min(params.min_tokens, max_tokens),
-            temperature=self._default(params.temperature, "temperature", 1.0),
-            top_p=self._default(params.top_p, "top_p", 1.0),
-            top_k=int(self._default(params.top_k, "top_k", 0)),
-            min_p=self._default(params.min_p, "min_p", 0.0),
-            seed=params.seed if params.seed is not None else random.getrandbits(63),
-            n=params.n,
-            stop=params.stop,
-            stop_token_ids=stops if params.ignore_eos else stops | self._eos,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=self._default(params.repetition_penalty, "repetition_penalty", 1.0),
-            logit_bias=tuple(params.logit_bias.items()),
-            logprobs=params.logprobs,
-        )
-
-    def _default(self, given: float | None, name: str, neutral: float) -> float:
-        """Return the request's value, else the generation config's, else the neutral one."""
-        if given is not None:
-            return float(given)
-        if name == "temperature" and getattr(self._generation, "do_sample", None) is False:
-            # transformers ignores a temperature beside do_sample false
-            return 0.0
-        value = getattr(self._generation, name, None)
-        return float(neutral if value is None else value)
