@@ -9,8 +9,8 @@ import torch
 from tests.engines.flash_model import move_to
 from tests.engines.tiny_embedding import TEXTS, add_modules, entry_of, make_tokenizer, plain, save_model
 from tests.gpu_stand_ins import StandInGpu
-from workers.engines.embedding import EmbeddingEngine
 from workers.engines.embedding.loader import LoadedEncoder, load_encoder
+from workers.engines.embedding.warm_up import warm_up
 
 GPU = torch.device("cuda", 0)
 
@@ -49,6 +49,6 @@ def test_no_pass_of_the_warm_up_is_larger_than_those_of_requests(tmp_path: Path,
     loaded = Recording(**{**values, "device": GPU})
     with StandInGpu():
         move_to(loaded.model, GPU)
-        EmbeddingEngine(entry)._warm_up(loaded, batch_tokens)
+        warm_up(entry, loaded, batch_tokens)
     assert max(width for _, width in sizes) == loaded.max_tokens
     assert all(count == 1 or count * width <= batch_tokens for count, width in sizes), sizes

@@ -27,15 +27,12 @@ from workers.engines.device import default_threads
 from workers.engines.embedding.batches import BatchQueue, Item, Request
 from workers.engines.embedding.inputs import InputEncoder
 from workers.engines.embedding.loader import LoadedEncoder, load_encoder
+from workers.engines.embedding.warm_up import warm_up
 from workers.engines.failures import failure_of, free_memory
-from workers.engines.load_errors import load_error
 from workers.engines.progress import call_after_layers
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pass without `max_batch_tokens`."""
-
-LEAST_PASS_COST, MOST_PASS_COST = 16.0, 4096.0
-"""In tokens: a measurement on a busy machine may be far off."""
 
 _CANCELLED: dict[CancelReason, type[ServiceError]] = {"cancelled": Cancelled, "deadline": DeadlineExceeded}
 
@@ -79,7 +76,7 @@ class EmbeddingEngine:
             loaded.tokenizer, loaded.vocabulary_size, loaded.max_tokens, lower_case=loaded.lower_case
         )
         batch_tokens = self._entry.engine.max_batch_tokens or BATCH_TOKENS[loaded.device.type]
-        self._size, pass_cost = self._warm_up(loaded, batch_tokens)
+        self._size, pass_cost = warm_up(self._entry, loaded, batch_tokens)
         self._queue = BatchQueue(batch_tokens, pass_cost)
         # a pass over one long input takes minutes on a CPU
         call_after_layers(loaded.model.modules(), self._count_step)
@@ -160,32 +157,6 @@ class EmbeddingEngine:
                 f"dimensions must be {choices} for this model (it is {wanted})", param="dimensions"
             )
         return wanted
-
-    def _warm_up(self, loaded: LoadedEncoder, batch_tokens: int) -> tuple[int, float]:
-        """Return the size of the model's vectors, and what a pass costs beside its tokens, in tokens.
-
-        On a GPU a full pass of the longest inputs shows that there is memory for it.
-        """
-        length = loaded.max_tokens if loaded.device.type == "cuda" else min(loaded.max_tokens, 16)
-        count = max(1, (batch_tokens if loaded.device.type == "cuda" else 256) // length)
-        row = [loaded.pad_token] * length
-        # a pass of several inputs has no more tokens with its padding either
-        padded = [row] * (count - 1) if count > 1 else [row[: batch_tokens // 2]]
-
-        def seconds(inputs: list[list[int]]) -> float:
-            started = time.perf_counter()
-            loaded.vectors(inputs).cpu()
-            return time.perf_counter() - started
-
-        try:
-            vectors = loaded.vectors([*padded, row[:1]])
-            few, many = (min(seconds(inputs) for _ in range(3)) for inputs in ([row[:8]], [row] * count))
-        except Exception as error:
-            message = f"warm-up failed: {type(error).__name__}: {error}"
-            raise load_error(self._entry, error, " ".join(message.split())[:400]) from error
-        tokens = count * length
-        each = max((many - few) / max(1, tokens - 8), 1e-9)
-        return vectors.shape[1], min(max(few / each - 8, LEAST_PASS_COST), MOST_PASS_COST)
 
     # The engine thread
 
