@@ -27,7 +27,7 @@ POLL_S = 1.0
 PING_AFTER_S = 5.0
 """A channel that is silent for so long is pinged: only a write shows that a peer vanished without a FIN."""
 PONG_S = 5.0
-"""A connection on which nothing arrives for so long after a ping is half open: it is made anew."""
+"""A connection on which nothing arrives for so long after a ping is half open: it is closed and made again."""
 RECONNECT_PAUSE_S = 0.5
 
 

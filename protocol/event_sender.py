@@ -56,7 +56,7 @@ end
 local lengths = {}
 for number, replay_list in ipairs(KEYS) do
   local ttl, length = tonumber(next_argument()), 0
-  -- RPUSHX: a list made anew would lack its beginning and its TTL
+  -- RPUSHX: a new list would lack its beginning and its TTL
   local push = ttl > 0 and 'RPUSH' or 'RPUSHX'
   for _ = 1, next_argument() do length = redis.call(push, replay_list, next_argument()) end
   if ttl > 0 then redis.call('EXPIRE', replay_list, ttl) end

@@ -1,7 +1,7 @@
 """Metrics that processes share through Redis, so that each web process can show those of the whole deployment.
 
 A process keeps counters and histograms for itself and writes them, as they stand, with its lease. Nothing is ever
-added up in Redis: a write may be repeated, and a process that starts anew begins at 0, which Prometheus expects of
+added up in Redis: a write may be repeated, and a process that is restarted begins at 0, which Prometheus expects of
 counters.
 """
 

@@ -40,7 +40,7 @@ class GpuTime:
             return self._running_s()
 
     def write_off(self) -> float:
-        """Return what `running_s` returns, and begin anew at 0 with all that run."""
+        """Return what `running_s` returns, and begin at 0 again with all that run."""
         with self._lock:
             self._advance()
             parts = self._running_s()

@@ -86,7 +86,7 @@ class WorkerMetrics:
     def _resume(self, previous: Snapshot | None) -> None:
         """Go on from what an earlier incarnation lost; what it ran when it ended was lost as well.
 
-        Web processes show that sum until here, so it must not begin anew.
+        Web processes show that sum until here, so it must not begin at 0 again.
         """
         if previous is not None and previous.incarnation_id != self._identity.incarnation_id:
             lost = previous.value(GPU_SECONDS, outcome=WorkerLost.code)

@@ -31,7 +31,7 @@ class NvmlReader:
             return str(error)
 
     def _disconnect(self) -> None:
-        """The next read connects anew: after a restart of the driver an old connection stays dead."""
+        """Let the next read connect again: after a restart of the driver an old connection stays unusable."""
         if self._connected:
             self._connected = False
             with suppress(pynvml.NVMLError):

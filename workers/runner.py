@@ -111,7 +111,7 @@ class Runner:
             return list(self._runs)
 
     def busy(self) -> bool:
-        """Whether a message is in hand: its request runs, or is about to be claimed."""
+        """Whether a message was received whose request runs, or is about to be claimed."""
         with self._lock:
             return bool(self._tasks)
 

@@ -96,7 +96,7 @@ class Resumption:
         inbox.reader = name
         for envelope in found.envelopes:
             inbox.feed(envelope)
-        # looked after by the request monitor from its next check on: the worker publishes for the reader before at first
+        # checked by the request monitor from the next second on: at first the worker publishes for the earlier reader
         inbox.admitted, inbox.last_event_at = 1.0, 0.0
         reader = EventReader(
             inbox,

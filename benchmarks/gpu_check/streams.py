@@ -110,7 +110,7 @@ class Streams:
         window: int,
         **sampling: Any,
     ) -> None:
-        """`window`: tokens that each stream shall produce beside all others. Raises Skipped: no room."""
+        """`window`: tokens that each stream should produce beside all others. Raises Skipped: no room."""
         self._engine, self._recorder, self._window = engine, recorder, window
         _require_room(engine, count, prompt_tokens + window)
         room = engine.parts.max_context - 2 * prompt_tokens

@@ -1,4 +1,4 @@
-// Markdown of models, whom nobody trusts, as elements.
+// Markdown of models, which is untrusted text, as elements.
 
 import { html } from "./ui.js";
 import DOMPurify from "../vendor/dompurify.js";

@@ -49,7 +49,7 @@ function spoken(last) {
   return `${last.state === "stopped" ? "Stopped" : "Answer"}: ${last.content.slice(0, SPOKEN)}${long ? " …" : ""}`;
 }
 
-/** Keep the end of the conversation in sight, unless the reader has scrolled away from it. */
+/** Keep the end of the conversation visible, unless the reader has scrolled away from it. */
 function useFollow(number, last) {
   const page = document.scrollingElement;
   const following = useRef(true);
@@ -173,7 +173,7 @@ function Composer({ running, empty, sees }) {
   </form>`;
 }
 
-/** The images of the next message. They stay if a model without sight is chosen, which then refuses them. */
+/** The images of the next message. They stay if a model is chosen that takes none, and then refuses them. */
 function Attachments({ attached, sees }) {
   const remove = (place) => chat.set({ attached: attached.filter((_, other) => other !== place) });
   return html`<div class="attachments">

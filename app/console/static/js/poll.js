@@ -8,7 +8,7 @@ const LONGEST_MS = 15000;
  * Call `load(signal)` every `intervalMs` while the tab is visible, and less often while it fails.
  *
  * Returns `data` (the last that arrived, undefined before), `error` (of the last call, null if it succeeded), `at`
- * (when `data` arrived, by performance.now()) and `refresh()`, which calls at once. Another `load` starts anew.
+ * (when `data` arrived, by performance.now()) and `refresh()`, which calls at once. Another `load` starts again.
  */
 export function usePoll(load, intervalMs) {
   const [state, setState] = useState({ data: undefined, error: null, at: 0 });
