@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -261,6 +261,8 @@ def test_ordinary_text_has_the_tokens_that_it_had(family: Family) -> None:
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=4))
 def test_any_ordinary_text_has_the_tokens_that_it_had(family: Family, texts: list[str]) -> None:
+    # Hypothesis also tries strings of the code that runs, "<tool_call>" among them
+    assume(not any(name.lower() in text.lower() for name in family.controls for text in texts))
     messages = [user(text) if at % 2 == 0 else answer(text) for at, text in enumerate(texts)]
     assert family.prompt(*messages) == family.unprotected(*messages)
 
