@@ -15,9 +15,12 @@ from transformers import (
     Gemma3ImageProcessorPil,
     Gemma3Processor,
     GenerationConfig,
+    GotOcr2ImageProcessorPil,
     Idefics3Config,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLProcessor,
     LlavaConfig,
     LlavaProcessor,
     Qwen2_5_VLConfig,
@@ -85,6 +88,10 @@ class Family:
         # the attributes of Gemma 3's tokenizer
         if "<start_of_image>" in self.tokens:
             names = ("image_token", "boi_token", "eoi_token")
+            tokenizer._set_model_specific_special_tokens(dict(zip(names, self.tokens, strict=True)))
+        # those of InternVL's
+        if "<IMG_CONTEXT>" in self.tokens:
+            names = ("context_image_token", "start_image_token", "end_image_token", "video_token")
             tokenizer._set_model_specific_special_tokens(dict(zip(names, self.tokens, strict=True)))
         ids = tokenizer.convert_tokens_to_ids(self.tokens)
         image = (
@@ -200,6 +207,19 @@ def _gemma3_processor(tokenizer: Any) -> Any:
     return Gemma3Processor(images, tokenizer, image_seq_length=4)
 
 
+def _internvl(image: int, *others: int) -> InternVLConfig:
+    vision = {**_vision, "image_size": [28, 28], "patch_size": [14, 14]}
+    return InternVLConfig(
+        vision_config=vision, text_config={"model_type": "qwen2", **_text}, image_token_id=image
+    )
+
+
+def _internvl_processor(tokenizer: Any) -> Any:
+    size = {"height": 28, "width": 28}
+    images = GotOcr2ImageProcessorPil(size=size, crop_to_patches=True, min_patches=1, max_patches=12)
+    return without_video(InternVLProcessor)(images, tokenizer, None, image_seq_length=1)
+
+
 FAMILIES = {
     "llava": Family(["<image>"], _llava, _llava_processor),
     "qwen2_5_vl": Family(
@@ -228,6 +248,7 @@ FAMILIES = {
         _idefics3_processor,
         PARTS_ONLY,
     ),
+    "internvl": Family(["<IMG_CONTEXT>", "<img>", "</img>", "<video>"], _internvl, _internvl_processor),
 }
 
 GEMMA3 = Family(

@@ -18,7 +18,7 @@ from workers.engines.chat.grammar.compiler import GrammarCompiler
 from workers.engines.chat.sampling.defaults import SamplingDefaults
 from workers.engines.chat.sequence import Request, Sequence
 from workers.engines.chat.text_bound import TextBound
-from workers.engines.chat.vision.features import PromptImages
+from workers.engines.chat.vision.features import PromptImages, ReadImage
 from workers.engines.chat.vision.vision import Vision
 
 RESERVED_TEMPLATE_NAMES = frozenset(
@@ -205,12 +205,12 @@ class PromptBuilder:
     ) -> tuple[list[int], PromptImages]:
         """Return the prompt with its images' tokens. Raises what ImageReader does, and Cancelled."""
         assert self._vision is not None
-        images = []
+        images: list[ReadImage] = []
         total = len(prompt) - len(job.images)
         for image in job.images:
             if cancelled():
                 raise Cancelled
-            images.append(self._vision.reader.read(image))
+            images.append(self._vision.reader.read(image, images))
             total += len(images[-1].ids)
             if total >= self._max_context:
                 raise self._too_long(f"at least {total}", "messages")

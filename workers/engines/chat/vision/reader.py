@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import math
 import threading
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -25,6 +26,10 @@ HOST_FRACTION = 0.1
 
 LOW_DETAIL_PIXELS = 512 * 512
 """The largest image with `detail` "low"."""
+
+PROPORTIONS = ((1, 1), (4, 3), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1), (6, 1), (12, 1))
+"""Of the images that are tried to find the largest. A family that cuts an image into tiles may make more of a long one:
+InternVL makes 9 tiles of a square, and 12 of 4:3, its most."""
 
 PROCESSOR_ERRORS = (ValueError, TypeError, ZeroDivisionError, IndexError, AttributeError, RuntimeError)
 """What processors raise for an image that they can't resize, one that is very long for example."""
@@ -63,8 +68,12 @@ class ImageReader:
         self._lock = threading.Lock()
         """One image at a time: a decoded one may have 64 MiB, and the processor's tokenizer isn't thread-safe."""
 
-    def read(self, image: ChatImage) -> ReadImage:
-        """Decode an image and let the processor prepare it. Raises InvalidImage, and Overloaded for want of memory."""
+    def read(self, image: ChatImage, others: Sequence[ReadImage] = ()) -> ReadImage:
+        """Decode an image and let the processor prepare it. `others`: those of its request that were read before.
+
+        Raises InvalidImage, InvalidRequest if the request's images take more memory than those of all requests
+        may, and Overloaded while other requests' leave too little.
+        """
         with self._lock:
             pixels = self._scaled(flatten(decode_image(image.data, image.param)), image.detail)
             try:
@@ -77,10 +86,35 @@ class ImageReader:
                 ) from error
             digest = hashlib.sha256(image.data + image.detail.encode()).digest()[:16]
             read = ReadImage(ids, inputs, int.from_bytes(digest))
+            if read.nbytes + sum(other.nbytes for other in others) > self._max_bytes:
+                raise InvalidRequest(
+                    f"the images of the request take more than the {self._max_bytes >> 20} MiB that this worker has"
+                    " for images; send fewer or smaller ones",
+                    param=image.param,
+                )
             if read.nbytes + self.held_bytes > self._max_bytes:
                 raise Overloaded("too many images wait for this model; try again soon", retry_after_s=5)
             self._held.add(read)
         return read
+
+    def sample(self, data: bytes) -> ReadImage:
+        """Read an image that is no request's, and so doesn't count among theirs. `data`: of its file."""
+        read = self.read(ChatImage(data=data, param="image"))
+        self._held.discard(read)
+        return read
+
+    def largest(self) -> ReadImage:
+        """Return the image of which the processor makes the most, of those with PROPORTIONS and `max_pixels`."""
+        found: list[ReadImage] = []
+        for width, height in PROPORTIONS:
+            side = math.sqrt(self.max_pixels / (width * height))
+            image = Image.new("RGB", (int(width * side), max(1, int(height * side))))
+            try:
+                found.append(ReadImage(*self._process(image), digest=0))
+            except PROCESSOR_ERRORS:
+                continue  # requests with such an image are refused
+            found = [max(found, key=lambda read: (len(read.ids), read.nbytes))]
+        return found[0]
 
     @property
     def held_bytes(self) -> int:

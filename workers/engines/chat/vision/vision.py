@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from transformers import PreTrainedConfig
 
 from catalogue import ChatModelEntry
 from protocol.errors import InvalidImage
-from protocol.jobs import ChatImage
 from workers.engines.base import EngineLoadError
 from workers.engines.chat.cache.kv_cache import KVCache
 from workers.engines.chat.model.runner import Runner
@@ -65,8 +63,7 @@ class Vision:
 
     def compute_largest(self) -> None:
         """Compute an image as large as the largest that the model gets, to see what memory it takes."""
-        side = math.isqrt(self.reader.max_pixels)
-        image = self.reader.read(ChatImage(data=_random_image(side, side), param="image"))
+        image = self.reader.largest()
         self.encoder.encode(image.ids, image.inputs)
 
     @torch.inference_mode()
@@ -125,7 +122,7 @@ def _load(
         processor, model.model, encoder.input_names, max_pixels=entry.engine.max_image_pixels
     )
     refuse_without_images(tokenizer, reader.placeholder)
-    sample = reader.read(ChatImage(data=_random_image(*SAMPLE_SIZE), param="image"))
+    sample = reader.sample(_random_image(*SAMPLE_SIZE))
     # what the engine would be called with, so that a family that needs more is refused with this reason
     encoder.encode(sample.ids, sample.inputs)
     text = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (BEFORE, AFTER)]
