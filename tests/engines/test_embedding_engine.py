@@ -24,6 +24,7 @@ from tests.engines.tiny_embedding import (
     vectors_of,
 )
 from workers.engines.embedding import EmbeddingEngine
+from workers.watchdog import EngineHung, Watchdog
 
 POOLING = {
     "mean": "pooling_mode_mean_tokens",
@@ -286,6 +287,51 @@ def test_an_engine_whose_thread_dies_ends_its_jobs(
     assert collector.result("r").failed.code == EngineStopped.code
     engine._thread.join(60)
     assert not engine.status().alive
+
+
+class BrokenEmit:
+    """Raises for the events of some requests, `times` times; the others go to a collector."""
+
+    def __init__(self, collector: Collector, broken: set[str], times: int) -> None:
+        self._collector, self._broken, self.times = collector, broken, times
+
+    def __call__(self, events: Any) -> None:
+        if self.times and any(request_id in self._broken for request_id, _ in events):
+            self.times -= 1
+            raise ConnectionError("lost")
+        self._collector(events)
+
+
+def test_vectors_that_are_lost_fail_their_requests_alone(
+    engine: EmbeddingEngine, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_emit", BrokenEmit(collector, {"lost"}, 1))
+    engine.submit(job("lost", "a"))
+    assert collector.result("lost").failed.code == EngineError.code
+    engine.submit(job("other", "a"))
+    assert len(vectors_of(collector, "other")) == 1
+
+
+def test_a_request_whose_end_is_lost_keeps_no_other_from_its_own(
+    engine: EmbeddingEngine, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's thread ends, which the worker's watchdog sees."""
+    watchdog = Watchdog(engine, 1000)
+    watchdog.start()
+    watchdog.check()
+
+    def submit_others(batch: Any) -> list[bytes]:
+        engine.submit(job("lost too", "a"))
+        engine.submit(job("other", "a"))
+        return [b""]
+
+    monkeypatch.setattr(engine, "_emit", BrokenEmit(collector, {"lost", "lost too"}, 1000))
+    monkeypatch.setattr(engine, "_vectors", submit_others)
+    engine.submit(job("lost", "a"))
+    assert collector.result("other").failed.code == EngineStopped.code
+    engine._thread.join(60)
+    with pytest.raises(EngineHung, match="the engine's thread has died"):
+        watchdog.check()
 
 
 @pytest.mark.parametrize(

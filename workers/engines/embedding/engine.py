@@ -14,6 +14,7 @@ from catalogue import EmbeddingModelEntry
 from protocol.errors import (
     Cancelled,
     DeadlineExceeded,
+    EngineError,
     EngineStopped,
     InvalidRequest,
     ServiceError,
@@ -233,7 +234,14 @@ class EmbeddingEngine:
                 indices = [index for index, _ in found]
                 events.append((request.job.id, Vectors(indices, b"".join(row for _, row in found))))
                 request.remaining -= len(found)
-            self._emit(events)
+            try:
+                self._emit(events)
+            except Exception:
+                # their vectors are lost; the engine goes on with the other requests
+                log.exception("emit failed for %d events", len(events))
+                for request in by_request:
+                    self._end(request.job, Failed.of(EngineError()))
+                return
             for request in by_request:
                 if request.remaining == 0:
                     self._end(request.job, Finished(Usage(request.prompt_tokens, 0)))
@@ -261,5 +269,9 @@ class EmbeddingEngine:
         with self._work:
             self._stopped = self._stopped or reason
             for job in list(self._open.values()):
-                self._end(job, reason)
+                try:
+                    self._end(job, reason)
+                except Exception:
+                    # the worker ends what its engine can't
+                    log.exception("the end of request %s was not sent", job.id)
             self._work.notify_all()
