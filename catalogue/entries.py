@@ -29,8 +29,8 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # "gpt2", "meta-llama/Llama-3.
 class ModelEntry(Table):
     """One `[[models]]`. `tasks` decides on its class, and so on the keys of its two tables."""
 
-    weights_file: ClassVar[str]
-    """A file that every folder of such weights holds."""
+    weights_files: ClassVar[tuple[str, ...]]
+    """Names of files. Every folder of such weights holds one of them."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+ -]{0,127}$",
@@ -60,6 +60,13 @@ class ModelEntry(Table):
     def paths(self) -> frozenset[str]:
         """The endpoints that serve the model."""
         return frozenset(path for task in self.tasks for path in TASKS[task].paths)
+
+    @classmethod
+    def lacks(cls, folder: Path) -> str | None:
+        """Return what file a folder of such weights would have, None if `folder` has it."""
+        if any((folder / name).is_file() for name in cls.weights_files):
+            return None
+        return " or ".join(cls.weights_files)
 
     @property
     def source(self) -> str:
@@ -92,7 +99,7 @@ def _exists(path: Path) -> bool:
 class TextModelEntry(ModelEntry):
     """A decoder-only language model that transformers loads, without a chat template."""
 
-    weights_file = "config.json"
+    weights_files = ("config.json",)
 
     engine: TextEngineOptions = Field(default_factory=TextEngineOptions)
     defaults: TextDefaults = Field(default_factory=TextDefaults)
@@ -108,7 +115,7 @@ class ChatModelEntry(TextModelEntry):
 class ImageModelEntry(ModelEntry):
     """An image model that diffusers loads."""
 
-    weights_file = "model_index.json"
+    weights_files = ("model_index.json",)
 
     engine: ImageEngineOptions = Field(default_factory=ImageEngineOptions)
     defaults: ImageDefaults = Field(default_factory=ImageDefaults)
@@ -117,7 +124,8 @@ class ImageModelEntry(ModelEntry):
 class EmbeddingModelEntry(ModelEntry):
     """A sentence embedding model that transformers loads."""
 
-    weights_file = "config.json"
+    # with modules.json the transformer may have a folder of its own
+    weights_files = ("config.json", "modules.json")
 
     engine: EmbeddingEngineOptions = Field(default_factory=EmbeddingEngineOptions)
     defaults: EmbeddingDefaults = Field(default_factory=EmbeddingDefaults)

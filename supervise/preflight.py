@@ -34,8 +34,7 @@ def _check_weights(model: ModelEntry, models_file: Path) -> None:
     folder = Path(model.weights).expanduser()
     where = f"{models_file}: weights of {model.name!r}"
     if folder.is_dir():
-        wanted = model.weights_file
-        if not (folder / wanted).is_file():
+        if (wanted := model.lacks(folder)) is not None:
             raise ConfigurationError(f"{where}: the folder {model.weights} has no {wanted}")
     elif folder.exists():
         raise ConfigurationError(f"{where}: {model.weights} is a file; weights must be a folder or a hub id")

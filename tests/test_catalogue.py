@@ -123,6 +123,24 @@ def test_a_file_of_other_bytes_than_utf8_is_a_configuration_error(tmp_path: Path
         Catalogue.from_file(path)
 
 
+def test_a_folder_of_weights_is_told_by_a_file(tmp_path: Path) -> None:
+    found = {
+        kind: kind.lacks(tmp_path)
+        for kind in (TextModelEntry, ChatModelEntry, ImageModelEntry, EmbeddingModelEntry)
+    }
+    assert found == {
+        TextModelEntry: "config.json",
+        ChatModelEntry: "config.json",
+        ImageModelEntry: "model_index.json",
+        EmbeddingModelEntry: "config.json or modules.json",
+    }
+    (tmp_path / "modules.json").touch()
+    assert EmbeddingModelEntry.lacks(tmp_path) is None and ChatModelEntry.lacks(tmp_path)
+    (tmp_path / "modules.json").unlink()
+    (tmp_path / "config.json").touch()
+    assert EmbeddingModelEntry.lacks(tmp_path) is None and ChatModelEntry.lacks(tmp_path) is None
+
+
 def test_weights_are_searched_beside_the_file_first(tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     (found,) = read(tmp_path, f'{MODEL}tasks = ["chat"]').models

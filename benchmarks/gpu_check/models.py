@@ -40,7 +40,7 @@ def read_target(path: Path | None, name: str | None = None) -> Target:
     if path is None:
         return Target()
     if path.is_dir():
-        if (path / ImageModelEntry.weights_file).exists():
+        if ImageModelEntry.lacks(path) is None:
             tasks = ("generation",)
             return Target(image=ImageModelEntry(name=path.resolve().name, tasks=tasks, weights=str(path)))
         return Target(chat=chat_entry(path.resolve().name, path))

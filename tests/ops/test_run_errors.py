@@ -120,6 +120,21 @@ def test_weights_folder_without_a_model(tmp_path: Path) -> None:
     assert line.endswith(f"the folder {tmp_path}/weights has no config.json")
 
 
+def test_an_embedding_model_may_have_its_transformer_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """The preflight accepts the weights, and goes on to the GPUs."""
+    path = catalogue(tmp_path, weights="weights", workers="[[7]]")
+    path.write_text(path.read_text().replace("chat", "embedding"))
+    (tmp_path / "weights").mkdir()
+    status, line = run(path, CUDA_VISIBLE_DEVICES="0")
+    assert (status, line) == (
+        78,
+        f"run: {path}: weights of 'echo': the folder {tmp_path}/weights has no config.json or modules.json",
+    )
+    (tmp_path / "weights" / "modules.json").touch()
+    status, line = run(path, CUDA_VISIBLE_DEVICES="0")
+    assert status == 78 and "GPU 7 does not exist" in line
+
+
 def test_gpu_that_is_not_there(tmp_path: Path) -> None:
     path = catalogue(tmp_path, workers="[[0], [2]]")
     status, line = run(path, CUDA_VISIBLE_DEVICES="0,1")

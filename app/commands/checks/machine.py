@@ -38,11 +38,11 @@ def check_weights(catalogue: Catalogue, records: Sequence[WorkerRecord] | None) 
 
 def _check_folder(entry: ModelEntry, folder: Path, records: Sequence[WorkerRecord]) -> Finding:
     check = f"weights of {entry.name}"
-    if not (folder / entry.weights_file).is_file():
+    if (wanted := entry.lacks(folder)) is not None:
         hosts = {r.host for r in records if r.model == entry.name and r.state != "lost"}
         if hosts and os.uname().nodename not in hosts:
             return passed(check, f"{folder} is not here: its workers run on {', '.join(sorted(hosts))}")
-        what = f"has no {entry.weights_file}" if folder.is_dir() else "does not exist or is no folder"
+        what = f"has no {wanted}" if folder.is_dir() else "does not exist or is no folder"
         return failed(check, f"{folder} {what}; correct `weights` in the catalogue, or mount its disk")
     free = shutil.disk_usage(folder).free
     if free < FULL_BYTES:
