@@ -5,12 +5,13 @@ Imported only where traces are wanted. A job carries the `traceparent` (W3C Trac
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -23,7 +24,51 @@ EXPORT_S = 3.0
 STOP_S = 2.0
 """The longest an ending process waits for a collector."""
 
+LIBRARY_LOGS = (OTLPSpanExporter.__module__, "opentelemetry.sdk._shared_internal")
+"""Of the loggers that tell of each batch and of each span that is lost."""
+
 _propagator = TraceContextTextMapPropagator()
+
+
+class _Exporter(SpanExporter):
+    """Sends spans to a collector. Logs once when that begins to fail, and once when it succeeds again.
+
+    OpenTelemetry would log each batch: a line every few seconds while a collector is away.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._exporter = OTLPSpanExporter(url, timeout=EXPORT_S)
+        self._failing = False
+        self._told: list[str] = []
+        """What OpenTelemetry would have logged of this batch."""
+        for name in LIBRARY_LOGS:
+            logging.getLogger(name).addFilter(self._keep)
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._told = []
+        result = self._exporter.export(spans)
+        failing = result is not SpanExportResult.SUCCESS
+        if failing and not self._failing:
+            reason = self._told[0] if self._told else "it did not say why"
+            log.warning("the collector of traces does not take spans, so they are lost: %s", reason)
+        elif self._failing and not failing:
+            log.info("the collector of traces takes spans again")
+        self._failing = failing
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+        for name in LIBRARY_LOGS:
+            logging.getLogger(name).removeFilter(self._keep)
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        return self._exporter.force_flush(timeout_millis)
+
+    def _keep(self, record: logging.LogRecord) -> bool:
+        """Keep a message of OpenTelemetry out of the log."""
+        if len(self._told) < 10:
+            self._told.append(record.getMessage())
+        return False
 
 
 class Traces:
@@ -40,7 +85,7 @@ class Traces:
         )
         # not at exit: a process that ends calls `stop`, which has a limit
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = OTLPSpanExporter(endpoint.rstrip("/") + "/v1/traces", timeout=EXPORT_S)
+        exporter = _Exporter(endpoint.rstrip("/") + "/v1/traces")
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("modelservice")
 
