@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     rate_limit: str = Field(
         default="",
         description='requests that each key may send, such as "60/minute" or "100/5 minutes"; more get 429. '
-        "Default: no limit",
+        "One with several prompts or inputs counts once. Default: no limit",
     )
     public_url: str = Field(
         default="",

@@ -23,7 +23,7 @@ from tests.stand_in_node import StandInNode
 
 PLAIN = "sk-plain-3f9a"
 ODD = "käse = 100 % / 'ß\":;?"
-LIMITED, OTHER = "sk-limited", "sk-other"
+LIMITED, OTHER, PROMPTS = "sk-limited", "sk-other", "sk-prompts"
 LIMIT = 5
 CHAT = json.dumps({"model": "echo", "messages": HI, "max_tokens": 2}).encode()
 JSON = {"Content-Type": "application/json"}
@@ -67,7 +67,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, node: StandInNode) -> Iter
     """A deployment with keys, a rate limit and a node. Tests share it and must leave it as it is."""
     folder: Path = tmp_path_factory.mktemp("keys")
     environment = {
-        "API_KEYS": ", ".join([PLAIN, ODD, LIMITED, OTHER, "unlimited"]),
+        "API_KEYS": ", ".join([PLAIN, ODD, LIMITED, OTHER, PROMPTS, "unlimited"]),
         "NODE_BIND": f"127.0.0.1:{free_port()}",
         "NODE_URL": node.url,
         "RATE_LIMIT": f"{LIMIT}/hour",
@@ -382,6 +382,12 @@ def test_the_rate_limit_counts_by_key_over_all_web_processes(service: KeyedDeplo
     assert counters
     for key in counters:
         assert b"sk-" not in key and service.redis.client.pttl(key) > 0
+
+
+def test_a_request_with_several_prompts_counts_once(service: KeyedDeployment) -> None:
+    body = json.dumps({"model": "echo", "prompt": ["Hi"] * 9, "max_tokens": 1}).encode()
+    answers = [ask(service.port, "POST", "/v1/completions", body, bearer(PROMPTS)) for _ in range(LIMIT + 1)]
+    assert [answer.status for answer in answers] == [200] * LIMIT + [429]
 
 
 def test_without_redis_the_rate_limit_answers_503(tmp_path: Path) -> None:
