@@ -57,7 +57,7 @@ class _Exporter(SpanExporter):
         return result
 
     def shutdown(self) -> None:
-        self._exporter.shutdown()
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]
         for name in LIBRARY_LOGS:
             logging.getLogger(name).removeFilter(self._keep)
 

@@ -53,7 +53,7 @@ class JobLog:
         self.model = model
         self.task = None if job is None else _task(job)
         self.wallet_sha256 = job and job.wallet_sha256
-        self.traceparent = job and job.traceparent
+        self.traceparent = None if job is None else job.traceparent
         self._inputs = len(job.inputs) if isinstance(job, EmbeddingJob) else None
         self.queued_s = queued_s
         self._began_at = time.monotonic()

@@ -86,6 +86,7 @@ class Family:
         tokenizer = make_tokenizer()
         tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL[1:], *self.tokens]})
         # the attributes of Gemma 3's tokenizer
+        names: tuple[str, ...]
         if "<start_of_image>" in self.tokens:
             names = ("image_token", "boi_token", "eoi_token")
             tokenizer._set_model_specific_special_tokens(dict(zip(names, self.tokens, strict=True)))
