@@ -37,9 +37,6 @@ Older versions drop it.
 """
 
 
-Signal = threading.Lock
-
-
 def new_signal() -> threading.Lock:
     """Make what wakes the reader of an inbox, or of several: it is released when an event has arrived."""
     signal = threading.Lock()

@@ -226,11 +226,6 @@ encode = _encoder.encode
 """Encode an Envelope, or a list of them, as JSON."""
 
 
-def decode(data: bytes) -> Envelope:
-    """Decode one envelope, an entry of a replay list. Raises msgspec.MsgspecError."""
-    return _decoder.decode(data)
-
-
 def decode_batch(data: bytes) -> list[Envelope]:
     """Decode one published message, a list of envelopes.
 

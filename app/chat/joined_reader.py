@@ -5,22 +5,16 @@ from typing import Protocol
 
 import msgspec
 
-from app.chat.response import ChatEventReader
+from app.chat.response import ChatEventReader, RequestReader
 from app.dispatch.event_reader import CHECK_S
 from app.dispatch.timings import Timings
 from protocol.events import Delta, Echo, Event, Finished, Usage
 
 
-class ClosableReader(Protocol):
+class ClosableReader(RequestReader, Protocol):
     """The part of app.dispatch.event_reader.EventReader that is needed here."""
 
-    finished: bool
     timings: Timings
-
-    def next_events(self, wait_s: float = CHECK_S) -> list[Event]: ...
-
-    @property
-    def incomplete(self) -> bool: ...
 
     def close(self) -> None: ...
 

@@ -65,7 +65,7 @@ class Reader(Protocol):
 
 
 class RequestReader(Protocol):
-    """Also tells whether an event is missing before some that have arrived."""
+    """The part that ChatEventReader needs: also whether an event is missing before some that have arrived."""
 
     finished: bool
 

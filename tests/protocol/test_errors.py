@@ -7,7 +7,7 @@ from kombu.exceptions import OperationalError
 from protocol import errors
 from protocol.connections import queue_errors
 from protocol.errors import QueueUnavailable, ServiceError, from_code
-from protocol.events import Envelope, Failed, decode, encode
+from protocol.events import Envelope, Failed, decode_readable, encode
 
 CLASSES = [
     kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ServiceError)
@@ -17,7 +17,7 @@ CLASSES = [
 @pytest.mark.parametrize("kind", CLASSES)
 def test_a_worker_error_reaches_the_web_process_as_the_same_class(kind: type[ServiceError]) -> None:
     failed = Failed.of(kind("what was wrong", param="n"))
-    arrived = decode(encode(Envelope("r", 0, failed))).event
+    [arrived] = [each.event for each in decode_readable([encode(Envelope("r", 0, failed))])]
     assert isinstance(arrived, Failed)
     error = from_code(arrived.code, arrived.message, arrived.param)
     if kind not in (errors.ServiceError, errors.InternalError):  # they share one code

@@ -75,7 +75,7 @@ def test_events_arrive_in_order_and_are_in_the_replay_list(
     assert read(inbox, len(told)) == told
     assert inbox.incarnation_id == "cid:incarnation_id"
     assert inbox.ended
-    replay = [events.decode(entry) for entry in redis_client.lrange(keys.replay("r"), 0, -1)]
+    replay = events.decode_readable(redis_client.lrange(keys.replay("r"), 0, -1))
     assert replay == [Envelope("r", seq, event) for seq, event in enumerate(told)]
     assert 0 < redis_client.ttl(keys.replay("r")) <= 100
     assert ends.get(timeout=30) == told[-1]
@@ -292,7 +292,8 @@ def test_very_large_events_are_in_the_replay_list_alone(
     assert read(small, 1) == [Delta("b")]
     assert read(large, 2) == told[:2]
     assert large.gap_since is not None, "the end shows that an event is missing"
-    replay = [events.decode(entry).event for entry in redis_client.lrange(keys.replay("large"), 0, -1)]
+    entries = redis_client.lrange(keys.replay("large"), 0, -1)
+    replay = [envelope.event for envelope in events.decode_readable(entries)]
     assert replay == told
 
 

@@ -123,7 +123,7 @@ class Bench:
     def replay(self, request_id: str) -> list[Event]:
         """What was written for a web process that reads the request's events late."""
         found = self.redis.lrange(self.keys.replay(request_id), 0, -1)
-        return [events.decode(entry).event for entry in found]
+        return [envelope.event for envelope in events.decode_readable(found)]
 
     def untouched(self) -> bool:
         """The engine was asked nothing."""
