@@ -117,7 +117,7 @@ class MetricStore:
         bodies: Any = self._redis.mget([self._keys.metrics_of(process) for process in processes])
         found = dict(zip(processes, bodies, strict=True))
         if expired := [process for process, body in found.items() if body is None]:
-            # one that lives after all adds itself again with its next lease
+            # a process that is still alive adds itself again with its next lease
             self._redis.srem(self._keys.metrics, *expired)
         snapshots = [_readable(body) for body in found.values() if body is not None]
         return [snapshot for snapshot in snapshots if snapshot is not None]

@@ -289,7 +289,7 @@ class JobQueue:
         with client.pipeline(transaction=False) as pipe:
             pipe.set(self._keys.cancel(request_id), b"1", ex=self._claim_ttl_s)
             pipe.zrem(self._keys.waiting(model), request_id)
-            # its worker does the same, but may be lost
+            # the worker removes it at the end too, but may be lost
             pipe.zrem(self._keys.running(model), request_id)
             pipe.delete(self._keys.job(request_id), self._keys.replay(request_id))
             pipe.execute()

@@ -16,10 +16,10 @@ def start() -> int:
     """Handle signals, then run the command line."""
     if os.getpid() == 1:
         run_as_init()
-    # until the service has started and stops in order instead
+    # until the command line installs the handlers that stop everything in order
     signal.signal(signal.SIGTERM, _stop_early)
     try:
-        # takes half a second, in which a signal may come already
+        # imported here: it takes half a second, in which a signal may already arrive
         from supervise.command_line import main
 
         return main()

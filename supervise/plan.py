@@ -15,9 +15,9 @@ from supervise.listeners import FLOWER_ADDRESS
 from supervise.process import Spec
 from supervise.redis_server import EmbeddedRedis
 
-# gunicorn's statuses for an address that it can't listen on, a worker that did not boot, and an application
-# that could not be loaded
 _GUNICORN_BOOT_FAILED = frozenset({1, 3, 4})
+"""gunicorn's statuses for an address that it can't listen on, a worker that did not start, and an application that
+could not be loaded."""
 _WORKER_STOP_MARGIN_S = 15.0  # for what a worker does before and after DRAIN_S
 _WEB_STOP_S = 30.0  # above gunicorn's graceful_timeout
 _FLOWER_STOP_S = 5.0
@@ -35,8 +35,9 @@ class Plan:
 
     @property
     def groups(self) -> tuple[tuple[Spec, ...], ...]:
-        # Workers stop first: they unregister and finish their requests, which needs Redis and the web
-        # process.
+        """The processes in the order in which they start. They stop in the opposite order: workers unregister and
+        finish their requests, which needs Redis and the web process.
+        """
         return (self.redis, self.web, self.flower, self.workers)
 
 

@@ -50,7 +50,7 @@ class WorkerMetrics:
         )
         self._gpu_seconds.labels(COMPLETED)
         self._lost_gpu_seconds = self._gpu_seconds.labels(WorkerLost.code)
-        # of engines that count no tokens by themselves
+        # for engines that count no tokens themselves
         self._prompt_tokens = Counter("prompt_tokens_total", PROMPT_TOKENS, registry=None)
         registry.register(_EngineCollector(engine, gpu_time, self._prompt_tokens))
 

@@ -98,7 +98,7 @@ class Runner:
             log.error("request %s was made by another version of this service: %s", request_id, error)
             self._refuse(request_id, error.web_id, error.remaining_s, EngineError(UNREADABLE))
         except Exception:
-            # whose client is not known: without its job the web process takes the request for lost
+            # its client is not known; once the job is deleted, its web process takes the request for lost
             log.exception("request %s could not be read", request_id)
             self._end(request_id)
         finally:
@@ -194,8 +194,7 @@ class Runner:
                 # without a limit: the heartbeat notices an engine that hangs
                 run.ended.wait()
         except Exception:
-            # the engine reports what is wrong with a job by itself; this is a fault of ours, and the client
-            # waits
+            # the engine itself reports what is wrong with a job: this is a fault of ours, and the client waits
             log.exception("request %s could not be submitted", request_id)
             self._sender.emit([(request_id, Failed.of(EngineError()))])
             run.ended.wait()

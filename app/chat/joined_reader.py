@@ -41,7 +41,7 @@ class JoinedReader:
         """
         gained = self._arrived(0)
         if not gained:
-            # wakes for the events of any
+            # the signal that the readers share also wakes this one for events of the others
             gained = self._arrived(CHECK_S)
         if not self._open:
             self.finished = True

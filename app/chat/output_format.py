@@ -68,7 +68,7 @@ class StructuredOutputs(BaseModel):
     choice: Choice | None = None
     grammar: Text | None = None
     json_object: StrictBool | None = None
-    # what is always so
+    # accepted, because both are always so here
     disable_any_whitespace: StrictBool | None = None
     disable_fallback: StrictBool | None = None
     # refused by `output_format`

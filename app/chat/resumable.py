@@ -57,7 +57,7 @@ def blueprint(resumption: Resumption) -> Blueprint:
         after = _last_number()
         connection = Connection(request.environ)
         record, reader = resumption.resume(request_id, connection)
-        # its times count where it began
+        # without `times`: those of the request are counted where it began
         name_request(request_id, record.model)
         try:
             encoder = ChunkEncoder(

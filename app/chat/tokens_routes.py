@@ -43,7 +43,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
         job = body.to_job(f"tok-{uuid.uuid4().hex}", find_model(catalogue, model, COMPLETION))
         job = msgspec.structs.replace(job, **job_origin(raw))
         name_request(job.id, job.model)
-        # without metrics: they are those of answers
+        # times without metrics, which count generated answers only
         reader = dispatcher.begin(job, COMPLETION, connection, Timings())
         current_access().times = reader.timings
         try:

@@ -84,7 +84,7 @@ class RequestMonitor:
         """Return the reason why no more events can come, or None."""
         incarnation_id = inbox.incarnation_id or claim
         if incarnation_id is None and cancelled:
-            # not by its client, for which this process waits
+            # by somebody else than its client, which still waits for this process
             return Cancelled()
         if incarnation_id is None:
             return self._find_failure_of_waiting(inbox, job_exists)

@@ -139,7 +139,7 @@ def log_accesses(app: Application, on_end: Callable[[Access], None]) -> Applicat
     def serve(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         access = environ[_KEY] = Access(environ["REQUEST_METHOD"])
         body = app(environ, start_response)
-        # nobody will notice any more, if the response fits into the kernel's buffers
+        # the last look: a response that fits into the kernel's buffers is written without an error
         if access.model is not None and access.code is None and Connection(environ).disconnected():
             access.code = Cancelled.code
         return _LoggedBody(body, access, on_end)

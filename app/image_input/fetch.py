@@ -179,9 +179,8 @@ class ImageFetcher:
     def _get(self, target: _Target, addresses: Sequence[str], deadline: float) -> Iterator[HTTPResponse]:
         connection = HTTPConnection(target.host, target.port)
         plain = self._connect(addresses, target.port, deadline)
-        handle = (
-            plain.dup()
-        )  # wrapping in TLS detaches the first socket object; the duplicate still reaches the connection
+        # wrapping in TLS detaches the first socket object; the duplicate still reaches the connection
+        handle = plain.dup()
         timer = threading.Timer(_remaining_s(deadline), _shut, [handle])
         timer.daemon = True
         timer.start()

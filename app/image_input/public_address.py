@@ -34,8 +34,7 @@ def is_public(text: str) -> bool:
         if address.scope_id is not None:
             return False
         inner = list(_inner(address))
-        # mapped and NAT64 addresses mean only their IPv4 address; of tunnels the outer address must be public
-        # too
+        # mapped and NAT64 addresses mean only their IPv4 address; the outer address of a tunnel counts too
         if address.ipv4_mapped or address in _NAT64:
             return all(map(_is_public, inner))
         return all(map(_is_public, inner)) and _is_public(address)

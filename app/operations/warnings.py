@@ -62,7 +62,7 @@ class Warnings:
         for entry in self._models:
             listed = len(entry.workers or ((),))
             ready = sum(r.model == entry.name and r.state == "ready" for r in self._worker_view.records())
-            # without any the model is among the missing ones
+            # a model without any is named as missing already
             if 0 < ready < listed:
                 yield f"{entry.name} has {ready} ready of {listed} workers; /v1/workers and the log say why"
 

@@ -41,7 +41,7 @@ def worker_gauges(records: Sequence[WorkerRecord]) -> list[Metric]:
     workers = GaugeMetricFamily("workers", "Workers by model and state.", labels=["model_name", "state"])
     for (model, state), count in Counter((each.model, each.state) for each in records).items():
         workers.add_metric([model, state], count)
-    # of a record that this version can't read not even the model is known
+    # a record that this version can't read has no model
     living = [record for record in records if record.state != "lost" and record.model]
     found: list[Metric] = [workers]
     for name, text, value in GAUGES:
