@@ -62,7 +62,7 @@ class Dispatcher:
         self._admissions = threading.BoundedSemaphore(ADMISSIONS)
 
     def begin_all(self, jobs: Sequence[Job], task: TaskSpec[ModelEntry], client: Client) -> list[EventReader]:
-        """Do as `begin` for all jobs of one request. One that is refused cancels the others.
+        """Admit and queue all jobs of one request, as `begin` does. One that is refused cancels the others.
 
         The readers share their timings, and wake for each other's events, so that one may wait for all.
         """
@@ -89,9 +89,9 @@ class Dispatcher:
     ) -> EventReader:
         """Admit and queue a job. Returns the reader of its events, which must be closed.
 
-        `signal`: what wakes the reader, if it shares one. `started`: when the request did, by the monotonic clock;
-        None: now. Raises a ServiceError if the job is refused. A job that may
-        or may not have been queued is cancelled.
+        `signal`: what wakes the reader, if it shares one. `started`: when the request began, by the monotonic
+        clock; None: now. Raises a ServiceError if the job is refused. A job that may or may not have been
+        queued is cancelled.
         """
         try:
             return self._begin(job, task, client, timings, signal, started)
