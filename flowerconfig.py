@@ -24,7 +24,8 @@ def _require_password(handler: BaseHandler) -> None:
     _ = handler.current_user
 
 
-# Flower itself asks for it page by page, and neither at /metrics, which names tasks and workers, nor at /healthcheck.
+# Flower itself asks for it page by page, and neither at /metrics, which names tasks and workers, nor at
+# /healthcheck.
 BaseHandler.prepare = _require_password
 
 basic_auth = [_password]

@@ -64,8 +64,9 @@ _M_MMAP_THRESHOLD = -3  # malloc.h of glibc; other C libraries have no mallopt
 def _return_large_blocks() -> None:
     """Make malloc return each block of a MiB or more to the system when it is freed.
 
-    By itself glibc raises that limit, up to 32 MiB, with each large block that is freed. Later bodies are then parts
-    of the heap, which shrinks at its end only: after a dozen uploads a process kept a hundred MiB and more.
+    By itself glibc raises that limit, up to 32 MiB, with each large block that is freed. Later bodies are
+    then parts of the heap, which shrinks at its end only: after a dozen uploads a process kept a hundred MiB
+    and more.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -27,7 +27,8 @@ access = logging.getLogger("access")
 LINGER_S = 3.0
 """How long an error response waits for the client to take it, and an unread body to end."""
 UNREAD_S = 15.0
-"""A connection on which the client takes nothing for this long is closed by the kernel, during any response."""
+"""A connection on which the client takes nothing for this long is closed by the kernel, during any
+response."""
 IDLE_S = 1.0
 """At a stop, a connection without a request for this long is closed."""
 

@@ -1,6 +1,7 @@
 """The lines of all logs: text for people, or JSON objects for programs (LOG_FORMAT).
 
-Below everything else: gunicorn's master, workers and the supervisor use it. It imports neither Flask nor Celery.
+Below everything else: gunicorn's master, workers and the supervisor use it. It imports neither Flask nor
+Celery.
 """
 
 import json
@@ -39,7 +40,8 @@ def _plain(value: object) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats records as JSON objects: time (UTC), level, process, pid, logger, message, fields, exception."""
+    """Formats records as JSON objects: time (UTC), level, process, pid, logger, message, fields,
+    exception."""
 
     def __init__(self, process: str) -> None:
         """`process`: "web", or the worker's name, without its host."""

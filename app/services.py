@@ -50,8 +50,8 @@ class _Redis:
 
     client: RedisClient
     background: RedisClient
-    """A burst of requests may use all connections of `client`. What the process does by itself has its own: it tells
-    whether Redis answers, and keeps the lease."""
+    """A burst of requests may use all connections of `client`. What the process does by itself has its own:
+    it tells whether Redis answers, and keeps the lease."""
     keys: Keys
     web_id: str
 

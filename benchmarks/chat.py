@@ -1,10 +1,11 @@
-"""Compares chat through the whole service with others: python -m benchmarks.chat [--model smollm2 [--dtype bfloat16]]
+"""Compares chat through the whole service with others: python -m benchmarks.chat [--model smollm2 [--dtype
+bfloat16]]
 
-The others are `transformers serve --continuous-batching`, vLLM's server if VLLM_BIN is set, and `generate` on a
-static batch in this process, which has neither server nor client. All use the same model and dtype, the same
-prompts of some 40 tokens, 128 new tokens, greedy, no early stop; all servers have the same client. They take
-turns within each round, because the speed of a shared machine changes; ratios are taken within a round, and
-the result is the median round. Writes benchmarks/results/chat.json and chat.png, chat-smollm2.* or
+The others are `transformers serve --continuous-batching`, vLLM's server if VLLM_BIN is set, and `generate` on
+a static batch in this process, which has neither server nor client. All use the same model and dtype, the
+same prompts of some 40 tokens, 128 new tokens, greedy, no early stop; all servers have the same client. They
+take turns within each round, because the speed of a shared machine changes; ratios are taken within a round,
+and the result is the median round. Writes benchmarks/results/chat.json and chat.png, chat-smollm2.* or
 chat-smollm2-bfloat16.*
 
 VLLM_BIN is the program `vllm` of an environment of its own, on a CPU:

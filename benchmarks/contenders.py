@@ -34,7 +34,8 @@ class Workload(NamedTuple):
 
 
 Measure = Callable[[int], dict[str, float]]
-"""Takes the concurrency; returns tokens_per_s and, for servers, ttft_ms (p50) and gap_ms (p99 between tokens)."""
+"""Takes the concurrency; returns tokens_per_s and, for servers, ttft_ms (p50) and gap_ms (p99 between
+tokens)."""
 
 
 def measure_server(port: int, model: str, workload: Workload, concurrency: int) -> dict[str, float]:

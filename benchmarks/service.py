@@ -48,7 +48,8 @@ def first_token(rounds: int) -> dict[str, float]:
 
 
 def request_cpu(requests: int) -> dict[str, float]:
-    """Measure the web process's CPU time for a plain chat request, and for a Flask route that does nothing."""
+    """Measure the web process's CPU time for a plain chat request, and for a Flask route that does
+    nothing."""
     with tempfile.TemporaryDirectory() as folder, deployment(folder, 0, 8) as service:
         service.start("echo")
         assert service.web is not None

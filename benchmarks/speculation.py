@@ -1,7 +1,8 @@
 """Measures speculative decoding at one stream: python -m benchmarks.speculation
 
-SmolLM2-135M writes texts that repeat parts of their prompts, with drafts (`num_speculative_tokens`) and without,
-in turns in one process; greedy, so the texts are the same. Prints tokens/s and the ratio of each round.
+SmolLM2-135M writes texts that repeat parts of their prompts, with drafts (`num_speculative_tokens`) and
+without, in turns in one process; greedy, so the texts are the same. Prints tokens/s and the ratio of each
+round.
 """
 
 import argparse

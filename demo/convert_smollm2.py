@@ -1,4 +1,5 @@
-"""Converts SmolLM2-135M-Instruct from GGUF to a folder in transformers' format. scripts/fetch-smollm2 runs it.
+"""Converts SmolLM2-135M-Instruct from GGUF to a folder in transformers' format. scripts/fetch-smollm2 runs
+it.
 
     python -m demo.convert_smollm2 GGUF_FILE FOLDER
 
@@ -17,7 +18,8 @@ END = "<|im_end|>"
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write weights (bfloat16, as the model was published), tokenizer, chat template and generation config."""
+    """Write weights (bfloat16, as the model was published), tokenizer, chat template and generation
+    config."""
     source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source, model_max_length=CONTEXT)
     # GGUF names this splitting "smollm", and transformers reads it as plain byte level: without the first

@@ -1,6 +1,7 @@
 """Questions with tools for the demo chat model, the calls that they need, and what it says to the results.
 
-`make_chat_model.py` and the tests ask them. The pairs of numbers of `calculations` are not in the training data.
+`make_chat_model.py` and the tests ask them. The pairs of numbers of `calculations` are not in the training
+data.
 """
 
 from collections.abc import Iterator
@@ -16,7 +17,10 @@ Call = tuple[str, dict[str, Any]]
 
 
 class ToolQuestion(NamedTuple):
-    """`calls`: none or one. `result`: that of the call. `answer`: what follows it, or the question without a call."""
+    """`calls`: none or one. `result`: that of the call.
+
+    `answer`: what follows it, or the question without a call.
+    """
 
     tools: list[Tool]
     question: str

@@ -124,7 +124,10 @@ class NodeClient:
         return self._parse_answer(path, response)
 
     def _parse_answer(self, path: str, response: requests.Response) -> dict[str, Any]:
-        """The answer's body; success is a 2xx with `code` 0 or, as nodes send it, none. Raises NodeRefused."""
+        """The answer's body; success is a 2xx with `code` 0 or, as nodes send it, none.
+
+        Raises NodeRefused.
+        """
         try:
             body = response.json()
         except ValueError:

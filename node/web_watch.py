@@ -20,8 +20,9 @@ def http_probe(
 ) -> Callable[[], str]:
     """A probe that asks `GET {service_url}/healthz` for a web process of `namespace` that serves `model`.
 
-    It returns "" if one answers, or what is wrong in one line that names the `setting`, and never raises. Another program at that
-    address, or another deployment, would give the node's callers its 404 for every request.
+    It returns "" if one answers, or what is wrong in one line that names the `setting`, and never raises.
+    Another program at that address, or another deployment, would give the node's callers its 404 for every
+    request.
     """
     stranger = (
         f"{setting} {service_url} is not answered by a web process of namespace {namespace!r} "

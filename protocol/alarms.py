@@ -1,7 +1,7 @@
 """Alarms of the supervisors about processes that don't come up, for the web processes of every machine.
 
-They are kept in one sorted set: texts, scored by their expiry (Redis time, seconds). A supervisor writes its own again
-and again while they last, so that those of one that has ended expire.
+They are kept in one sorted set: texts, scored by their expiry (Redis time, seconds). A supervisor writes its
+own again and again while they last, so that those of one that has ended expire.
 """
 
 from collections.abc import Collection

@@ -38,12 +38,15 @@ def queue_errors() -> Iterator[None]:
 class _ReadingParser(_HiredisParser):
     """redis-py's parser, which reads what has arrived where redis-py polls first.
 
-    redis-py looks at its connection before each command and each message. A poll is a turn of gevent's event loop
-    and costs web a tenth of a request, while a read that finds nothing is one system call.
+    redis-py looks at its connection before each command and each message. A poll is a turn of gevent's event
+    loop and costs web a tenth of a request, while a read that finds nothing is one system call.
     """
 
     def can_read(self, timeout: float = 0) -> bool:
-        """Whether data has arrived within `timeout` seconds. Raises redis.ConnectionError if Redis has closed."""
+        """Whether data has arrived within `timeout` seconds.
+
+        Raises redis.ConnectionError if Redis has closed.
+        """
         if self._reader.has_data():
             return True
         return bool(self.read_from_socket(timeout=timeout, raise_on_timeout=False))  # type: ignore[no-untyped-call]
@@ -52,8 +55,9 @@ class _ReadingParser(_HiredisParser):
 def connect_redis(settings: Settings) -> RedisClient:
     """Make a pooled client that never repeats a command, since a write could then happen twice.
 
-    With all MAX_CONNECTIONS in use a command waits for one, at most SOCKET_TIMEOUT_S. Without a bound each request
-    of a burst would open its own, and two thousand handshakes at once take longer than the time limit.
+    With all MAX_CONNECTIONS in use a command waits for one, at most SOCKET_TIMEOUT_S. Without a bound each
+    request of a burst would open its own, and two thousand handshakes at once take longer than the time
+    limit.
     """
     pool = redis.BlockingConnectionPool.from_url(
         settings.redis_url,

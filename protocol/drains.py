@@ -1,7 +1,7 @@
 """Which workers an operator has put under drain: they serve nothing until they are resumed.
 
-A mark outlives the worker, so that one which is restarted for maintenance waits until it is resumed. The name is
-Celery's and not the cid: that changes with the GPU.
+A mark outlives the worker, so that one which is restarted for maintenance waits until it is resumed. The name
+is Celery's and not the cid: that changes with the GPU.
 """
 
 from collections.abc import Collection

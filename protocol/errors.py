@@ -3,7 +3,8 @@
 ServiceError
 ├─ InvalidRequest 400 (ContextLengthExceeded, InvalidImage, UnsupportedParameter)
 ├─ Unauthorized 401 · Forbidden 403 · NotFound 404 (ModelNotFound) · MethodNotAllowed 405
-├─ RequestTimeout 408 · TakenOver 409 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429 · Cancelled 499
+├─ RequestTimeout 408 · TakenOver 409 · PayloadTooLarge 413 · UnsupportedMediaType 415 · RateLimited 429
+├─ Cancelled 499
 ├─ InternalError 500 (EngineError, OutOfMemory, EngineStopped)
 ├─ Unavailable 503 (NoWorker, Overloaded, QueueUnavailable, WorkerLost, Interrupted, CancelledByOperator,
 │                   ShuttingDown)
@@ -117,8 +118,8 @@ class UnsupportedMediaType(ServiceError):
 
 
 class Forbidden(ServiceError):
-    """Raised by the web process for a request that a page of another site may have made a browser send, and for one
-    that only an operator may send.
+    """Raised by the web process for a request that a page of another site may have made a browser send, and
+    for one that only an operator may send.
     """
 
     status, code, type = 403, "forbidden", "permission_error"
@@ -201,7 +202,8 @@ class WorkerLost(Unavailable):
 
 
 class Interrupted(Unavailable):
-    """Raised by the web process after a pause in which a worker cancelled a request whose client is still there."""
+    """Raised by the web process after a pause in which a worker cancelled a request whose client is still
+    there."""
 
     code = "interrupted"
     default_message = "the request was interrupted; send it again"

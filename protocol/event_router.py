@@ -27,13 +27,14 @@ POLL_S = 1.0
 PING_AFTER_S = 5.0
 """A channel that is silent for so long is pinged: only a write shows that a peer vanished without a FIN."""
 PONG_S = 5.0
-"""A connection on which nothing arrives for so long after a ping is half open: it is closed and made again."""
+"""A connection on which nothing arrives for so long after a ping is half open: it is closed and made
+again."""
 RECONNECT_PAUSE_S = 0.5
 
 
 TAKEN_OVER_SEQ = -1
-"""The number of an event that is none of the request's own: another reader has taken over from the one that it names.
-Older versions drop it.
+"""The number of an event that is none of the request's own: another reader has taken over from the one that
+it names. Older versions drop it.
 """
 
 
@@ -82,7 +83,8 @@ class Inbox:
         self.resent = False
         self.ended = False
         self.reader = ""
-        """The name of the connection that this is for, if another one may take over (protocol/resumable_streams.py)."""
+        """The name of the connection that this is for, if another one may take over
+        (protocol/resumable_streams.py)."""
 
     def feed(self, envelope: Envelope) -> None:
         """Take an envelope from the channel or the replay list, in any order and more than once."""

@@ -12,8 +12,8 @@ from PIL import Image, JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImag
 
 from protocol.errors import InvalidImage
 
-# Otherwise Pillow imports them when it opens the first image. The web process opens images in threads of gevent's
-# pool, where the locks of two imports can deadlock.
+# Otherwise Pillow imports them when it opens the first image. The web process opens images in threads of
+# gevent's pool, where the locks of two imports can deadlock.
 _PLUGINS = (JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 Image.preinit()
 

@@ -1,11 +1,12 @@
 """kombu's Redis transport (kombu 5.7.0) with two errors and one cost removed.
 
-The first error: when kombu closes a connection it drops the connection's client, and raises AttributeError when
-the connection is used later. Celery ends the worker for that, while it survives a connection error. Seen when
-Redis is killed while tasks run.
+The first error: when kombu closes a connection it drops the connection's client, and raises AttributeError
+when the connection is used later. Celery ends the worker for that, while it survives a connection error. Seen
+when Redis is killed while tasks run.
 
-The second: Celery also ends the worker for an error that Redis answers with (READONLY, OOM, MISCONF, UNBLOCKED).
-Redis gives them when it is full, can't save, or was demoted to a replica, and takes commands again later.
+The second: Celery also ends the worker for an error that Redis answers with (READONLY, OOM, MISCONF,
+UNBLOCKED). Redis gives them when it is full, can't save, or was demoted to a replica, and takes commands
+again later.
 
 The cost: kombu makes a new client of redis-py, which sets up a table of some 200 commands, for every
 message that it sends or receives. That is a fifth of a worker's time for a task that does nothing.
@@ -20,7 +21,8 @@ from kombu.transport import redis as kombu_redis
 class ReconnectingChannel(kombu_redis.Channel):
     """A channel that raises a connection error once its connection is closed, and that keeps its client."""
 
-    # When the channel is closed its unacknowledged messages would go back into the queue, while their tasks run on.
+    # When the channel is closed its unacknowledged messages would go back into the queue, while their tasks
+    # run on.
     do_restore = False
     _client_of_pool: tuple[Any, Any] = (None, None)
 

@@ -25,16 +25,18 @@ GAP_S = LEASE_TTL_S - REFRESH_S
 RECORD_TTL_S = 24 * 3600
 
 WorkerState = Literal["loading", "ready", "draining", "drained", "lost"]
-"""`draining`: the worker takes no more requests, and some run; `drained`: it waits until an operator resumes it."""
+"""`draining`: the worker takes no more requests, and some run; `drained`: it waits until an operator resumes
+it."""
 UNREADABLE = "unknown"
-"""Replaces the state of a worker that lives and whose record this version can't read. Of that only the cid is known."""
+"""Replaces the state of a worker that lives and whose record this version can't read. Of that only the cid is
+known."""
 
 
 class GpuUsage(msgspec.Struct, kw_only=True, frozen=True):
     """What the driver tells of a worker's GPU, for all processes that use it.
 
-    `utilization`: the part of the last second or less in which a kernel ran, 0 to 1. The last two are None where
-    the driver does not tell them, as for a slice of a GPU (MIG).
+    `utilization`: the part of the last second or less in which a kernel ran, 0 to 1. The last two are None
+    where the driver does not tell them, as for a slice of a GPU (MIG).
     """
 
     memory_used_bytes: int
@@ -72,7 +74,8 @@ class WorkerRecord(msgspec.Struct, kw_only=True):
     slots: int = 0
     """Requests that the worker takes at the same time."""
     rate: float = 0.0
-    """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0: unknown."""
+    """Work (protocol.jobs.work_of) finished in a second while every slot was busy and requests waited; 0:
+    unknown."""
     max_model_len: int = 0
     """Tokens of prompt and answer together that the loaded model takes; 0: unknown, or not a chat model."""
     kv_cache_usage: float | None = None
@@ -128,8 +131,8 @@ _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(WorkerRecord)
 
 
-# Holds a worker's lease and writes its record. Writes nothing while another incarnation has the lease, unless it is
-# to be seized. Returns the incarnation id that the lease had before, nil without one.
+# Holds a worker's lease and writes its record. Writes nothing while another incarnation has the lease, unless
+# it is to be seized. Returns the incarnation id that the lease had before, nil without one.
 _HOLD = """
 local lease_key, record_key, workers_key = KEYS[1], KEYS[2], KEYS[3]
 local incarnation_id, record, cid, seize = ARGV[1], ARGV[2], ARGV[3], ARGV[4] == '1'
@@ -170,13 +173,15 @@ class Leases:
         self._release_script = client.register_script(_RELEASE)
 
     def seize_worker(self, record: WorkerRecord) -> str:
-        """Take a worker's lease, from an older incarnation too, and write its record; returns as `renew_worker` does."""
+        """Take a worker's lease, from an older incarnation too, and write its record; returns as
+        `renew_worker` does."""
         return self._hold(record, seize=True)
 
     def renew_worker(self, record: WorkerRecord) -> str:
         """Renew a worker's lease and record; returns the incarnation id that the lease had before, or "".
 
-        Another id than the record's own means that another incarnation has the lease: then nothing was written.
+        Another id than the record's own means that another incarnation has the lease: then nothing was
+        written.
         """
         return self._hold(record, seize=False)
 

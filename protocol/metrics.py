@@ -1,8 +1,9 @@
-"""Metrics that processes share through Redis, so that each web process can show those of the whole deployment.
+"""Metrics that processes share through Redis, so that each web process can show those of the whole
+deployment.
 
-A process keeps counters and histograms for itself and writes them, as they stand, with its lease. Nothing is ever
-added up in Redis: a write may be repeated, and a process that is restarted begins at 0, which Prometheus expects of
-counters.
+A process keeps counters and histograms for itself and writes them, as they stand, with its lease. Nothing is
+ever added up in Redis: a write may be repeated, and a process that is restarted begins at 0, which Prometheus
+expects of counters.
 """
 
 import logging
@@ -74,7 +75,10 @@ def give_way() -> None:
 
 
 def merged(snapshots: Iterable[Snapshot]) -> list[Metric]:
-    """Return the metrics of all processes, each with the labels of its process. The first one's help is taken."""
+    """Return the metrics of all processes, each with the labels of its process.
+
+    The first one's help is taken.
+    """
     found: dict[str, Metric] = {}
     for snapshot in snapshots:
         for family in snapshot.families:

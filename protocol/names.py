@@ -74,7 +74,10 @@ class Keys(NamedTuple):
         return f"{self.prefix}waiting:{model}"
 
     def running(self, model: str) -> str:
-        """Sorted set: ids of claimed requests that have not ended, scored by deadline. Those of a lost worker stay."""
+        """Sorted set: ids of claimed requests that have not ended, scored by deadline.
+
+        Those of a lost worker stay.
+        """
         return f"{self.prefix}running:{model}"
 
     def youngest_claimed(self, model: str) -> str:
@@ -106,7 +109,10 @@ class Keys(NamedTuple):
 
     @property
     def drains(self) -> str:
-        """Set: Celery's names of the workers under drain. It has no TTL: they are drained until they are resumed."""
+        """Set: Celery's names of the workers under drain.
+
+        It has no TTL: they are drained until they are resumed.
+        """
         return f"{self.prefix}drains"
 
     @property

@@ -7,11 +7,15 @@ from protocol.connections import RedisClient
 from protocol.names import Keys
 
 BY_OPERATOR = b"operator"
-"""Value of the cancel mark of a request that an operator has cancelled. Others mean that nobody waits for it."""
+"""Value of the cancel mark of a request that an operator has cancelled. Others mean that nobody waits for
+it."""
 
 
 class OpenRequest(NamedTuple):
-    """One admitted request that has not ended. `incarnation_id`: of the worker that runs it, "" while it waits."""
+    """One admitted request that has not ended.
+
+    `incarnation_id`: of the worker that runs it, "" while it waits.
+    """
 
     id: str
     model: str
@@ -51,7 +55,8 @@ class OpenRequests:
     def cancel(self, request_id: str, models: Sequence[str]) -> bool:
         """Cancel a request of one of these models; False if none of them has it.
 
-        What waits is not run any more, what runs ends within two seconds. Its client gets `CancelledByOperator`.
+        What waits is not run any more, what runs ends within two seconds. Its client gets
+        `CancelledByOperator`.
         """
         for request in self.of_models(models):
             if request.id == request_id:

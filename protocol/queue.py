@@ -31,11 +31,11 @@ CLAIM_GRACE_S = 120
 MAX_WAITING_BYTES = 256 * 2**20
 """Images of the waiting jobs of one model; an edit or a chat can have 20 MiB."""
 
-# Stores a job, adds it to the waiting ones and queues its message. Refuses it by the number of waiting requests, or,
-# where the workers' rate is known, by the time that they will take. A job with images is also refused by the bytes
-# of the images that wait, and where Redis has no room for them. Returns {1, admission time}, or
-# {0, waiting requests, estimated wait in s}; the wait is -1 if the images are the reason.
-# The keys of the waiting jobs are built here, which Redis allows everywhere but in a cluster.
+# Stores a job, adds it to the waiting ones and queues its message. Refuses it by the number of waiting
+# requests, or, where the workers' rate is known, by the time that they will take. A job with images is also
+# refused by the bytes of the images that wait, and where Redis has no room for them. Returns {1, admission
+# time}, or {0, waiting requests, estimated wait in s}; the wait is -1 if the images are the reason. The keys
+# of the waiting jobs are built here, which Redis allows everywhere but in a cluster.
 _ADMIT = (
     MEMORY_ROOM
     + """
@@ -131,7 +131,10 @@ class Claimed(NamedTuple):
 
 
 class UnreadableJob(Exception):
-    """A claimed job that this version can't read: it was written by another one. Its client waits for an answer."""
+    """A claimed job that this version can't read: it was written by another one.
+
+    Its client waits for an answer.
+    """
 
     def __init__(self, web_id: str, remaining_s: float, reason: str) -> None:
         super().__init__(reason)
@@ -142,8 +145,8 @@ class UnreadableJob(Exception):
 class JobQueue:
     """Both ends of the queue. `admit` and `send_again` raise QueueUnavailable, the others redis.RedisError.
 
-    `background`: the client for what no request waits for (`send_again`, `sweep`); by default the same. A burst of
-    requests may use all connections of `client`.
+    `background`: the client for what no request waits for (`send_again`, `sweep`); by default the same. A
+    burst of requests may use all connections of `client`.
     """
 
     def __init__(
@@ -175,9 +178,10 @@ class JobQueue:
     ) -> float:
         """Admit and queue a job in one step; returns its admission time (Redis clock, seconds).
 
-        `rate` is the work (protocol.jobs.work_of) that the model's workers finish in a second, 0 if it is not known.
-        Raises Overloaded when `max_waiting` requests wait, when what waits will take longer than half the deadline,
-        or when there is no room for the job's images. Raises QueueUnavailable; the job may then have been queued all the same, so it must be cancelled.
+        `rate` is the work (protocol.jobs.work_of) that the model's workers finish in a second, 0 if it is not
+        known. Raises Overloaded when `max_waiting` requests wait, when what waits will take longer than half
+        the deadline, or when there is no room for the job's images. Raises QueueUnavailable; the job may then
+        have been queued all the same, so it must be cancelled.
         """
         body, files = jobs.encode(job)
         fields: list[bytes | str | float] = ["body", body, "web", web_id, "work", jobs.work_of(job)]
@@ -203,7 +207,10 @@ class JobQueue:
         return float(rest[0])
 
     def send_again(self, request_id: str, model: str) -> bool:
-        """Queue another message for a job that waits; False if it does not wait any more. Raises QueueUnavailable."""
+        """Queue another message for a job that waits; False if it does not wait any more.
+
+        Raises QueueUnavailable.
+        """
         message = self._messages.make(request_id, self._keys.queue(model), copy=1)
         with queue_errors():
             return bool(self._resend(keys=self._waiting_keys(request_id, model), args=[request_id, message]))
@@ -213,7 +220,8 @@ class JobQueue:
         self._cancel(self._redis, request_id, model)
 
     def cancel_later(self, request_id: str, model: str) -> None:
-        """Cancel a request of which it is not known whether it was admitted; `sweep` does it when Redis answers."""
+        """Cancel a request of which it is not known whether it was admitted; `sweep` does it when Redis
+        answers."""
         self._uncertain.append((request_id, model))
 
     def forget(self, request_id: str) -> None:
@@ -234,7 +242,8 @@ class JobQueue:
     def claim(self, request_id: str, model: str, incarnation_id: str) -> Claimed | None:
         """Claim a job; None if another incarnation has it, or if it has ended, was cancelled or is too late.
 
-        Safe to repeat with the same `incarnation_id`, by a worker that has lost the answer. Raises UnreadableJob.
+        Safe to repeat with the same `incarnation_id`, by a worker that has lost the answer. Raises
+        UnreadableJob.
         """
         key = self._keys
         names = [
@@ -260,7 +269,10 @@ class JobQueue:
             raise UnreadableJob(web_id, remaining_s, str(error)) from error
 
     def end(self, request_id: str, model: str) -> None:
-        """Delete a claimed job that has ended. A claim without a job and without a last event means a lost request."""
+        """Delete a claimed job that has ended.
+
+        A claim without a job and without a last event means a lost request.
+        """
         with self._redis.pipeline(transaction=False) as pipe:
             pipe.delete(self._keys.job(request_id))
             pipe.zrem(self._keys.running(model), request_id)

@@ -1,7 +1,7 @@
 """Receipts: signed lines about requests, which workers write and anybody who has the public key can check.
 
-A line is a JSON object in one form only: keys sorted, no spaces, UTF-8, no fractions. `signature` (base64, Ed25519) is
-of the same object without that key, in the same form.
+A line is a JSON object in one form only: keys sorted, no spaces, UTF-8, no fractions. `signature` (base64,
+Ed25519) is of the same object without that key, in the same form.
 """
 
 import base64

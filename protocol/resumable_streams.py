@@ -1,8 +1,8 @@
 """The streams that their clients may resume: who reads each, and what is needed to continue it anywhere.
 
-A record exists from the first token of such a stream on. Its reader is one connection of one web process. When that
-is lost, the record and the request's replay list are kept for the grace period, so that another reader can take over;
-a worker cancels a request whose record has expired (workers/stream_readers.py).
+A record exists from the first token of such a stream on. Its reader is one connection of one web process.
+When that is lost, the record and the request's replay list are kept for the grace period, so that another
+reader can take over; a worker cancels a request whose record has expired (workers/stream_readers.py).
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ from protocol.events import Envelope, decode_readable
 from protocol.names import Keys
 
 REPLAY_LONGER_S = 10
-"""How much longer than the record the replay list is kept, so that the worker sees the end of the record first."""
+"""How much longer than the record the replay list is kept, so that the worker sees the end of the record
+first."""
 
 _BEGIN = """
 local stream_key = KEYS[1]
@@ -27,7 +28,8 @@ redis.call('HSET', stream_key, 'reader', reader, 'owner', owner, 'grace_s', grac
 redis.call('EXPIRE', stream_key, ttl)
 """
 
-# Returns {} unless the owner is the same, else {record, seconds since its begin, the reader before, the replay list}.
+# Returns {} unless the owner is the same, else {record, seconds since its begin, the reader before, the
+# replay list}.
 _TAKE_OVER = """
 local stream_key, replay_list = KEYS[1], KEYS[2]
 local reader, owner, ttl = ARGV[1], ARGV[2], ARGV[3]
@@ -60,7 +62,8 @@ redis.call('EXPIRE', replay_list, grace_s + replay_longer_s)
 
 
 class StreamRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What all chunks of a stream have in common, and the times of its request, in seconds from its validation."""
+    """What all chunks of a stream have in common, and the times of its request, in seconds from its
+    validation."""
 
     model: str
     n: int
@@ -74,7 +77,8 @@ class StreamRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Takeover(NamedTuple):
     """A stream that now has another reader. `elapsed_s`: since its request was validated.
 
-    `reader_before`: "" if the stream had none. `envelopes`: all events so far, by number, perhaps with duplicates.
+    `reader_before`: "" if the stream had none. `envelopes`: all events so far, by number, perhaps with
+    duplicates.
     """
 
     record: StreamRecord
@@ -131,7 +135,8 @@ class ResumableStreams:
     def take_over(self, request_id: str, *, reader: str, owner: str) -> Takeover | None:
         """Make `reader` the reader of a stream. None for a stream that is not known, or is another owner's.
 
-        Raises QueueUnavailable, and msgspec.MsgspecError for the record of a version that this one can't read.
+        Raises QueueUnavailable, and msgspec.MsgspecError for the record of a version that this one can't
+        read.
         """
         with queue_errors():
             answer = self._take_over(keys=self._keys_of(request_id), args=[reader, owner, self._ttl_s])
@@ -143,14 +148,18 @@ class ResumableStreams:
         return Takeover(record, float(elapsed), before.decode(), envelopes)
 
     def leave(self, request_id: str, reader: str, *, finished: bool) -> None:
-        """Note that `reader` is gone, and whether it has read the end: the grace period begins, or does so again.
+        """Note that `reader` is gone, and whether it has read the end: the grace period begins, or does so
+        again.
 
         Raises redis.RedisError.
         """
         self._leave(keys=self._keys_of(request_id), args=[reader, int(finished), REPLAY_LONGER_S])
 
     def readers(self, request_ids: Sequence[str]) -> list[str | None]:
-        """Return the reader of each, "" if it has none at the moment, None without a record. Raises redis.RedisError."""
+        """Return the reader of each, "" if it has none at the moment, None without a record.
+
+        Raises redis.RedisError.
+        """
         with self._redis.pipeline(transaction=False) as pipe:
             for request_id in request_ids:
                 pipe.hget(self._keys.stream(request_id), "reader")

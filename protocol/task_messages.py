@@ -1,8 +1,8 @@
 """The Celery message that queues one request, as kombu's Redis transport keeps it in a list.
 
-Celery makes the message once for each queue; for a request only the id is put in. Publishing through Celery costs
-a request more than all of the rest of its way into the queue, and it is a second command that can fail by itself:
-the message goes into the list in the same script that admits the job (protocol/queue.py).
+Celery makes the message once for each queue; for a request only the id is put in. Publishing through Celery
+costs a request more than all of the rest of its way into the queue, and it is a second command that can fail
+by itself: the message goes into the list in the same script that admits the job (protocol/queue.py).
 """
 
 import base64
@@ -27,14 +27,16 @@ class TaskMessages:
         self._templates: dict[str, tuple[bytes, str]] = {}
 
     def prepare(self, queues: Iterable[str]) -> None:
-        """Make the templates now: the first takes Celery a tenth of a second, in which no other request is served."""
+        """Make the templates now: the first takes Celery a tenth of a second, in which no other request is
+        served."""
         for queue in queues:
             self._templates[queue] = self._template(queue)
 
     def make(self, request_id: str, queue: str, *, copy: int = 0) -> bytes:
         """Return the message for `queue` (Celery's name, without the namespace).
 
-        kombu counts unacknowledged messages by their delivery tag, so each `copy` for one request has its own.
+        kombu counts unacknowledged messages by their delivery tag, so each `copy` for one request has its
+        own.
         """
         if queue not in self._templates:
             self._templates[queue] = self._template(queue)

@@ -12,7 +12,8 @@ from supervise.console import PrintLine
 from supervise.process import Process, Spec, describe_status
 
 FAILED_STARTS = 3
-"""A worker that has ended this often in a row without having been ready is an alarm; it is restarted all the same."""
+"""A worker that has ended this often in a row without having been ready is an alarm; it is restarted all the
+same."""
 REPEAT_S = 600.0
 """How often an alarm that lasts is printed again."""
 LONGEST_REASON = 300
@@ -52,7 +53,10 @@ class ProcessAlarms:
         self._texts.pop(process.spec.name, None)
 
     def tell(self, now: float) -> None:
-        """Print what is new or was printed REPEAT_S ago, and publish all. `now`: seconds of any clock. Blocks."""
+        """Print what is new or was printed REPEAT_S ago, and publish all. `now`: seconds of any clock.
+
+        Blocks.
+        """
         texts = set(self._texts.values())
         self._printed = {text: at for text, at in self._printed.items() if text in texts}
         for text in sorted(texts):

@@ -1,4 +1,7 @@
-"""The terminal that all processes share. Each line begins with the name of its process, or is JSON that has it."""
+"""The terminal that all processes share.
+
+Each line begins with the name of its process, or is JSON that has it.
+"""
 
 import collections
 import contextlib
@@ -102,7 +105,10 @@ class Console:
         self._colour_of: dict[str, str] = {SUPERVISOR: "1"}
 
     def printer(self, name: str, level: str = "INFO") -> PrintLine:
-        """Return a function that prints lines with this name. `level`: that of lines which are no JSON yet."""
+        """Return a function that prints lines with this name.
+
+        `level`: that of lines which are no JSON yet.
+        """
         self._width = max(self._width, len(name))
         self._colour_of.setdefault(name, _COLOURS[(len(self._colour_of) - 1) % len(_COLOURS)])
         return lambda line: self._print(name, line, level)

@@ -16,8 +16,8 @@ from supervise.process import Spec
 from supervise.redis_server import EmbeddedRedis
 
 _GUNICORN_BOOT_FAILED = frozenset({1, 3, 4})
-"""gunicorn's statuses for an address that it can't listen on, a worker that did not start, and an application that
-could not be loaded."""
+"""gunicorn's statuses for an address that it can't listen on, a worker that did not start, and an application
+that could not be loaded."""
 _WORKER_STOP_MARGIN_S = 15.0  # for what a worker does before and after DRAIN_S
 _WEB_STOP_S = 30.0  # above gunicorn's graceful_timeout
 _FLOWER_STOP_S = 5.0
@@ -35,8 +35,8 @@ class Plan:
 
     @property
     def groups(self) -> tuple[tuple[Spec, ...], ...]:
-        """The processes in the order in which they start. They stop in the opposite order: workers unregister and
-        finish their requests, which needs Redis and the web process.
+        """The processes in the order in which they start. They stop in the opposite order: workers unregister
+        and finish their requests, which needs Redis and the web process.
         """
         return (self.redis, self.web, self.flower, self.workers)
 
@@ -85,7 +85,8 @@ def _redis(redis: EmbeddedRedis, env: dict[str, str]) -> Spec:
 
 
 _WITHOUT_EVENTS = ("--without-gossip", "--without-mingle", "--without-heartbeat")
-"""What workers tell each other and Flower. Nobody else reads it, and each worker would write every two seconds."""
+"""What workers tell each other and Flower. Nobody else reads it, and each worker would write every two
+seconds."""
 
 
 def _workers(settings: Settings, catalogue: Catalogue, env: dict[str, str]) -> Iterator[Spec]:

@@ -28,8 +28,9 @@ class Spec:
     """A process to run.
 
     `fatal_at_start`: exit statuses that fail the start of the service; afterwards only EXIT_CONFIGURATION is
-    final. `orphan_signal`: what the kernel sends the process when the supervisor dies. `stop_signal`: what the
-    supervisor stops it with; if that is not SIGTERM, the process gets no SIGTERM from anybody (it stays blocked).
+    final. `orphan_signal`: what the kernel sends the process when the supervisor dies. `stop_signal`: what
+    the supervisor stops it with; if that is not SIGTERM, the process gets no SIGTERM from anybody (it stays
+    blocked).
     """
 
     name: str

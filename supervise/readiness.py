@@ -48,7 +48,8 @@ class Probe:
         return reasons[0] if reasons else None if missing else ""
 
     def ready_workers(self) -> set[int]:
-        """Return the process ids of this machine's workers that are ready, or were until an operator drained them."""
+        """Return the process ids of this machine's workers that are ready, or were until an operator drained
+        them."""
         host = os.uname().nodename
         rows = self._get("/v1/workers")[1].get("data", [])
         return {row["pid"] for row in rows if row.get("host") == host and row.get("state") in _UP}

@@ -18,7 +18,8 @@ from supervise.redis_server import EmbeddedRedis
 POLL_S = 0.5
 PROGRESS_EVERY_S = 15.0
 WATCH_S = 5.0
-"""How often it is looked which workers are ready, and alarms are told; they last protocol.alarms.ALARM_TTL_S."""
+"""How often it is looked which workers are ready, and alarms are told; they last
+protocol.alarms.ALARM_TTL_S."""
 REGISTER_S = 3.0
 """How long READY waits for the node's first answer to the workers."""
 

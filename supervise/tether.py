@@ -1,10 +1,11 @@
 """Runs a command that must not outlive the supervisor.
 
 `python -S -E tether.py SUPERVISOR_PID SIGNAL STOP_SIGNAL COMMAND…` asks the kernel to send SIGNAL when the
-supervisor dies, then replaces itself by COMMAND. If STOP_SIGNAL is not SIGTERM, SIGTERM stays blocked in COMMAND:
-systemd, for example, may send it to all processes at once, and the supervisor stops them in order.
+supervisor dies, then replaces itself by COMMAND. If STOP_SIGNAL is not SIGTERM, SIGTERM stays blocked in
+COMMAND: systemd, for example, may send it to all processes at once, and the supervisor stops them in order.
 
-A `preexec_fn` would run Python between fork and exec, where a lock of another thread may be held indefinitely.
+A `preexec_fn` would run Python between fork and exec, where a lock of another thread may be held
+indefinitely.
 """
 
 import os

@@ -91,7 +91,10 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The folder of all-MiniLM-L6-v2, a trained embedding model. The first test ever to use it downloads it."""
+    """The folder of all-MiniLM-L6-v2, a trained embedding model.
+
+    The first test ever to use it downloads it.
+    """
     return fetched("fetch-minilm", "all-minilm-l6-v2")
 
 

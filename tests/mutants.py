@@ -1,8 +1,8 @@
 """Breaks the code on purpose, one place at a time, and checks that a test notices: scripts/mutants [NAME …].
 
-tests/mutants.toml lists the mutants: a text of one file, what stands in its place, and the tests of which one must
-fail. They work on copies of the checkout. A mutant that survives needs a test, or the code is not needed; one that
-can't be noticed has a `reason`.
+tests/mutants.toml lists the mutants: a text of one file, what stands in its place, and the tests of which one
+must fail. They work on copies of the checkout. A mutant that survives needs a test, or the code is not
+needed; one that can't be noticed has a `reason`.
 """
 
 import argparse
@@ -69,7 +69,8 @@ def run_tests(
 
 
 def require_passing(copy: Path, mutants: Iterable[Mutant]) -> None:
-    """End the process unless all tests pass without a mutant: a test that always fails would kill each one."""
+    """End the process unless all tests pass without a mutant: a test that always fails would kill each
+    one."""
     run = run_tests(copy, sorted({test for mutant in mutants for test in mutant.tests}))
     if run.returncode != NO_FAILURE:
         raise SystemExit(f"the tests fail without a mutant:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")

@@ -35,7 +35,8 @@ def promtool(*arguments: str | Path, stdin: str = "") -> str:
 
 
 def copy_configuration(folder: Path, service_port: int = 1088) -> Path:
-    """Copy deploy/monitoring/ for a service at another port, with a key; returns the path of prometheus.yml."""
+    """Copy deploy/monitoring/ for a service at another port, with a key; returns the path of
+    prometheus.yml."""
     for file in MONITORING.glob("*.yml"):
         shutil.copy(file, folder)
     (folder / "key").write_text("none")

@@ -32,8 +32,8 @@ def save_scripted_model(
     """Save a model that answers a last message `name` with `scripts[name]`, a text or its tokens.
 
     `special`: texts in the scripts that are special tokens. Each may occur once in all scripts, since what
-    follows depends on the token alone. `opening`: one of them with which every prompt ends; there is one script
-    then.
+    follows depends on the token alone. `opening`: one of them with which every prompt ends; there is one
+    script then.
     """
     chains: dict[str, list[str]] = {}
     used: set[str] = set()

@@ -1,4 +1,5 @@
-"""What a machine can check of the documentation: links, paths, commands, the version, and the files for GitHub."""
+"""What a machine can check of the documentation: links, paths, commands, the version, and the files for
+GitHub."""
 
 import ast
 import json

@@ -10,7 +10,8 @@ from workers.stream_readers import StreamReaders
 
 
 class AbandonedRequests:
-    """Finds them by their cancel marks, by the leases of web processes, and by the readers of resumable streams.
+    """Finds them by their cancel marks, by the leases of web processes, and by the readers of resumable
+    streams.
 
     Methods raise redis.RedisError.
     """
@@ -30,7 +31,8 @@ class AbandonedRequests:
         self._observation = Observation(clock)
 
     def cancel(self) -> None:
-        """Cancel the requests that a web process or an operator has marked, and the streams that nobody resumed."""
+        """Cancel the requests that a web process or an operator has marked, and the streams that nobody
+        resumed."""
         self._readers.follow()
         for request_id in self._queue.cancelled(self._runner.running()):
             self._runner.cancel(request_id)

@@ -1,7 +1,7 @@
 """Writes frequent lines of a worker's log in batches.
 
-Each write lets go of the interpreter's lock, for which the threads of the running requests compete. A write for each
-job took a worker a tenth more CPU time for short requests than a batch now and then.
+Each write lets go of the interpreter's lock, for which the threads of the running requests compete. A write
+for each job took a worker a tenth more CPU time for short requests than a batch now and then.
 """
 
 import logging
@@ -18,7 +18,10 @@ LINES_LIMIT = 10_000
 
 
 class BufferedHandler(logging.Handler):
-    """Gives its lines to another handler, from a thread of its own, at most every PAUSE_S. Flushed at the exit."""
+    """Gives its lines to another handler, from a thread of its own, at most every PAUSE_S.
+
+    Flushed at the exit.
+    """
 
     def __init__(self, target: "logging.StreamHandler[TextIO]") -> None:
         super().__init__()

@@ -31,7 +31,8 @@ def create_worker_app(settings: Settings) -> Celery:
         return celery
     entry = _find_entry(settings, catalogue)
     consume(celery, keys, entry.name, entry.engine.max_batch_size)
-    # Celery's default level is WARNING. At INFO, Celery would log each task, so the level is set for our modules only.
+    # Celery's default level is WARNING. At INFO, Celery would log each task, so the level is set for our
+    # modules only.
     for package in ("workers", "node"):
         logging.getLogger(package).setLevel(logging.INFO)
     if settings.json_logs:

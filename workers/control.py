@@ -1,7 +1,7 @@
 """What Celery's command line, its remote control and Flower's buttons may do to a worker.
 
-A worker's pool, queue and limits follow from the catalogue. A change of them would leave it registered with the node
-while it serves less than it says, or nothing.
+A worker's pool, queue and limits follow from the catalogue. A change of them would leave it registered with
+the node while it serves less than it says, or nothing.
 """
 
 import os
@@ -22,7 +22,10 @@ REFUSED = (
 
 
 def check_options(controller: Any, *, queue: str, slots: int) -> None:
-    """Check the options of the command line. `controller`: Celery's, at `worker_init`. Raises ConfigurationError."""
+    """Check the options of the command line. `controller`: Celery's, at `worker_init`.
+
+    Raises ConfigurationError.
+    """
     pool = controller.pool_cls
     if (pool if isinstance(pool, str) else pool.__module__) not in THREADS_POOL:
         raise ConfigurationError("the worker needs Celery's threads pool, its default: leave --pool out")
@@ -65,7 +68,8 @@ def install_controls(revoke: Callable[[str], None]) -> None:
 
 
 def stop_at_hangup() -> None:
-    """Let SIGHUP stop the worker as SIGTERM does; Celery would start a new process in its place, without a drain.
+    """Let SIGHUP stop the worker as SIGTERM does; Celery would start a new process in its place, without a
+    drain.
 
     A process that ignores SIGHUP (nohup) goes on ignoring it.
     """

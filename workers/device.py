@@ -19,8 +19,8 @@ DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 def visible_gpus(settings: Settings) -> list[str]:
     """UUIDs of the GPUs in CUDA_VISIBLE_DEVICES, in its order; [] for a worker on the CPU.
 
-    Without the variable a worker takes the first GPU. Raises TemporaryLoadError if the driver does not answer:
-    the worker must not serve its model on the CPU instead.
+    Without the variable a worker takes the first GPU. Raises TemporaryLoadError if the driver does not
+    answer: the worker must not serve its model on the CPU instead.
     """
     if settings.cuda_visible_devices is not None and not settings.cuda_visible_devices.strip():
         return []

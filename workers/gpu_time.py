@@ -8,8 +8,8 @@ from collections.abc import Callable
 class GpuTime:
     """Gives each running request an equal part of the seconds in which this worker had any.
 
-    So the parts of all requests add up to the time in which the worker was busy, and a request that shares the GPU
-    with seven others is charged an eighth of the time that it takes. Thread safe.
+    So the parts of all requests add up to the time in which the worker was busy, and a request that shares
+    the GPU with seven others is charged an eighth of the time that it takes. Thread safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

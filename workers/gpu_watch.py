@@ -17,7 +17,8 @@ STALE_S = 10.0
 class GpuWatch(threading.Thread):
     """Reads the first of `gpus` (UUIDs) again and again; without one it ends at once.
 
-    In a thread of its own, because a call to a driver in trouble may never return, and the lease must be renewed.
+    In a thread of its own, because a call to a driver in trouble may never return, and the lease must be
+    renewed.
     """
 
     def __init__(self, gpus: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:

@@ -1,5 +1,5 @@
-"""What a worker does once a second, beside its requests: it renews its lease, cancels requests that nobody waits
-for, follows an operator's drain, checks the engine, and measures throughput.
+"""What a worker does once a second, beside its requests: it renews its lease, cancels requests that nobody
+waits for, follows an operator's drain, checks the engine, and measures throughput.
 """
 
 import logging
@@ -20,8 +20,8 @@ TICK_S = 1.0
 class Heartbeat:
     """Works from before the model is loaded until the process ends, in the thread that calls `run`.
 
-    `look_for_drain` is called in each tick, before the lease is renewed, `publish_metrics` after each renewal; both
-    may raise redis.RedisError.
+    `look_for_drain` is called in each tick, before the lease is renewed, `publish_metrics` after each
+    renewal; both may raise redis.RedisError.
     """
 
     def __init__(
@@ -43,7 +43,10 @@ class Heartbeat:
         self._stopping = False
 
     def run(self) -> None:
-        """Tick until `stop`. Raises EngineHung, WorkerReplaced and NotConsuming: then the process must end."""
+        """Tick until `stop`.
+
+        Raises EngineHung, WorkerReplaced and NotConsuming: then the process must end.
+        """
         while not self._stopping:
             self.tick()
             self._lease.changed.wait(TICK_S)

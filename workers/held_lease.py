@@ -14,16 +14,16 @@ STOP_S = 5.0
 
 
 class WorkerReplaced(Exception):
-    """Raised when another worker holds the lease of this one's cid. It started later, as each takes the lease at its
-    start.
+    """Raised when another worker holds the lease of this one's cid. It started later, as each takes the lease
+    at its start.
     """
 
 
 class HeldLease:
     """Takes and renews the lease: every REFRESH_S, and at once when the record has changed.
 
-    `get_record` returns the record to write. `changed` is set by others when that record has changed. `on_expired` is
-    called when the lease had expired, after which others may have taken this worker for lost.
+    `get_record` returns the record to write. `changed` is set by others when that record has changed.
+    `on_expired` is called when the lease had expired, after which others may have taken this worker for lost.
     """
 
     def __init__(
@@ -46,7 +46,10 @@ class HeldLease:
         self._renewed_once = False
 
     def renew_if_due(self) -> bool:
-        """Renew the lease if it is due; returns whether it was. Raises WorkerReplaced and redis.RedisError."""
+        """Renew the lease if it is due; returns whether it was.
+
+        Raises WorkerReplaced and redis.RedisError.
+        """
         if self.changed.is_set():
             self.changed.clear()
             self._renew_at = 0.0

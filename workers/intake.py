@@ -8,8 +8,9 @@ from celery import Celery
 class Intake:
     """Opens and closes the queue for this process; it is open at the start.
 
-    `open` and `close` may be called from any thread and as often as one likes: Celery's loop carries them out. A
-    message that Redis has handed over meanwhile goes back into the queue, where another worker finds it.
+    `open` and `close` may be called from any thread and as often as one likes: Celery's loop carries them
+    out. A message that Redis has handed over meanwhile goes back into the queue, where another worker finds
+    it.
     """
 
     def __init__(self, celery: Celery) -> None:
@@ -18,7 +19,10 @@ class Intake:
         self._consumer: Any = None
 
     def connect(self, consumer: Any, *, closed: bool) -> None:
-        """Remember Celery's consumer, and close before it asks for messages. Called by its thread at `worker_ready`."""
+        """Remember Celery's consumer, and close before it asks for messages.
+
+        Called by its thread at `worker_ready`.
+        """
         self._consumer = consumer
         if closed:
             self._close()

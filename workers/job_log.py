@@ -72,7 +72,8 @@ class JobLog:
 
     @property
     def finish_reason(self) -> str | None:
-        """Why the answer of a chat ended, that of the first choice which did; None for images and failures."""
+        """Why the answer of a chat ended, that of the first choice which did; None for images and
+        failures."""
         return next(iter(self._finish_reasons.values()), None)
 
     @property

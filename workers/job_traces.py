@@ -10,7 +10,8 @@ from workers.job_log import COMPLETED, JobLog
 
 
 class JobTraces:
-    """Makes the spans of a job when it has ended: `queue` until its claim, then one named by task and model."""
+    """Makes the spans of a job when it has ended: `queue` until its claim, then one named by task and
+    model."""
 
     def __init__(self, endpoint: str, identity: WorkerRecord) -> None:
         self._cid = identity.cid

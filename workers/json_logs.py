@@ -1,4 +1,5 @@
-"""The lines of a worker as JSON objects, those that Celery prints without its log included (LOG_FORMAT=json)."""
+"""The lines of a worker as JSON objects, those that Celery prints without its log included
+(LOG_FORMAT=json)."""
 
 import logging
 import os

@@ -17,7 +17,10 @@ PROMPT_TOKENS = "Prompt tokens, those in the prefix cache included."
 
 
 class WorkerMetrics:
-    """The metrics of one worker. `ended` is called in the threads of the tasks, the others by the heartbeat."""
+    """The metrics of one worker.
+
+    `ended` is called in the threads of the tasks, the others by the heartbeat.
+    """
 
     def __init__(self, identity: WorkerRecord, engine: Engine, gpu_time: GpuTime, store: MetricStore) -> None:
         self._identity = identity

@@ -49,7 +49,10 @@ class OperatorDrain:
             self._status.set_drained(drained)
 
     def serve(self, consumer: Any) -> None:
-        """Begin to serve, unless the worker is under drain. `consumer`: Celery's, which takes no message before."""
+        """Begin to serve, unless the worker is under drain.
+
+        `consumer`: Celery's, which takes no message before.
+        """
         with self._lock:
             self._serving = True
             self._intake.connect(consumer, closed=self._drained)

@@ -38,8 +38,8 @@ class QueueWatch:
         self._deaf_looks = 0
 
     def look(self) -> None:
-        """Look once; called every second. Raises NotConsuming after DEAF_LOOKS in a row at which messages waited, a slot
-        was free and none was received, and redis.RedisError.
+        """Look once; called every second. Raises NotConsuming after DEAF_LOOKS in a row at which messages
+        waited, a slot was free and none was received, and redis.RedisError.
 
         Looks are counted, not seconds: while Redis stalls nobody can receive anything.
         """

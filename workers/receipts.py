@@ -42,7 +42,10 @@ class ReceiptWriter:
         }
 
     def write(self, job: JobLog) -> None:
-        """Write the receipt of a job that has ended. That it can't be written is logged: the answer is out already."""
+        """Write the receipt of a job that has ended.
+
+        That it can't be written is logged: the answer is out already.
+        """
         if job.gpu_s is None:
             return  # refused before the engine had it
         usage = job.usage

@@ -37,7 +37,8 @@ class _Run:
         self.web_id = web_id
         self.resumable = resumable
         self.reader: str | None = None
-        """Who reads the stream if it can be resumed (protocol.resumable_streams), None before it has begun."""
+        """Who reads the stream if it can be resumed (protocol.resumable_streams), None before it has
+        begun."""
         self.log = log
         self.ended = threading.Event()
         self.finished = False
@@ -139,7 +140,8 @@ class Runner:
             return {run.web_id for run in self._runs.values() if run.web_id}
 
     def readers(self) -> dict[str, str | None]:
-        """The readers of the streams that can be resumed, by request id: as `set_reader` was told, or None."""
+        """The readers of the streams that can be resumed, by request id: as `set_reader` was told, or
+        None."""
         with self._lock:
             return {request_id: run.reader for request_id, run in self._runs.items() if run.resumable}
 
@@ -194,7 +196,8 @@ class Runner:
                 # without a limit: the heartbeat notices an engine that hangs
                 run.ended.wait()
         except Exception:
-            # the engine itself reports what is wrong with a job: this is a fault of ours, and the client waits
+            # the engine itself reports what is wrong with a job: this is a fault of ours, and the client
+            # waits
             log.exception("request %s could not be submitted", request_id)
             self._sender.emit([(request_id, Failed.of(EngineError()))])
             run.ended.wait()
@@ -241,7 +244,8 @@ class Runner:
         self._end(request_id)
 
     def _end(self, request_id: str) -> None:
-        """Delete the job: while it exists, the client of a request whose last event was lost goes on waiting."""
+        """Delete the job: while it exists, the client of a request whose last event was lost goes on
+        waiting."""
         try:
             _until_answered(
                 f"the end of request {request_id}", lambda: self._queue.end(request_id, self._model)

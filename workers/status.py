@@ -54,7 +54,10 @@ class WorkerStatus:
         return True
 
     def set_drained(self, drained: bool) -> None:
-        """Whether an operator has put the worker under drain. Called again and again, since the state follows later."""
+        """Whether an operator has put the worker under drain.
+
+        Called again and again, since the state follows later.
+        """
         with self._lock:
             self._drained = drained
         state = self._shown_state()

@@ -14,7 +14,8 @@ class StreamReaders:
         self._sender = sender
 
     def follow(self) -> None:
-        """Send the events of each stream to its reader's web process, and cancel those whose grace period is over.
+        """Send the events of each stream to its reader's web process, and cancel those whose grace period is
+        over.
 
         Without such streams nothing is asked.
         """

@@ -1,7 +1,7 @@
 """How much work this worker finishes in a second while it has as much to do as it can take.
 
-Only such times say how long waiting requests will wait: of light traffic one learns when requests came, not how fast
-they could have been finished.
+Only such times say how long waiting requests will wait: of light traffic one learns when requests came, not
+how fast they could have been finished.
 """
 
 import threading
@@ -14,11 +14,13 @@ WINDOW_S = 60.0
 ENOUGH_S = 10.0
 """Seconds under full load before there is a rate."""
 FREE_S = 0.1
-"""Slots may have been free for this long between two looks, until the next request was taken from the queue."""
+"""Slots may have been free for this long between two looks, until the next request was taken from the
+queue."""
 
 
 class Throughput:
-    """Counts work per second over the intervals between two looks in which every slot was busy and requests waited.
+    """Counts work per second over the intervals between two looks in which every slot was busy and requests
+    waited.
 
     Thread safe: requests start and end in the threads of their tasks, looks come from the heartbeat.
     """
@@ -45,7 +47,10 @@ class Throughput:
                 self._free_since = None
 
     def ended(self, work: float) -> None:
-        """A slot is free again. `work`: what was finished (protocol.jobs.work_of), 0 if the request failed."""
+        """A slot is free again.
+
+        `work`: what was finished (protocol.jobs.work_of), 0 if the request failed.
+        """
         with self._lock:
             self._running -= 1
             self._work += work

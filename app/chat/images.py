@@ -25,8 +25,8 @@ def load_images(
 ) -> list[ChatImage]:
     """Load images one after another and check their headers.
 
-    `most`: of them. `ends_at`: the request's deadline, by the monotonic clock. Raises InvalidRequest, InvalidImage,
-    PayloadTooLarge, Overloaded, DeadlineExceeded, and Cancelled if the client disconnects.
+    `most`: of them. `ends_at`: the request's deadline, by the monotonic clock. Raises InvalidRequest,
+    InvalidImage, PayloadTooLarge, Overloaded, DeadlineExceeded, and Cancelled if the client disconnects.
     """
     if len(sources) > most:
         raise InvalidRequest(

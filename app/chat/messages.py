@@ -77,7 +77,10 @@ class ImageUrl(BaseModel):
 
 
 class ContentPart(BaseModel):
-    """One part of a message's content: text, an image, or an assistant's refusal. Others are refused by name."""
+    """One part of a message's content: text, an image, or an assistant's refusal.
+
+    Others are refused by name.
+    """
 
     model_config = ConfigDict(
         extra="ignore",
@@ -152,9 +155,9 @@ class ChatMessage(BaseModel):
     def to_template(self, place: str) -> dict[str, Any]:
         """Return the message for a chat template. `place`: its path in the body, "messages.0".
 
-        Text parts are joined, or are `{"type": "text", "text": ...}` beside `{"type": "image"}` in a message with
-        images. The role "developer" is "system", arguments of calls are objects. Raises InvalidRequest and
-        UnsupportedParameter.
+        Text parts are joined, or are `{"type": "text", "text": ...}` beside `{"type": "image"}` in a message
+        with images. The role "developer" is "system", arguments of calls are objects. Raises InvalidRequest
+        and UnsupportedParameter.
         """
         for name, role in OF_ONE_ROLE.items():
             if getattr(self, name) is not None and self.role != role:

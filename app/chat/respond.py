@@ -47,7 +47,8 @@ def respond(
     chunks: Callable[[], Chunks],
     body: Callable[[], dict[str, Any]],
 ) -> Response:
-    """Wait for the first token of a stream, which `chunks` does, or for the whole document, which `body` reads.
+    """Wait for the first token of a stream, which `chunks` does, or for the whole document, which `body`
+    reads.
 
     `reader` is closed at the end of the stream; otherwise before this returns or raises.
     """

@@ -76,15 +76,17 @@ class RequestReader(Protocol):
 
 
 ARRIVING_S = 5.0
-"""A response whose last token is older than this at its deadline has been broken off, not ended by the deadline."""
+"""A response whose last token is older than this at its deadline has been broken off, not ended by the
+deadline."""
 
 
 class ChatEventReader:
     """Reads the events of `n` choices, and ends them with finish_reason "length" at a deadline.
 
-    A worker ends its requests at their deadline by itself; this covers a worker that is a little late. It does so
-    only while tokens are arriving and none is missing: otherwise DeadlineExceeded is raised, since a response that
-    was broken off must not look complete. Usage has the tokens received so far. Raises what `reader` raises.
+    A worker ends its requests at their deadline by itself; this covers a worker that is a little late. It
+    does so only while tokens are arriving and none is missing: otherwise DeadlineExceeded is raised, since a
+    response that was broken off must not look complete. Usage has the tokens received so far. Raises what
+    `reader` raises.
     """
 
     __slots__ = ("_arrived_at", "_clock", "_open", "_reader", "_tokens", "finished")

@@ -126,7 +126,8 @@ class SamplingFields(OutputFormatFields):
         )
 
     def refuse_unsupported(self, neutral: dict[str, tuple[Any, ...]], model: str) -> None:
-        """Raise UnsupportedParameter for a field of `neutral` unless it has one of its values, which request nothing."""
+        """Raise UnsupportedParameter for a field of `neutral` unless it has one of its values, which request
+        nothing."""
         for name, values in neutral.items():
             value = getattr(self, name)
             # 1 is not true, and 0 not false

@@ -67,8 +67,9 @@ class ChatCompletionRequest(SamplingFields):
         return images_of(self.messages)
 
     def to_job(self, request_id: str, entry: ChatModelEntry) -> ChatJob:
-        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else it is
-        None and the model's generation config decides. The files of images are added later (app/chat/images.py).
+        """Make the job for a worker. A value comes from the request, else from the catalogue's defaults, else
+        it is None and the model's generation config decides. The files of images are added later
+        (app/chat/images.py).
 
         Raises InvalidRequest and UnsupportedParameter.
         """

@@ -11,9 +11,9 @@ _UTF8 = codecs.getincrementaldecoder("utf-8")
 class TextLogprobs:
     """Makes the logprobs objects of one choice, in order.
 
-    The text of a choice has characters, and a token may be a part of one: `text_offset` is where the first character
-    begins that a token completes. Tokens of the prompt that are not in its text, such as one for its beginning, have
-    the offset of the next.
+    The text of a choice has characters, and a token may be a part of one: `text_offset` is where the first
+    character begins that a token completes. Tokens of the prompt that are not in its text, such as one for
+    its beginning, have the offset of the next.
     """
 
     __slots__ = ("_decoder", "_echoes", "_offset", "_prompt")
@@ -59,7 +59,10 @@ class TextLogprobs:
 
 
 def _alternatives(token: TokenLogprob) -> dict[str, float] | None:
-    """Return the most probable tokens, and the token itself. Of tokens with equal text the best one counts."""
+    """Return the most probable tokens, and the token itself.
+
+    Of tokens with equal text the best one counts.
+    """
     if token.logprob is None:
         return None
     found: dict[str, float] = {}

@@ -1,4 +1,7 @@
-"""Turns the events of a completion into one JSON document, or into SSE chunks. Knows no socket and no Flask."""
+"""Turns the events of a completion into one JSON document, or into SSE chunks.
+
+Knows no socket and no Flask.
+"""
 
 import time
 from collections.abc import Iterator

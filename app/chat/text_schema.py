@@ -17,8 +17,8 @@ MAX_PROMPT_TOKENS = 2**20
 MAX_CHOICES = 1024
 """Of all prompts together."""
 MAX_ECHOED = 2**20
-"""Tokens of echoed prompts in an answer, each counted for all choices, and again for itself and for each alternative that
-`logprobs` adds. A small request would otherwise make gigabytes."""
+"""Tokens of echoed prompts in an answer, each counted for all choices, and again for itself and for each
+alternative that `logprobs` adds. A small request would otherwise make gigabytes."""
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
@@ -49,7 +49,10 @@ _Prompt = Annotated[
 
 
 class CompletionRequest(SamplingFields):
-    """The body. `logprobs`: the number of alternatives to report for each token, of the prompt too with `echo`."""
+    """The body.
+
+    `logprobs`: the number of alternatives to report for each token, of the prompt too with `echo`.
+    """
 
     model_config = ConfigDict(
         extra="ignore", protected_namespaces=(), json_schema_extra=stream_options_need_stream

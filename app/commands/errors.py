@@ -1,4 +1,5 @@
-"""How commands of `flask --app wsgi` fail: with one line, and the exit status of every process of the service."""
+"""How commands of `flask --app wsgi` fail: with one line, and the exit status of every process of the
+service."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,6 @@
-"""GET / and /static/: the console, one page for operators and for trying the models. GET /docs: the API's description.
+"""GET / and /static/: the console, one page for operators and for trying the models.
+
+GET /docs: the API's description.
 
 The pages and their files need no API key; they ask for one when the service refuses their requests for data.
 """

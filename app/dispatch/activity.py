@@ -1,8 +1,10 @@
-"""What all web processes did in the last minutes: their requests that ended, and how long queues and first tokens took.
+"""What all web processes did in the last minutes: their requests that ended, and how long queues and first
+tokens took.
 
-Each process notes its requests in memory and writes them every second, all in one script call. Samples of SAMPLE_S
-seconds count the times to the first token of all processes in classes, so that any quantile can be told from them;
-a list of requests would either be too short under load or too long to read every second. No entry has a prompt.
+Each process notes its requests in memory and writes them every second, all in one script call. Samples of
+SAMPLE_S seconds count the times to the first token of all processes in classes, so that any quantile can be
+told from them; a list of requests would either be too short under load or too long to read every second. No
+entry has a prompt.
 """
 
 import math
@@ -35,8 +37,8 @@ FROM_THE_START = "0.0-0"
 class EndedRequest(msgspec.Struct, kw_only=True):
     """A request whose job was valid, when its response has ended. Milliseconds count from the validation.
 
-    `outcome`: "completed" or the code of an error; `status`: HTTP's, which a stream has sent before it can fail. What
-    is None was not reached or does not apply.
+    `outcome`: "completed" or the code of an error; `status`: HTTP's, which a stream has sent before it can
+    fail. What is None was not reached or does not apply.
     """
 
     id: str
@@ -73,8 +75,8 @@ class Sample(msgspec.Struct):
 class ModelSample(msgspec.Struct):
     """The largest numbers of requests that waited and ran, and how many first tokens came in which time.
 
-    `first_token_ms`: requests by the upper bound of their class in milliseconds, above its lower one, which is the
-    bound divided by GROWTH.
+    `first_token_ms`: requests by the upper bound of their class in milliseconds, above its lower one, which
+    is the bound divided by GROWTH.
     """
 
     waiting: int = 0
@@ -83,7 +85,10 @@ class ModelSample(msgspec.Struct):
 
 
 class ActivityRead(NamedTuple):
-    """What `read` found. `cursor`: for the next call, which then finds only what is new or may have changed."""
+    """What `read` found.
+
+    `cursor`: for the next call, which then finds only what is new or may have changed.
+    """
 
     now: float
     cursor: str
@@ -142,7 +147,10 @@ _decoder = msgspec.json.Decoder(EndedRequest)
 
 
 class Activity:
-    """Notes, writes and reads the activity. `write` and `read` take one round trip and raise redis.RedisError."""
+    """Notes, writes and reads the activity.
+
+    `write` and `read` take one round trip and raise redis.RedisError.
+    """
 
     def __init__(
         self,
@@ -236,7 +244,10 @@ def _sample(at: int, flat: list[bytes]) -> Sample:
 
 
 def _requests(entries: list[Any]) -> Iterable[EndedRequest]:
-    """Yield the requests, the newest first. Entries of another version that this one can't read are left out."""
+    """Yield the requests, the newest first.
+
+    Entries of another version that this one can't read are left out.
+    """
     for entry_id, (_, late_s, _, body) in entries:
         try:
             request = _decoder.decode(body)

@@ -1,4 +1,7 @@
-"""Dispatch of a request: admit its job, queue it, and open the reader of its events. Knows no HTTP bodies and no Flask."""
+"""Dispatch of a request: admit its job, queue it, and open the reader of its events.
+
+Knows no HTTP bodies and no Flask.
+"""
 
 import threading
 import time
@@ -28,7 +31,8 @@ from protocol.open_requests import OpenRequests
 from protocol.queue import JobQueue
 
 ADMISSIONS = MAX_CONNECTIONS // 2
-"""Requests that are admitted at the same time. The other connections are for rate limits, images and cancellations."""
+"""Requests that are admitted at the same time. The other connections are for rate limits, images and
+cancellations."""
 ADMISSION_WAIT_S = 20.0
 """How long a request of a burst waits for its admission to begin, at most half of its deadline."""
 

@@ -69,8 +69,8 @@ class EventReader:
     ) -> None:
         """`ends_at`: deadline, monotonic seconds. `on_close` gets the inbox and `finished`.
 
-        `cancelled_by_operator` gets the request id and may raise redis.RedisError. `timings`: those that began with
-        the request; they are noted here.
+        `cancelled_by_operator` gets the request id and may raise redis.RedisError. `timings`: those that
+        began with the request; they are noted here.
         """
         self._inbox = inbox
         self._client = client
@@ -134,8 +134,8 @@ class EventReader:
     def _error(self, failure: Failed) -> ServiceError:
         """The error that a Failed event names.
 
-        A worker also cancels the requests of a web process whose lease has expired. When that was a pause of this
-        process, the client is still there, and did not cancel anything.
+        A worker also cancels the requests of a web process whose lease has expired. When that was a pause of
+        this process, the client is still there, and did not cancel anything.
         """
         if failure.code == Cancelled.code and not self._client.disconnected():
             with suppress(RedisError):

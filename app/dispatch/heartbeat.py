@@ -1,7 +1,8 @@
 """What a web process does once a second, beside its requests.
 
-It renews its lease, with which its metrics are written, looks at the leases of the workers, deletes what ended
-requests have left in Redis, writes what the process did, and has the requests checked for which no events arrive.
+It renews its lease, with which its metrics are written, looks at the leases of the workers, deletes what
+ended requests have left in Redis, writes what the process did, and has the requests checked for which no
+events arrive.
 """
 
 import logging
@@ -74,11 +75,17 @@ class WebHeartbeat(threading.Thread):
 
     @property
     def refusal(self) -> str:
-        """Why Redis refused the last write, "" if it took it. One that is full or a replica answers reads all the same."""
+        """Why Redis refused the last write, "" if it took it.
+
+        One that is full or a replica answers reads all the same.
+        """
         return self._refusal
 
     def tick(self) -> None:
-        """Renew the lease when it is due, look at the workers, delete, write, check. Raises redis.RedisError."""
+        """Renew the lease when it is due, look at the workers, delete, write, check.
+
+        Raises redis.RedisError.
+        """
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew(now)
@@ -90,7 +97,10 @@ class WebHeartbeat(threading.Thread):
         self._monitor.check()
 
     def _renew(self, now: float) -> None:
-        """Renew the lease of this process. A Redis that refuses it must not keep requests from being checked."""
+        """Renew the lease of this process.
+
+        A Redis that refuses it must not keep requests from being checked.
+        """
         try:
             self._leases.renew_web(self._web_id)
         except RedisError as error:

@@ -1,7 +1,7 @@
 """Checks the requests for which no events arrive, all of them in one pipeline.
 
-It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, and sends ids
-again that were lost between the queue and a worker.
+It fills gaps from the replay lists, fails requests whose worker is lost or whose data Redis has lost, and
+sends ids again that were lost between the queue and a worker.
 """
 
 import logging
@@ -28,7 +28,10 @@ UNSERVED_S = 5.0
 
 
 class RequestMonitor:
-    """Checks the requests of this web process whose events do not arrive. Called by the process's heartbeat."""
+    """Checks the requests of this web process whose events do not arrive.
+
+    Called by the process's heartbeat.
+    """
 
     def __init__(
         self, client: RedisClient, keys: Keys, worker_view: WorkerView, router: EventRouter, queue: JobQueue
@@ -58,8 +61,8 @@ class RequestMonitor:
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool, bool]]:
         """Feed the inboxes from the replay lists.
 
-        Returns for each request the incarnation id that claimed it, whether its job still exists, and whether it was
-        cancelled.
+        Returns for each request the incarnation id that claimed it, whether its job still exists, and whether
+        it was cancelled.
         """
         with self._redis.pipeline(transaction=True) as pipe:
             for inbox in silent:
@@ -95,7 +98,8 @@ class RequestMonitor:
         if self._worker_view.is_lost(incarnation_id):
             return WorkerLost()
         if not job_exists:
-            # the worker deletes the job after it has written the last event, which was not in the same transaction
+            # the worker deletes the job after it has written the last event, which was not in the same
+            # transaction
             return QueueUnavailable("the worker could not deliver the response; send the request again")
         if inbox.gap_since is not None and time.monotonic() - inbox.gap_since > GAP_LIMIT_S:
             return QueueUnavailable("a part of the response was lost; send the request again")

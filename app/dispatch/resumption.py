@@ -23,8 +23,8 @@ UNKNOWN = (
 class Resumption:
     """Begins and continues streams that can be resumed. One for each web process.
 
-    `deadline_s`: of a request; `grace_s`: STREAM_GRACE_S. `owner`: who sends the current request, None for one whose streams can't be resumed
-    (app.http.auth.Gate.caller).
+    `deadline_s`: of a request; `grace_s`: STREAM_GRACE_S. `owner`: who sends the current request, None for
+    one whose streams can't be resumed (app.http.auth.Gate.caller).
     """
 
     def __init__(
@@ -77,8 +77,8 @@ class Resumption:
     def resume(self, request_id: str, client: Client) -> tuple[StreamRecord, EventReader]:
         """Continue a stream: the reader, which must be closed, has its events from the first on.
 
-        Another connection that still reads it is ended. Raises NotFound, also for a stream of another API key, and
-        QueueUnavailable.
+        Another connection that still reads it is ended. Raises NotFound, also for a stream of another API
+        key, and QueueUnavailable.
         """
         owner = self._owner()
         name = self._new_reader()
@@ -96,7 +96,8 @@ class Resumption:
         inbox.reader = name
         for envelope in found.envelopes:
             inbox.feed(envelope)
-        # checked by the request monitor from the next second on: at first the worker publishes for the earlier reader
+        # checked by the request monitor from the next second on: at first the worker publishes for the
+        # earlier reader
         inbox.admitted, inbox.last_event_at = 1.0, 0.0
         reader = EventReader(
             inbox,

@@ -1,4 +1,5 @@
-"""The times of a request until its claim, its first token and its end, and what its events tell of its outcome."""
+"""The times of a request until its claim, its first token and its end, and what its events tell of its
+outcome."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,10 @@ class Timings:
         first_token_s: float | None,
         clock: Clock = time.monotonic,
     ) -> "Timings":
-        """Make those of a request that another connection has begun, `elapsed_s` ago. They are in no metric."""
+        """Make those of a request that another connection has begun, `elapsed_s` ago.
+
+        They are in no metric.
+        """
         timings = cls(clock=clock)
         timings._began_at -= elapsed_s
         timings._started_at = None if queued_s is None else timings._began_at + queued_s

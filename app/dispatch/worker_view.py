@@ -61,14 +61,16 @@ class WorkerView:
         return self.has_ready(model)
 
     def rate(self, model: str) -> float:
-        """Return the work that the workers of `model` finish in a second; 0 while one has a free slot or no rate."""
+        """Return the work that the workers of `model` finish in a second; 0 while one has a free slot or no
+        rate."""
         ready = [record for record in self._records if record.model == model and record.state == "ready"]
         if any(record.running < record.slots or not record.rate for record in ready):
             return 0.0
         return sum(record.rate for record in ready)
 
     def max_model_len(self, model: str) -> int | None:
-        """Return the tokens of prompt and answer that every ready worker of `model` takes; None if none says it."""
+        """Return the tokens of prompt and answer that every ready worker of `model` takes; None if none says
+        it."""
         known = [
             record.max_model_len
             for record in self._records
@@ -82,7 +84,8 @@ class WorkerView:
         return all(record.takes_images for record in ready)
 
     def unserved_s(self, model: str) -> float:
-        """Return for how long, without a gap in observation, `model` has had no worker that is ready or loads."""
+        """Return for how long, without a gap in observation, `model` has had no worker that is ready or
+        loads."""
         since_served = self._refreshed_at - self._served_at.get(model, -math.inf)
         return min(self._observation.watched_s, since_served)
 

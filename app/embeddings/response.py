@@ -37,7 +37,8 @@ def collect_vectors(batches: Iterable[list[Event]], count: int) -> tuple[list[by
 def embeddings_body(
     request_id: str, model: str, rows: Sequence[bytes], usage: Usage, *, base64: bool
 ) -> Iterator[bytes]:
-    """Yield the body in parts, each made when it is sent: as a whole it has five times the bytes of its vectors."""
+    """Yield the body in parts, each made when it is sent: as a whole it has five times the bytes of its
+    vectors."""
     write = _base64 if base64 else _numbers
     head = {
         "code": 0,

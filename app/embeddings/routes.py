@@ -53,7 +53,8 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
 
 
 def _giving_way(parts: Iterator[bytes]) -> Iterator[bytes]:
-    """Yield the parts, and let other requests run in between: a part that fits into the socket's buffer does not."""
+    """Yield the parts, and let other requests run in between: a part that fits into the socket's buffer does
+    not."""
     for part in parts:
         yield part
         gevent.sleep(0)

@@ -1,4 +1,7 @@
-"""The access log: one line for each request, when its response has ended. It has no prompts, keys or query strings."""
+"""The access log: one line for each request, when its response has ended.
+
+It has no prompts, keys or query strings.
+"""
 
 import logging
 import sys
@@ -27,7 +30,8 @@ QUIET_ROUTES = frozenset(
         "/static/<path:filename>",
     }
 )
-"""What health checks, scrapes, scripts/run and the console ask for again and again: their lines have the level DEBUG."""
+"""What health checks, scrapes, scripts/run and the console ask for again and again: their lines have the
+level DEBUG."""
 COMPLETED = "completed"
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _KEY = "modelservice.access"
@@ -148,7 +152,10 @@ def log_accesses(app: Application, on_end: Callable[[Access], None]) -> Applicat
 
 
 class _LoggedBody:
-    """A response's body, whose end is logged. The server iterates over the body itself, and then closes this."""
+    """A response's body, whose end is logged.
+
+    The server iterates over the body itself, and then closes this.
+    """
 
     __slots__ = ("_access", "_body", "_on_end")
 

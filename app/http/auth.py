@@ -52,8 +52,8 @@ class Gate:
     def check(self) -> None:
         """Check the current request.
 
-        Raises Unauthorized for a missing or wrong key and for several, NotFound for an endpoint that the node's
-        listener does not serve, and RateLimited.
+        Raises Unauthorized for a missing or wrong key and for several, NotFound for an endpoint that the
+        node's listener does not serve, and RateLimited.
         """
         if self.through_node_listener():
             is_task = request.method == "POST" and request.path in NODE_PATHS

@@ -28,10 +28,11 @@ class Connection:
             return True
 
     def begin_sending(self) -> None:
-        """Bound the time of each write of a stream, from now on: it raises TimeoutError after `SEND_S` seconds.
+        """Bound the time of each write of a stream, from now on: it raises TimeoutError after `SEND_S`
+        seconds.
 
-        gunicorn_worker.py has the kernel close connections whose client takes nothing; this is for one that takes a
-        few bytes now and then.
+        gunicorn_worker.py has the kernel close connections whose client takes nothing; this is for one that
+        takes a few bytes now and then.
         """
         if self._socket is None:
             return

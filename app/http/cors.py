@@ -10,7 +10,8 @@ from flask import Flask, Response, request
 ANY = "*"
 ALLOW_METHODS = "GET, HEAD, POST"
 ALLOW_HEADERS = "Authorization, Content-Type, X-Api-Key, Api-Key, X-Request-Id, *"
-"""`*` stands for what else clients send, OpenAI's their X-Stainless headers. It never covers Authorization."""
+"""`*` stands for what else clients send, OpenAI's their X-Stainless headers. It never covers
+Authorization."""
 EXPOSE_HEADERS = (
     "X-Request-Id, X-Ignored-Params, X-Should-Retry, Retry-After, X-Queued-Ms, X-First-Token-Ms, X-Total-Ms"
 )
@@ -48,7 +49,8 @@ class Cors:
         return response
 
     def _add_headers(self, response: Response) -> Response:
-        # also where the origin is not allowed, or none was sent: a cache must not give that response to others
+        # also where the origin is not allowed, or none was sent: a cache must not give that response to
+        # others
         response.vary.add("Origin")
         if allowed := self._allowed():
             response.headers["Access-Control-Allow-Origin"] = allowed

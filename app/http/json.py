@@ -14,8 +14,8 @@ _LINE_SEPARATORS = (
 def encode_json(value: Any) -> bytes:
     """Encode a value on one line.
 
-    The separators that are line breaks in Unicode but not in JSON are escaped: some clients split an event stream at
-    them (Python's `splitlines`), and JavaScript once did not accept them in strings.
+    The separators that are line breaks in Unicode but not in JSON are escaped: some clients split an event
+    stream at them (Python's `splitlines`), and JavaScript once did not accept them in strings.
     """
     data = msgspec.json.encode(value)
     for separator, escaped in _LINE_SEPARATORS:

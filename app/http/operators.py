@@ -1,8 +1,8 @@
 """Who may see what all clients do, and take workers out of service.
 
-With API keys that is who has one of OPERATOR_KEYS, by default any. Without keys everybody may look, but only somebody
-at this machine may act: the endpoints that act change what every client gets, and a page of another site must not
-make its visitor's browser do it.
+With API keys that is who has one of OPERATOR_KEYS, by default any. Without keys everybody may look, but only
+somebody at this machine may act: the endpoints that act change what every client gets, and a page of another
+site must not make its visitor's browser do it.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""Protection of a service without keys against web pages: a page of another site can make its visitor's browser send
-requests to the loopback, also under a host name of its own that resolves there (DNS rebinding).
+"""Protection of a service without keys against web pages: a page of another site can make its visitor's
+browser send requests to the loopback, also under a host name of its own that resolves there (DNS rebinding).
 """
 
 import ipaddress
@@ -14,11 +14,13 @@ from protocol.errors import Forbidden
 
 
 class OriginCheck:
-    """Refuses requests under foreign host names, or from pages of foreign sites, to a service on the loopback.
+    """Refuses requests under foreign host names, or from pages of foreign sites, to a service on the
+    loopback.
 
     CORS_ORIGINS names sites whose pages are served all the same.
 
-    With API keys a page can't do harm; a service that listens on other addresses has names that nobody knows here.
+    With API keys a page can't do harm; a service that listens on other addresses has names that nobody knows
+    here.
     """
 
     def __init__(self, settings: Settings) -> None:

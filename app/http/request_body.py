@@ -34,8 +34,9 @@ MAX_IGNORED = 20
 MAX_LOOKED_AT = 1000
 """Fields of a body that are searched for unknown names: searching a million would delay other requests."""
 MAX_OPENINGS = 2**19
-"""Brackets and braces that open something in a JSON body, those in strings included. The garbage collector looks at each
-list again and again while the body is parsed: 8 MiB of them would stop all requests for seconds."""
+"""Brackets and braces that open something in a JSON body, those in strings included. The garbage collector
+looks at each list again and again while the body is parsed: 8 MiB of them would stop all requests for
+seconds."""
 _HEADER_SAFE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BOM = b"\xef\xbb\xbf"
 
@@ -67,13 +68,16 @@ class BodyReader:
 
     @contextmanager
     def read(self, request: Request, limit: int) -> Iterator[bytes]:
-        """The whole body of a request, decompressed, at most `limit` bytes. It counts until the block is left.
+        """The whole body of a request, decompressed, at most `limit` bytes.
 
-        A body may take `BODY_S` seconds plus the time that the bytes received so far need at `BODY_BYTES_PER_S`.
-        The announced length does not count, so that a client gains no time by announcing much and sending little.
+        It counts until the block is left.
 
-        Raises PayloadTooLarge, RequestTimeout, UnsupportedMediaType, Overloaded, and InvalidRequest for a body that
-        ends early, is badly chunked or can't be decompressed.
+        A body may take `BODY_S` seconds plus the time that the bytes received so far need at
+        `BODY_BYTES_PER_S`. The announced length does not count, so that a client gains no time by announcing
+        much and sending little.
+
+        Raises PayloadTooLarge, RequestTimeout, UnsupportedMediaType, Overloaded, and InvalidRequest for a
+        body that ends early, is badly chunked or can't be decompressed.
         """
         with self.hold() as take:
             body = _receive(request, limit, take)
@@ -180,7 +184,8 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def wallet_sha256(given: Mapping[str, Any]) -> str | None:
-    """Return the hash of the field `wallet`, which the node sends for its user, for receipts; None without one.
+    """Return the hash of the field `wallet`, which the node sends for its user, for receipts; None without
+    one.
 
     The wallet itself is not kept.
     """
@@ -191,8 +196,8 @@ def wallet_sha256(given: Mapping[str, Any]) -> str | None:
 
 
 def ignored_params(body: BaseModel, given: Mapping[str, Any]) -> str:
-    """Return the value of the header X-Ignored-Params: the fields that were sent and that the models of `body` do not
-    have, as paths ("messages[1].mood")."""
+    """Return the value of the header X-Ignored-Params: the fields that were sent and that the models of
+    `body` do not have, as paths ("messages[1].mood")."""
     paths = sorted(islice(_unknown(body, given, ""), MAX_IGNORED))
     return ", ".join(paths)
 

@@ -9,7 +9,8 @@ from app.http.access_log import COMPLETED, Access, current_access
 
 
 class RequestTraces:
-    """Begins and ends spans of requests, once `start` was called; before, and without an endpoint, there are none."""
+    """Begins and ends spans of requests, once `start` was called; before, and without an endpoint, there are
+    none."""
 
     def __init__(self, endpoint: str, web_id: str) -> None:
         """`endpoint`: of a collector, "" for no traces."""

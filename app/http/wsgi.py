@@ -16,7 +16,8 @@ _VALID_ID = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
 
 
 class PlainPaths:
-    """WSGI middleware: `//v1//models/` is `/v1/models`, as base URLs with a slash too many make clients send it.
+    """WSGI middleware: `//v1//models/` is `/v1/models`, as base URLs with a slash too many make clients send
+    it.
 
     A SCRIPT_NAME, which a peer could set by a header of that name, does not move the endpoints.
     """
@@ -42,7 +43,8 @@ def name_request(request_id: str, model: str) -> None:
 
 
 def job_origin(given: dict[str, Any]) -> dict[str, str | None]:
-    """Return the fields of a job that are none of the API: the node's `wallet`, hashed, and the request's span.
+    """Return the fields of a job that are none of the API: the node's `wallet`, hashed, and the request's
+    span.
 
     `given`: the fields of the current request's body.
     """
@@ -52,8 +54,8 @@ def job_origin(given: dict[str, Any]) -> dict[str, str | None]:
 def add_job_headers(response: Response, milliseconds: dict[str, int], ignored: str) -> None:
     """Tell the client the times of its job, and the fields of its body that have no effect.
 
-    `milliseconds`: queued_ms becomes the header X-Queued-Ms. `ignored`: the value of X-Ignored-Params, "" for none
-    (app.http.request_body.ignored_params).
+    `milliseconds`: queued_ms becomes the header X-Queued-Ms. `ignored`: the value of X-Ignored-Params, "" for
+    none (app.http.request_body.ignored_params).
     """
     for name, value in milliseconds.items():
         response.headers["X-" + name.replace("_", "-").title()] = str(value)

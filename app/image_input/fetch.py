@@ -37,7 +37,8 @@ SLOT_S = 5.0
 """How long a download waits for a free slot."""
 SLOW_AFTER_S = 3.0
 LEAST_BYTES_PER_S = 32 * 1024
-"""A body that has arrived more slowly than this SLOW_AFTER_S after its beginning is refused, so that its slot is free."""
+"""A body that has arrived more slowly than this SLOW_AFTER_S after its beginning is refused, so that its slot
+is free."""
 _NETLOC = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\[\]:@%]+)(:[0-9]{1,5})?")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = {

@@ -17,7 +17,8 @@ _T = TypeVar("_T")
 
 
 def counted(fetch: Fetch, take: Callable[[int], None]) -> Fetch:
-    """Return `fetch` that takes the bytes of each image from a budget (app.http.request_body.BodyReader.hold)."""
+    """Return `fetch` that takes the bytes of each image from a budget
+    (app.http.request_body.BodyReader.hold)."""
 
     def fetch_and_take(url: str, param: str) -> bytes:
         data = fetch(url, param)

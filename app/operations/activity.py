@@ -1,4 +1,5 @@
-"""GET /v1/activity: queues, times to first token and ended requests of the last minutes, of all web processes."""
+"""GET /v1/activity: queues, times to first token and ended requests of the last minutes, of all web
+processes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from protocol.drains import Drains
 from protocol.errors import InvalidRequest, QueueUnavailable
 
 SHOWN_ID = len("cmpl-") + 8
-"""Characters of a request's id for those who may only look: enough to find its log line, too few to resume its stream,
-for which the id is all that a service without keys asks."""
+"""Characters of a request's id for those who may only look: enough to find its log line, too few to resume
+its stream, for which the id is all that a service without keys asks."""
 
 
 def note_ended(activity: Activity, access: Access) -> None:

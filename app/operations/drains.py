@@ -16,7 +16,10 @@ MAX_BODY_BYTES = 1024
 def blueprint(
     leases: Leases, drains: Drains, bodies: BodyReader, *, check_may_act: Callable[[], None]
 ) -> Blueprint:
-    """Make the blueprint. `check_may_act` raises a ServiceError unless the current request is an operator's."""
+    """Make the blueprint.
+
+    `check_may_act` raises a ServiceError unless the current request is an operator's.
+    """
     routes = Blueprint("drains", __name__)
 
     def check() -> None:

@@ -1,4 +1,5 @@
-"""The JSON schemas of what the endpoints for operators and the lists of models answer, for GET /openapi.json."""
+"""The JSON schemas of what the endpoints for operators and the lists of models answer, for GET
+/openapi.json."""
 
 from typing import Any
 

@@ -50,7 +50,8 @@ class Warnings:
             )
 
     def _of_processes(self) -> list[str]:
-        """What the supervisors of all machines tell of processes that do not come up, and who is under drain."""
+        """What the supervisors of all machines tell of processes that do not come up, and who is under
+        drain."""
         if not self._worker_view.reachable:
             return []
         try:

@@ -40,7 +40,8 @@ class Recorder:
         """The engine's own record of each chat, which has the ids of its tokens."""
 
     def new_id(self) -> str:
-        """Return an id that no request of this recorder has had: an old one's result would be taken for its."""
+        """Return an id that no request of this recorder has had: an old one's result would be taken for
+        its."""
         return f"r{next(self._serials)}"
 
     def follow(self, engine: ChatEngine) -> None:

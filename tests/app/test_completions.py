@@ -1,4 +1,7 @@
-"""app.chat.text_* and joined_reader: the fields of a completion, its jobs, and the answers. No socket, no Redis."""
+"""app.chat.text_* and joined_reader: the fields of a completion, its jobs, and the answers.
+
+No socket, no Redis.
+"""
 
 import json
 import threading

@@ -1,4 +1,5 @@
-"""app.operations.metrics and process_metrics on a real Redis: each web process shows the metrics of the whole deployment."""
+"""app.operations.metrics and process_metrics on a real Redis: each web process shows the metrics of the whole
+deployment."""
 
 import re
 from typing import Any

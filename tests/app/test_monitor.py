@@ -152,7 +152,8 @@ def test_a_gap_that_stays_open_fails_the_request(web: Web) -> None:
 
 
 def test_a_pause_of_the_web_process_fails_no_request(web: Web) -> None:
-    """A gap or a silence that was short before the pause has become long, and the worker's lease has expired."""
+    """A gap or a silence that was short before the pause has become long, and the worker's lease has
+    expired."""
     silent, with_gap = web.running("silent"), web.running("with gap")
     web.heartbeat.tick()
     with_gap.feed(Envelope("with gap", 2, ANSWER[2]))

@@ -1,4 +1,5 @@
-"""The description of the API against the routes of the app: every endpoint, no other, and examples that are valid."""
+"""The description of the API against the routes of the app: every endpoint, no other, and examples that are
+valid."""
 
 import re
 from collections import Counter

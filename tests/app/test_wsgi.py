@@ -1,4 +1,5 @@
-"""What holds for every request: slashes, request ids, and which pages and names may call a service without keys."""
+"""What holds for every request: slashes, request ids, and which pages and names may call a service without
+keys."""
 
 from typing import Any
 

@@ -6,7 +6,8 @@ Where a schema decides the answer, no script is needed: tests ask for values of 
 SCRIPTS = {
     "Hello!": "Hello! How can I help you?",
     "Count to twelve.": "One, two, three, four, five, six, seven, eight, nine, ten, eleven, twelve.",
-    # JSON without a schema. A grammar lets only the tokenizer's own token stand where one character is possible.
+    # JSON without a schema. A grammar lets only the tokenizer's own token stand where one character is
+    # possible.
     "Answer in JSON.": ["{", '"colour":', '"red","at":7', "}"],
     # a call that the model decides on, and the answer to its result
     "What is 3 + 4?": '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>',

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness on a small task: the likelihoods that it gets are those that transformers computes."""
+"""lm-evaluation-harness on a small task: the likelihoods that it gets are those that transformers
+computes."""
 
 import json
 import os
@@ -42,7 +43,8 @@ target_delimiter: ""
 
 @torch.inference_mode()
 def expected() -> list[tuple[float, bool]]:
-    """For each choice its log likelihood after the question, and whether it is what greedy decoding would give."""
+    """For each choice its log likelihood after the question, and whether it is what greedy decoding would
+    give."""
     tokenizer: Any = AutoTokenizer.from_pretrained(WEIGHTS)
     model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
     found = []

@@ -1,5 +1,5 @@
-"""Clients in Python except openai-python: each has tests of its own in tests/clients/python, run by the pytest of
-the clients' environment. This shows those that fail."""
+"""Clients in Python except openai-python: each has tests of its own in tests/clients/python, run by the
+pytest of the clients' environment. This shows those that fail."""
 
 import pytest
 

@@ -1,4 +1,5 @@
-"""What every command does without a service: one line and a status when it can't work, and nothing is started."""
+"""What every command does without a service: one line and a status when it can't work, and nothing is
+started."""
 
 import subprocess
 import sys

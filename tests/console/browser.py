@@ -43,7 +43,8 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 
 class Watch:
-    """What a page has done wrong: errors on its console, violations of the policy, requests to other hosts."""
+    """What a page has done wrong: errors on its console, violations of the policy, requests to other
+    hosts."""
 
     def __init__(self, page: Page, url: str) -> None:
         self._origin = urlsplit(url)[:2]

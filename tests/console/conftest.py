@@ -17,7 +17,8 @@ CLIENT_KEY = "client-key-2"
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Not for the whole session: Playwright keeps an event loop, which others' tests must not find running."""
+    """Not for the whole session: Playwright keeps an event loop, which others' tests must not find
+    running."""
     with chromium() as browser:
         yield browser
 

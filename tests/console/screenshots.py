@@ -1,7 +1,7 @@
 """Takes the screenshots in docs/images/ again: `scripts/screenshots [FOLDER]`.
 
-The service is real and has some load. Beside it stand records of workers with GPUs that do not exist, and samples of
-minutes that did not happen, so that the page looks as on a machine that has been busy for a while.
+The service is real and has some load. Beside it stand records of workers with GPUs that do not exist, and
+samples of minutes that did not happen, so that the page looks as on a machine that has been busy for a while.
 """
 
 import io

@@ -1,4 +1,7 @@
-"""The page /docs: the API's description in Swagger UI, under the console's policy. By real clicks in Chromium."""
+"""The page /docs: the API's description in Swagger UI, under the console's policy.
+
+By real clicks in Chromium.
+"""
 
 import re
 from contextlib import closing

@@ -1,4 +1,5 @@
-"""What the console asks for and does, over HTTP: GET /v1/activity, POST /v1/workers/<worker>/drain and /resume."""
+"""What the console asks for and does, over HTTP: GET /v1/activity, POST /v1/workers/<worker>/drain and
+/resume."""
 
 from typing import Any
 from urllib.parse import quote

@@ -1,4 +1,5 @@
-"""Chats in the playground, by real clicks: Markdown, hostile answers, reasoning, stop, failures, parameters."""
+"""Chats in the playground, by real clicks: Markdown, hostile answers, reasoning, stop, failures,
+parameters."""
 
 import base64
 import re
@@ -164,7 +165,8 @@ def test_html_is_cleaned_even_if_markdown_lets_it_through(browser: Browser, scri
         )
         assert made == '<a target="_blank" rel="noopener noreferrer nofollow">link</a>'
         assert page.evaluate("window.ran") is None and watch.refused == []
-        # the parser that DOMPurify cleans for is under the policy, too; Markdown itself gives it nothing to refuse
+        # the parser that DOMPurify cleans for is under the policy, too; Markdown itself gives it nothing to
+        # refuse
         assert all("Security Policy" in text or text.startswith("CSP: ") for text in watch.errors)
         watch.errors.clear()
 

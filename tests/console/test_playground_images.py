@@ -1,4 +1,5 @@
-"""Images in the playground, by real clicks: made, downloaded, made again, edited with a mask that is drawn."""
+"""Images in the playground, by real clicks: made, downloaded, made again, edited with a mask that is
+drawn."""
 
 import io
 from collections.abc import Iterator
@@ -97,7 +98,8 @@ def drag(
 
 
 def distances(side: int, begin: tuple[float, float], end: tuple[float, float]) -> Any:
-    """The distance of each pixel of a square image from a line, whose places are parts of its width and height."""
+    """The distance of each pixel of a square image from a line, whose places are parts of its width and
+    height."""
     points = np.stack(np.meshgrid(np.arange(side) + 0.5, np.arange(side) + 0.5), axis=-1)
     first, line = np.array(begin) * side, (np.array(end) - np.array(begin)) * side
     along = np.clip((points - first) @ line / (line @ line), 0, 1)

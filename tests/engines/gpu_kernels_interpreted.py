@@ -1,4 +1,5 @@
-"""The GPU's kernels in Triton's interpreter. test_chat_gpu_kernels.py runs this file in a process of its own."""
+"""The GPU's kernels in Triton's interpreter. test_chat_gpu_kernels.py runs this file in a process of its
+own."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Models for completions alone: without a chat template, and language models inside those that take images."""
+"""Models for completions alone: without a chat template, and language models inside those that take
+images."""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""How much of a GPU's memory the KV cache gets. The driver's and the allocator's figures are set by the tests."""
+"""How much of a GPU's memory the KV cache gets.
+
+The driver's and the allocator's figures are set by the tests.
+"""
 
 from dataclasses import replace
 from pathlib import Path

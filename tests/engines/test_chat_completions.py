@@ -1,4 +1,5 @@
-"""The chat engine on completions of plain prompts: echo, log probabilities of the prompt, the tokenizer's jobs.
+"""The chat engine on completions of plain prompts: echo, log probabilities of the prompt, the tokenizer's
+jobs.
 
 The reference is the model in transformers: its log-softmax in float32.
 """

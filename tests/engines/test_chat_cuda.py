@@ -163,7 +163,8 @@ def test_chats_with_images_are_decoded_by_graphs(tmp_path, kernel, monkeypatch, 
 
 
 def kernel_that_splits(kernel: FlashAttentionStandIn, wrong_with: Any) -> Any:
-    """The kernel, as if flash.py left the number of splits to it where `wrong_with` queries, keys, rows says."""
+    """The kernel, as if flash.py left the number of splits to it where `wrong_with` queries, keys, rows
+    says."""
 
     def varlen_attn(*arguments, num_splits, seqused_k, **others):
         if wrong_with(arguments[5], arguments[6], len(seqused_k)):

@@ -49,7 +49,8 @@ def decode_step(cache: KVCache, lengths: list[int], heads: int) -> tuple[list[Ch
 
 
 def transpose_keys(pool: torch.Tensor) -> torch.Tensor:
-    """The pool with keys as the compiled attention keeps them: [kv_heads, head_dim, page_size] in each page."""
+    """The pool with keys as the compiled attention keeps them: [kv_heads, head_dim, page_size] in each
+    page."""
     keys = pool[:, 0]
     return torch.stack([keys.transpose(-1, -2).reshape(keys.shape), pool[:, 1]], 1)
 

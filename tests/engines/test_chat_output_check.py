@@ -1,7 +1,7 @@
 """The comparison at load accepts rounding and refuses every attention that isn't the model's own.
 
-On tiny random models in float32, and on a trained model of 30 layers in bfloat16, where rounding alone changes
-the logits by several percent.
+On tiny random models in float32, and on a trained model of 30 layers in bfloat16, where rounding alone
+changes the logits by several percent.
 """
 
 import math

@@ -224,7 +224,8 @@ def test_every_answer_is_valid(served):
 
 
 def test_all_options_of_sampling_go_with_it(weights):
-    """Plain and in a batch, with n, logprobs, penalties, a bias, stop tokens, and with drafts in the engine."""
+    """Plain and in a batch, with n, logprobs, penalties, a bias, stop tokens, and with drafts in the
+    engine."""
     schema = SCHEMAS["nested objects"]
     options: list[dict[str, Any]] = [
         {"temperature": 0.0},

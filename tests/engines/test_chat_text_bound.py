@@ -1,4 +1,5 @@
-"""The bound on a text's number of tokens: never above the true number, whatever the tokenizer drops or joins."""
+"""The bound on a text's number of tokens: never above the true number, whatever the tokenizer drops or
+joins."""
 
 from typing import Any
 

@@ -26,7 +26,8 @@ def weights(tmp_path) -> Path:
 
 
 def add_token(folder: Path, text: str, token: int, role: str = "") -> None:
-    """Give the tokenizer of a folder a special token, as `role` ("bos_token"); others fill the ids before it."""
+    """Give the tokenizer of a folder a special token, as `role` ("bos_token"); others fill the ids before
+    it."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<unused{number}>" for number in range(len(tokenizer), token)])
     tokenizer.add_tokens([text], special_tokens=True)

@@ -1,4 +1,5 @@
-"""A pass of the embedding engine on a stand-in for a GPU, in 16 bits: its vectors, and few waits for the device."""
+"""A pass of the embedding engine on a stand-in for a GPU, in 16 bits: its vectors, and few waits for the
+device."""
 
 from dataclasses import fields, replace
 from pathlib import Path

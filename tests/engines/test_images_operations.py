@@ -1,4 +1,5 @@
-"""Operations of a pipeline call: each is observed, and large attention runs in pieces with the same result."""
+"""Operations of a pipeline call: each is observed, and large attention runs in pieces with the same
+result."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The scripts that fetch weights, in a folder of their own, without a download: what they say and leave behind."""
+"""The scripts that fetch weights, in a folder of their own, without a download: what they say and leave
+behind."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""Files that the other tests don't run: pins, systemd's unit, the compose file, Dockerfiles, gunicorn's settings."""
+"""Files that the other tests don't run: pins, systemd's unit, the compose file, Dockerfiles, gunicorn's
+settings."""
 
 import configparser
 import os

@@ -1,4 +1,5 @@
-"""`scripts/run` while the weights of a model are away for a while, or are replaced by others that can't be served."""
+"""`scripts/run` while the weights of a model are away for a while, or are replaced by others that can't be
+served."""
 
 import http.client
 import json

@@ -1,4 +1,6 @@
-"""Two machines with one Redis, played by two network namespaces that a cable joins. Needs root and Linux's `ip`.
+"""Two machines with one Redis, played by two network namespaces that a cable joins.
+
+Needs root and Linux's `ip`.
 
 here: redis-server, web, a worker                   there: a worker
       10.77.0.1                ───────────                 10.77.0.2

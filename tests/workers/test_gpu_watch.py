@@ -1,4 +1,5 @@
-"""workers.gpu_watch and workers.nvml through nvidia-ml-py, with a library in the place of the driver's (tests/gpu_stand_ins/nvml.c)."""
+"""workers.gpu_watch and workers.nvml through nvidia-ml-py, with a library in the place of the driver's
+(tests/gpu_stand_ins/nvml.c)."""
 
 import ctypes
 import logging

@@ -1,4 +1,5 @@
-"""workers.lifecycle and celery_signals with stand-ins for all collaborators but the status: what happens in which order."""
+"""workers.lifecycle and celery_signals with stand-ins for all collaborators but the status: what happens in
+which order."""
 
 import errno
 import logging

@@ -213,7 +213,10 @@ def test_the_client_of_a_job_of_another_version_gets_an_error(
 def test_the_client_of_a_job_for_another_model_gets_an_error(
     bench: Bench, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An operator may have sent it to the wrong queue. The engine would fail on it, or answer as the wrong model."""
+    """An operator may have sent it to the wrong queue.
+
+    The engine would fail on it, or answer as the wrong model.
+    """
     bench.admit("a", model="another")
 
     join(bench.start("a"))
@@ -320,7 +323,8 @@ def test_a_claim_waits_for_a_redis_that_stalls(
 def test_a_job_is_deleted_after_a_stall_in_which_its_events_were_lost(
     stalling: tuple[RedisServer, Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Without this its client would wait until the deadline: the claim's worker lives and the job is there."""
+    """Without this its client would wait until the deadline: the claim's worker lives and the job is
+    there."""
     server, bench = stalling
     bench.admit("a")
     task = bench.start_and_submit("a")

@@ -1,4 +1,5 @@
-"""Engines: loaded models that work on jobs. torch and other large libraries are imported when one is loaded."""
+"""Engines: loaded models that work on jobs. torch and other large libraries are imported when one is
+loaded."""
 
 from collections.abc import Sequence
 

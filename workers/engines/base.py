@@ -16,7 +16,8 @@ CancelReason = Literal["cancelled", "deadline"]
 class EngineCounts(NamedTuple):
     """What a chat engine has counted since its start, in tokens but for `preemptions`.
 
-    `prompt_tokens` has those of the prefix cache too. `prefix_queries`: prompt tokens that were looked up there.
+    `prompt_tokens` has those of the prefix cache too. `prefix_queries`: prompt tokens that were looked up
+    there.
     """
 
     prompt_tokens: int
@@ -30,10 +31,9 @@ class EngineCounts(NamedTuple):
 class EngineStatus(NamedTuple):
     """The state of an engine for watchdog and worker record. `steps` grows with any kind of progress.
 
-    `max_model_len`: limit of prompt and answer together, or of an input, in tokens; 0 before the load, and for
-    image models.
-    `kv_cache_usage`: the part of the KV cache that running sequences hold, 0 to 1; None without a cache.
-    `takes_images`: whether messages of a chat may have images.
+    `max_model_len`: limit of prompt and answer together, or of an input, in tokens; 0 before the load, and
+    for image models. `kv_cache_usage`: the part of the KV cache that running sequences hold, 0 to 1; None
+    without a cache. `takes_images`: whether messages of a chat may have images.
     """
 
     alive: bool
@@ -54,7 +54,8 @@ class EngineLoadError(Exception):
 
 
 class TemporaryLoadError(EngineLoadError):
-    """The load failed for a reason that may pass by itself: a disk or a hub that is away, a GPU that others fill.
+    """The load failed for a reason that may pass by itself: a disk or a hub that is away, a GPU that others
+    fill.
 
     A later attempt may succeed.
     """
@@ -64,7 +65,10 @@ class Engine(Protocol):
     """A loaded model that works on several jobs at once, in its own threads."""
 
     def load(self, emit: Emit) -> None:
-        """Load the weights, warm up and start. Raises EngineLoadError, for what may pass its TemporaryLoadError."""
+        """Load the weights, warm up and start.
+
+        Raises EngineLoadError, for what may pass its TemporaryLoadError.
+        """
 
     def submit(self, job: Job) -> None:
         """Take a job and return at once. Its events go to `emit`; exactly one Finished or Failed is the last.

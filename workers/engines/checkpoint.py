@@ -1,4 +1,5 @@
-"""Finds what is wrong with a model's files, so that a load fails in one line that names the file or weight."""
+"""Finds what is wrong with a model's files, so that a load fails in one line that names the file or
+weight."""
 
 import json
 from collections.abc import Iterable

@@ -1,7 +1,7 @@
 """Tells what may pass from what a person must change, after a load has failed.
 
-The libraries wrap the errors of network, disk and device in many types, so the whole chain of causes is looked at. In
-doubt a person must change something, unless memory or the device is the reason.
+The libraries wrap the errors of network, disk and device in many types, so the whole chain of causes is
+looked at. In doubt a person must change something, unless memory or the device is the reason.
 """
 
 import errno
@@ -20,7 +20,8 @@ _LASTING = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
     | {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 )
-"""Errors of files that stay until a person changes something. All others are trouble of a disk or the network."""
+"""Errors of files that stay until a person changes something. All others are trouble of a disk or the
+network."""
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How the libraries in Rust (safetensors, tokenizers) name an error of the system in their text."""
@@ -32,7 +33,10 @@ _RETRIED_STATUSES = frozenset({408, 429})
 
 
 def load_error(entry: ModelEntry, error: Exception, message: str) -> EngineLoadError:
-    """Return what a load raises instead of `error`. `message`: one line for the operator, without the model's name."""
+    """Return what a load raises instead of `error`.
+
+    `message`: one line for the operator, without the model's name.
+    """
     folder = entry.weights_folder
     if folder is not None and _is_away(folder):
         return TemporaryLoadError(f"{entry.name}: the folder {folder} is missing, empty or can't be read")
@@ -41,12 +45,16 @@ def load_error(entry: ModelEntry, error: Exception, message: str) -> EngineLoadE
 
 
 def no_room(message: str, *, needed: int, room: int) -> EngineLoadError:
-    """Return the error for memory that can't be had: lasting if `needed` bytes exceed `room`, all that there could be."""
+    """Return the error for memory that can't be had: lasting if `needed` bytes exceed `room`, all that there
+    could be."""
     return EngineLoadError(message) if needed > room else TemporaryLoadError(message)
 
 
 def refuse_too_large(modules: Iterable[torch.nn.Module], device: torch.device) -> None:
-    """Raise EngineLoadError if the weights are larger than the whole GPU. Does nothing for the CPU, where they are."""
+    """Raise EngineLoadError if the weights are larger than the whole GPU.
+
+    Does nothing for the CPU, where they are.
+    """
     if device.type != "cuda":
         return
     tensors = {id(tensor): tensor for module in modules for tensor in module.parameters()}

@@ -14,7 +14,10 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """`check`: what was looked at. `message`: what was found and, unless it passed, what to do, in one line."""
+    """`check`: what was looked at.
+
+    `message`: what was found and, unless it passed, what to do, in one line.
+    """
 
     check: str
     status: Status

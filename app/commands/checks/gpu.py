@@ -1,4 +1,5 @@
-"""Checks of the GPUs: the driver by nvidia-smi, and torch in a process of its own, since web never loads it."""
+"""Checks of the GPUs: the driver by nvidia-smi, and torch in a process of its own, since web never loads
+it."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""LiteLLM's SDK: chats, streams, reasoning, tools, structured output, images, and its own exception classes."""
+"""LiteLLM's SDK: chats, streams, reasoning, tools, structured output, images, and its own exception
+classes."""
 
 import asyncio
 import json

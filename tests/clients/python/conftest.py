@@ -1,4 +1,7 @@
-"""The service under test, as tests/clients/conftest.py started it. Nothing of the project is imported here."""
+"""The service under test, as tests/clients/conftest.py started it.
+
+Nothing of the project is imported here.
+"""
 
 import os
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""Which of a tokenizer's tokens structure a chat, and a copy of a tokenizer that knows them by other names."""
+"""Which of a tokenizer's tokens structure a chat, and a copy of a tokenizer that knows them by other
+names."""
 
 import json
 import re
@@ -110,7 +111,8 @@ def renamed(backend: Any, names: dict[str, str]) -> Tokenizer:
 def any_of(words: Iterable[str]) -> str:
     """Return a regular expression for the longest of some words.
 
-    It matches nothing without words. It branches where words differ, so that the time of a search hardly depends on their number.
+    It matches nothing without words. It branches where words differ, so that the time of a search hardly
+    depends on their number.
     """
     words = sorted(words)
     if not words:

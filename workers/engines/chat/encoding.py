@@ -1,5 +1,5 @@
-"""Encodes rendered prompts. Control tokens are those that the chat template writes: what a message contains is
-text, also if it spells one.
+"""Encodes rendered prompts. Control tokens are those that the chat template writes: what a message contains
+is text, also if it spells one.
 
 Before the template is rendered, each control token in a message gets a mark after its first character. A
 control token without a mark is therefore the template's. A second tokenizer knows the control tokens by
@@ -24,7 +24,8 @@ class PromptEncoder:
     ) -> None:
         """`tokenizer`: a transformers tokenizer, which nothing may change afterwards.
 
-        `placeholder`: what the chat template writes for an image, a control token in any case. With `control_tokens_in_content` those of a message are encoded as the template's are. Raises
+        `placeholder`: what the chat template writes for an image, a control token in any case. With
+        `control_tokens_in_content` those of a message are encoded as the template's are. Raises
         EngineLoadError if they can't be told apart.
         """
         self._tokenizer = tokenizer
@@ -109,7 +110,10 @@ class PromptEncoder:
         return ids
 
     def _rename(self) -> Any:
-        """Return a copy of the tokenizer that knows the control tokens by their names. Raises EngineLoadError."""
+        """Return a copy of the tokenizer that knows the control tokens by their names.
+
+        Raises EngineLoadError.
+        """
         copy = renamed(self._backend, self._names)
         expected = {
             self._names.get(added.content, added.content): token

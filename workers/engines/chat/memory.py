@@ -1,4 +1,5 @@
-"""Divides the memory that a loaded model leaves between the KV cache and everything that a step needs besides."""
+"""Divides the memory that a loaded model leaves between the KV cache and everything that a step needs
+besides."""
 
 from collections.abc import Callable
 
@@ -87,9 +88,9 @@ def step_bytes(
     """Return the memory of a GPU that the largest steps need besides weights and cache, in bytes.
 
     These are a decode step of a full batch, sampled in every way, and then, as the sampler keeps counts of
-    tokens, a prefill of `chunk` tokens beside decode rows, and one of a prompt that is scored. All run through
-    the model's own layers, and with `joined` weights through FusedDecoder. CUDA graphs have memory of their own
-    for the decode step. A model that takes images also needs the memory for the largest one.
+    tokens, a prefill of `chunk` tokens beside decode rows, and one of a prompt that is scored. All run
+    through the model's own layers, and with `joined` weights through FusedDecoder. CUDA graphs have memory of
+    their own for the decode step. A model that takes images also needs the memory for the largest one.
     """
     runner = ModelRunner(ModelForward(loaded.model), attention, loaded.device)
     loaded.model.set_attn_implementation(attention.register())
@@ -133,7 +134,10 @@ def step_bytes(
 
 
 def _image_bytes(loaded: LoadedModel) -> int:
-    """Return the memory of a GPU that the largest image needs. Raises TemporaryLoadError if it has not so much."""
+    """Return the memory of a GPU that the largest image needs.
+
+    Raises TemporaryLoadError if it has not so much.
+    """
     if loaded.vision is None:
         return 0
     try:
@@ -155,8 +159,8 @@ def budget_tokens(
 ) -> int:
     """Return the number of tokens that the KV cache may hold: at most what a full batch can use.
 
-    `gpu_share`: the part of the GPU that this process may use. `reserve`: bytes of it that steps need besides.
-    Raises EngineLoadError.
+    `gpu_share`: the part of the GPU that this process may use. `reserve`: bytes of it that steps need
+    besides. Raises EngineLoadError.
     """
     most = options.max_batch_size * loaded.max_context
     if options.kv_cache_tokens is not None:

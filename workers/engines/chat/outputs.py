@@ -56,7 +56,8 @@ class RequestOutputs:
         return events
 
     def score(self, request: Request, start: int, logprobs: list[Logprobs]) -> None:
-        """Send the log probabilities of the prompt's tokens from number `start` on, which may be known in part."""
+        """Send the log probabilities of the prompt's tokens from number `start` on, which may be known in
+        part."""
         known = request.scored - start
         own = [
             self._token_logprob(token, each)

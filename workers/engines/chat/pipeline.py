@@ -2,8 +2,9 @@
 
 On a GPU the host would otherwise stand still while a step is computed, and the device while the host samples,
 writes events and prepares the next step. The chosen tokens stay on the device and are the next step's input.
-Whether a sequence ends with a token is known one step late: its row in the step launched meanwhile is dropped.
-What that row has written lies behind the tokens that count, and everything launched later overwrites it.
+Whether a sequence ends with a token is known one step late: its row in the step launched meanwhile is
+dropped. What that row has written lies behind the tokens that count, and everything launched later overwrites
+it.
 """
 
 from typing import NamedTuple

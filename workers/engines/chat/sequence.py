@@ -185,7 +185,8 @@ class Sequence:
         return prompt[start:end] + self.output[: max(0, end - len(prompt))]
 
     def keys(self, start: int, end: int) -> list[int]:
-        """What the prefix cache knows the tokens start..end by: those of an image are known by its bytes, too."""
+        """What the prefix cache knows the tokens start..end by: those of an image are known by its bytes,
+        too."""
         tokens, images = self.tokens(start, end), self.request.images
         return tokens if images is None else images.keys(tokens, start)
 

@@ -163,7 +163,8 @@ class StepExecutor:
     def _score(self, sequences: list[Sequence], chunks: list[Chunk], logits: torch.Tensor) -> torch.Tensor:
         """Report the log probabilities of prompt tokens that the step has computed.
 
-        `sequences`: those of the chunks. Returns the logits of the sequences that are fully computed and still run.
+        `sequences`: those of the chunks. Returns the logits of the sequences that are fully computed and
+        still run.
         """
         last_rows, following = [], []
         row = 0

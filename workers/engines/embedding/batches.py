@@ -41,7 +41,10 @@ class BatchQueue:
     """Inputs that are in no pass yet. Not thread-safe."""
 
     def __init__(self, max_tokens: int, pass_cost: float = 0.0) -> None:
-        """`max_tokens`: of a pass, padding included. `pass_cost`: what a pass costs beside its tokens, in tokens."""
+        """`max_tokens`: of a pass, padding included.
+
+        `pass_cost`: what a pass costs beside its tokens, in tokens.
+        """
         self._max_tokens = max_tokens
         # with more padding, two passes over halves of the inputs cost less than one
         self._max_padding = 2 * pass_cost

@@ -13,8 +13,8 @@ LEAST_PASS_COST, MOST_PASS_COST = 16.0, 4096.0
 def warm_up(entry: EmbeddingModelEntry, loaded: LoadedEncoder, batch_tokens: int) -> tuple[int, float]:
     """Return the size of the model's vectors, and what a pass costs beside its tokens, in tokens.
 
-    `batch_tokens`: of a pass, with padding. On a GPU a full pass of the longest inputs shows that there is memory for
-    it. Raises EngineLoadError.
+    `batch_tokens`: of a pass, with padding. On a GPU a full pass of the longest inputs shows that there is
+    memory for it. Raises EngineLoadError.
     """
     length = loaded.max_tokens if loaded.device.type == "cuda" else min(loaded.max_tokens, 16)
     count = max(1, (batch_tokens if loaded.device.type == "cuda" else 256) // length)

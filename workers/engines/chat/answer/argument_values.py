@@ -21,7 +21,8 @@ _OF_OBJECT = ANNOTATIONS | {
 _OF_TEXT = ANNOTATIONS | {"type", "nullable", "minLength", "maxLength"}
 _OF_CHOICE = ANNOTATIONS | {"type", "nullable", "enum", "const"}
 _ORDER = ("integer", "number", "boolean", "null", "object", "array", "string")
-"""In which a text is read as one of several types: "1" is a number, although a boolean may be written so, too."""
+"""In which a text is read as one of several types: "1" is a number, although a boolean may be written so,
+too."""
 
 _LARGEST = 10**18
 """Of numbers: beyond it lie those that are infinite as a double, which JSON doesn't know."""

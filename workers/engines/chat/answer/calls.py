@@ -40,8 +40,8 @@ class _State(Enum):
 class CallDivider:
     """Implements Divider. What looks like a call and is none is content, from its first character on.
 
-    Arguments are sent as they arrive. If they turn out to be no JSON, the text of the call follows as content,
-    and the call doesn't count.
+    Arguments are sent as they arrive. If they turn out to be no JSON, the text of the call follows as
+    content, and the call doesn't count.
     """
 
     thinking = False

@@ -13,10 +13,12 @@ _NAME = r"(?P<name>[A-Za-z0-9_.:/-]+)"
 
 
 class Family(NamedTuple):
-    """`sign`: a regular expression for a call of `NAME` with the argument `KEY`. `template`: see transformers.
+    """`sign`: a regular expression for a call of `NAME` with the argument `KEY`.
 
-    `openings`: texts that show a call to the template's parser. `closings`: texts that end a value or a call for
-    it, wherever they are. Each has "<" at its beginning and nowhere else.
+    `template`: see transformers.
+
+    `openings`: texts that show a call to the template's parser. `closings`: texts that end a value or a call
+    for it, wherever they are. Each has "<" at its beginning and nowhere else.
     """
 
     sign: str

@@ -41,8 +41,8 @@ class LarkTexts:
     ) -> tuple[str, str]:
         """Return the definition of a terminal, and what follows it in a rule: any text and then `closing`.
 
-        The text has `least` to `most` characters, and none of the `forbidden`, as in `without`. `closing` should
-        have one of them, so that it is clear where the text ends.
+        The text has `least` to `most` characters, and none of the `forbidden`, as in `without`. `closing`
+        should have one of them, so that it is clear where the text ends.
         """
         # a terminal ends where nothing can follow: what comes after the text must be a part of it
         head = self._head(closing)

@@ -47,8 +47,8 @@ class AnswerParser:
     def feed(self, text: str, may_stop: bool = True) -> tuple[list[Piece], str | None]:
         """Add the text of one token, which may be empty.
 
-        Returns the pieces that can be sent, and the stop string that ended the content, if any. With `may_stop`
-        False (min_tokens not reached) stop strings pass as ordinary text.
+        Returns the pieces that can be sent, and the stop string that ended the content, if any. With
+        `may_stop` False (min_tokens not reached) stop strings pass as ordinary text.
         """
         before = self.thinking
         pieces = self._divide(text)
@@ -115,7 +115,8 @@ class AnswerParser:
         return self._matcher.add(text) if may_stop else (self._matcher.flush() + text, None)
 
     def _visible(self, text: str, last: bool = False) -> str:
-        """Return the content that can be sent: without the spaces at its end, which may come before a call."""
+        """Return the content that can be sent: without the spaces at its end, which may come before a
+        call."""
         if not self._has_tools:
             return text
         text = self._spaces + text

@@ -31,7 +31,10 @@ class TemplateProbe:
         """Names that are not a part of another value."""
 
     def conversation(self, answer: dict[str, Any]) -> str | None:
-        """Return the text of a question and an assistant's message. None if the template refuses the message."""
+        """Return the text of a question and an assistant's message.
+
+        None if the template refuses the message.
+        """
         return self._render([QUESTION, answer])
 
     def answer(self, message: dict[str, Any], tools: list[dict[str, Any]]) -> str | None:

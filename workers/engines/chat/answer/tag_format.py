@@ -61,7 +61,8 @@ def around_arguments(
 ) -> tuple[list[str], list[str], list[str]] | None:
     """Return what a template writes around the name, the keys and the values of a call with two arguments.
 
-    That of a call with texts, of one with numbers, and of two calls with texts. None: it writes something else.
+    That of a call with texts, of one with numbers, and of two calls with texts. None: it writes something
+    else.
     """
     texts, numbers, two = (
         answer_part(_render(probe, values, count), tags)

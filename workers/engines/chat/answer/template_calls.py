@@ -1,4 +1,5 @@
-"""Divides an answer by a response template of transformers: channels, and calls that are not written as JSON."""
+"""Divides an answer by a response template of transformers: channels, and calls that are not written as
+JSON."""
 
 import re
 from typing import Any

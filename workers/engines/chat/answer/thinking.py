@@ -82,7 +82,10 @@ class ThinkDivider:
     """
 
     def __init__(self, tags: ThinkTags, *, opened: bool, started: bool = False) -> None:
-        """`opened`: the prompt ends inside the reasoning. `started`: or behind the beginning of the content."""
+        """`opened`: the prompt ends inside the reasoning.
+
+        `started`: or behind the beginning of the content.
+        """
         self._tags = tags
         self._state = _State.OPENED if opened else _State.ANSWER if started else _State.START
         self._held = ""

@@ -61,7 +61,8 @@ class KVCache:
         self.scratch_page = num_pages
         self.padding_slot = num_slots
         self.tables = np.full((num_slots + 1, num_pages), self.scratch_page, np.int32)
-        """int32 [slots + 1, pages]: for each slot the pages of its tokens, in order, then the scratch page."""
+        """int32 [slots + 1, pages]: for each slot the pages of its tokens, in order, then the scratch
+        page."""
         self.held = [*(0 for _ in range(num_slots)), 1]
         """For each slot its number of pages."""
         self.kept: set[int] = set()

@@ -18,7 +18,10 @@ class SamplingDefaults:
         self._vocabulary_size = vocabulary_size
 
     def resolve(self, params: SamplingParams, room: int) -> Sampling:
-        """Fill in defaults. `room`: number of tokens that the context leaves for the answer. Raises InvalidRequest."""
+        """Fill in defaults. `room`: number of tokens that the context leaves for the answer.
+
+        Raises InvalidRequest.
+        """
         outside = [token for token in params.logit_bias if not 0 <= token < self._vocabulary_size]
         if outside:
             raise InvalidRequest(

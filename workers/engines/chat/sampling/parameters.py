@@ -26,7 +26,8 @@ ROW = np.dtype(
     # torch wants strides that are multiples of the elements' size
     align=True,
 )
-"""One row's parameters. min_tokens is 0 without stop ids and with a grammar, logprobs -1 if none are wanted."""
+"""One row's parameters. min_tokens is 0 without stop ids and with a grammar, logprobs -1 if none are
+wanted."""
 
 
 class SlotParameters:

@@ -23,8 +23,8 @@ def score_on_device(
 ) -> list[torch.Tensor]:
     """Compute what `score` returns, without waiting for the device.
 
-    Returns the tokens' log probabilities, float32 [tokens, 1], and of the most probable ones log probabilities,
-    float32, and ids, int64, [tokens, at most `most`].
+    Returns the tokens' log probabilities, float32 [tokens, 1], and of the most probable ones log
+    probabilities, float32, and ids, int64, [tokens, at most `most`].
     """
     given = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
     found = []

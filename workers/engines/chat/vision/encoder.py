@@ -61,7 +61,10 @@ class ImageEncoder:
 
     @torch.inference_mode()
     def encode(self, ids: list[int], inputs: dict[str, torch.Tensor]) -> Features:
-        """Compute the features of one image, on the device. Raises EngineLoadError for another kind of model."""
+        """Compute the features of one image, on the device.
+
+        Raises EngineLoadError for another kind of model.
+        """
         recorded: dict[str, Any] = {}
 
         def record(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

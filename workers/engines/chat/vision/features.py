@@ -61,7 +61,10 @@ class PromptImages:
     """The images of one prompt, in order, and the positions of its tokens."""
 
     def __init__(self, images: Sequence[ReadImage], length: int, positions: np.ndarray | None) -> None:
-        """`length`: of the prompt in tokens. `positions`: int64 [3, length], in time, height and width; None: in order."""
+        """`length`: of the prompt in tokens.
+
+        `positions`: int64 [3, length], in time, height and width; None: in order.
+        """
         self.images = images
         self._length = length
         self._positions = positions
