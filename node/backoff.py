@@ -17,11 +17,11 @@ class Backoff:
         self._failures = 0
 
     def failed(self, now: float) -> None:
-        """An attempt failed at `now`: put the next one off."""
+        """Put the next attempt off: one has failed at `now`."""
         longest_s = min(self._max_s, self._first_s * 2 ** min(self._failures, 16))
         self._failures += 1
         self.retry_at = now + longest_s * random.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """An attempt succeeded, or what is attempted has changed: the next one may start at once."""
+        """Let the next attempt start at once: one succeeded, or what is attempted has changed."""
         self._failures, self.retry_at = 0, 0.0

@@ -65,20 +65,20 @@ class EntryState:
         return step, max(self._read_at, self._backoff.retry_at)
 
     def start_draining(self) -> None:
-        """The entry must go and never come back; the next step may be taken at once."""
+        """Note that the entry must go and never come back; the next step may be taken at once."""
         self.draining = True
         self._backoff.reset()
 
     def read_list_soon(self) -> None:
-        """Somebody else may have removed the entry."""
+        """Let the list be read: somebody else may have removed the entry."""
         self._read_at = 0.0
 
     def started(self, now: float) -> None:
-        """A call is about to be made: a `read_list_soon` from now on asks for a read after it."""
+        """Note that a call is about to be made: a `read_list_soon` from now on asks for a read after it."""
         self._read_at = now + self._read_every_s
 
     def succeeded(self, step: Step, at_node: AtNode) -> None:
-        """A call was made, and the node's list is known."""
+        """Note that a call was made; what the node's list has of the entry is known then."""
         self.at_node = at_node
         self.last_error = ""
         self._backoff.reset()
@@ -86,7 +86,7 @@ class EntryState:
             self._list_unreadable = False
 
     def failed(self, step: Step, error: NodeError, now: float) -> None:
-        """A call failed; what it leaves unknown is found out by later ones."""
+        """Note that a call failed; later ones find out what it leaves unknown."""
         refused = isinstance(error, NodeRefused)
         self._read_at = 0.0
         if step is Step.READ_LIST and refused:

@@ -91,13 +91,13 @@ class Registrar:
             self._thread.start()
 
     def set_serving(self, serving: bool) -> None:
-        """Whether the model is loaded and its engine works."""
+        """Note whether the worker serves: only then is it registered."""
         with self._changed:
             self._entry.serving = serving
             self._changed.notify_all()
 
     def lease_was_lost(self) -> None:
-        """This worker's lease had expired: the reconciler may have removed the entry."""
+        """Have the list read: the lease had expired, and the reconciler may have removed the entry."""
         with self._changed:
             self._entry.read_list_soon()
             self._changed.notify_all()

@@ -33,8 +33,8 @@ RECONNECT_PAUSE_S = 0.5
 
 
 TAKEN_OVER_SEQ = -1
-"""The number of an event that is none of the request's own: another reader has taken over from the one that
-it names. Older versions drop it.
+"""The number of the event that tells a reader, which it names, that another one has taken over its stream.
+It is no part of the stream itself, and older versions drop it.
 """
 
 
@@ -89,7 +89,7 @@ class Inbox:
     def feed(self, envelope: Envelope) -> None:
         """Take an envelope from the channel or the replay list, in any order and more than once."""
         if self.ended or envelope.seq < self.next_seq:
-            if envelope.seq == TAKEN_OVER_SEQ and envelope.event == _told_to(self.reader):
+            if envelope.seq == TAKEN_OVER_SEQ and envelope.event == _taken_over_from(self.reader):
                 self.fail(events.Failed.of(TakenOver()))
             return
         if envelope.seq > self.next_seq:
@@ -165,7 +165,7 @@ class EventRouter(threading.Thread):
         if inbox is not None and inbox.reader == reader:
             inbox.fail(events.Failed.of(TakenOver()))
         elif reader:
-            told = Envelope(request_id, TAKEN_OVER_SEQ, _told_to(reader))
+            told = Envelope(request_id, TAKEN_OVER_SEQ, _taken_over_from(reader))
             self._redis.publish(self._keys.channel(web_of(reader)), events.encode([told]))
 
     def inboxes(self) -> list[Inbox]:
@@ -216,6 +216,6 @@ class EventRouter(threading.Thread):
                 inbox.feed(envelope)
 
 
-def _told_to(reader: str) -> events.Failed:
+def _taken_over_from(reader: str) -> events.Failed:
     """The event that tells a reader of another web process that its stream was taken over."""
     return events.Failed(TakenOver.code, TakenOver.default_message, reader)

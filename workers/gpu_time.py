@@ -22,13 +22,13 @@ class GpuTime:
         """For each running request: `_share_s` when it began."""
 
     def start(self, request_id: str) -> None:
-        """A request begins."""
+        """Note that a request begins."""
         with self._lock:
             self._advance()
             self._began[request_id] = self._share_s
 
     def end(self, request_id: str) -> float:
-        """A request ends. Returns its part, in seconds."""
+        """Note that a request ends; returns its part, in seconds."""
         with self._lock:
             self._advance()
             return self._share_s - self._began.pop(request_id)

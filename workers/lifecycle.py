@@ -68,14 +68,14 @@ class Lifecycle:
             self._give_up(f"{type(error).__name__}: {error}", 1)
 
     def serve(self, consumer: Any) -> None:
-        """Celery takes requests from now on: register with the node. `consumer`: Celery's of this process."""
+        """Register with the node: Celery takes requests from now on. `consumer`: Celery's of this process."""
         worker = self._worker
         if worker.status.set_ready():
             worker.operator_drain.serve(consumer)
             log.info("worker %s serves %s", worker.status.identity.cid, worker.entry.name)
 
     def shut_down(self) -> None:
-        """Celery has ended, with every request: the process exits after this."""
+        """Unregister and release the lease: Celery has ended, with every request. The process exits next."""
         self._worker.registrar.drain()
         self._worker.sender.stop(2.0)
         self._release()

@@ -45,7 +45,7 @@ class WorkerStatus:
         self._last_error = ""
 
     def set_ready(self) -> bool:
-        """The worker can serve. False if it is stopping: then it must not be registered."""
+        """Note that the worker can serve. Returns False if it is stopping: then it must not be registered."""
         with self._lock:
             if self._state == "draining":
                 return False
@@ -54,7 +54,7 @@ class WorkerStatus:
         return True
 
     def set_drained(self, drained: bool) -> None:
-        """Whether an operator has put the worker under drain.
+        """Note whether an operator has put the worker under drain.
 
         Called again and again, since the state follows later.
         """
@@ -76,7 +76,7 @@ class WorkerStatus:
         return self._state == "draining"
 
     def set_draining(self, last_error: str = "") -> None:
-        """The worker stops, and takes no more requests. `last_error`: why, if something failed."""
+        """Note that the worker stops, and takes no more requests. `last_error`: why, if something failed."""
         with self._lock:
             self._state = "draining"
             self._last_error = last_error

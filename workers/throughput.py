@@ -1,7 +1,7 @@
-"""How much work this worker finishes in a second while it has as much to do as it can take.
+"""Measures how much work this worker finishes in a second while it has as much to do as it can take.
 
-Only such times say how long waiting requests will wait: of light traffic one learns when requests came, not
-how fast they could have been finished.
+Only such times tell how long waiting requests will wait: light traffic shows how often requests come, and not
+how fast they could be finished.
 """
 
 import threading
@@ -39,7 +39,7 @@ class Throughput:
         """(end, seconds, work)"""
 
     def started(self) -> None:
-        """A slot has been taken."""
+        """Note that a slot was taken."""
         with self._lock:
             self._running += 1
             if self._running >= self.slots and self._free_since is not None:
@@ -47,7 +47,7 @@ class Throughput:
                 self._free_since = None
 
     def ended(self, work: float) -> None:
-        """A slot is free again.
+        """Note that a slot is free again.
 
         `work`: what was finished (protocol.jobs.work_of), 0 if the request failed.
         """

@@ -81,7 +81,7 @@ class Timings:
                 return
 
     def end(self, *, finished: bool) -> None:
-        """The request has ended, `finished`: with a complete answer. May be called more than once."""
+        """Note the end of the request; `finished`: with a complete answer. May be called more than once."""
         metrics, self._metrics = self._metrics, None
         if metrics is None or not finished:
             return

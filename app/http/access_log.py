@@ -39,7 +39,7 @@ _KEY = "modelservice.access"
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
 
 
-class Course(Protocol):
+class JobTimings(Protocol):
     """What is known of a job's times and outcome (app.dispatch.timings.Timings)."""
 
     incarnation_id: str | None
@@ -85,7 +85,7 @@ class Access:
         """Of a job; a model that isn't in the catalogue may hold anything."""
         self.code: str | None = None
         """The code of the error (protocol.errors) that ended it."""
-        self.times: Course | None = None
+        self.times: JobTimings | None = None
         self.span: Any = None
         """OpenTelemetry's, where traces are wanted (app.http.request_trace)."""
         self.traceparent: str | None = None

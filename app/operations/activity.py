@@ -21,10 +21,10 @@ its stream, for which the id is all that a service without keys asks."""
 
 def note_ended(activity: Activity, access: Access) -> None:
     """Note a request for a job whose response has ended."""
-    course = access.times
-    times = course.milliseconds() if course else {}
-    usage = course.usage if course else None
-    incarnation_id = course.incarnation_id if course else None
+    job = access.times
+    times = job.milliseconds() if job else {}
+    usage = job.usage if job else None
+    incarnation_id = job.incarnation_id if job else None
     activity.note(
         EndedRequest(
             id=access.request_id,
@@ -38,7 +38,7 @@ def note_ended(activity: Activity, access: Access) -> None:
             total_ms=times.get("total_ms", round(access.seconds * 1000)),
             prompt_tokens=usage.prompt_tokens if usage else None,
             completion_tokens=usage.completion_tokens if usage else None,
-            images=(course.images or None) if course else None,
+            images=(job.images or None) if job else None,
         )
     )
 

@@ -1,4 +1,4 @@
-"""What works but should be looked at by the operator: shown by GET /readyz."""
+"""Finds what works but needs the operator's attention: shown by GET /readyz."""
 
 from collections.abc import Iterator, Sequence
 

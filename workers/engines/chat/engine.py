@@ -195,7 +195,7 @@ class ChatEngine:
             log.exception("emit failed for %d events", len(events))
 
     def _fail_all(self, failure: Failed) -> None:
-        """The thread ends: end every request, so that no caller waits indefinitely."""
+        """End every request as the thread ends, so that no caller waits indefinitely."""
         outputs = self.parts.outputs
         with self._lock:
             self._closed = True
@@ -206,7 +206,7 @@ class ChatEngine:
         self._emit()
 
     def _forget(self, request_id: str) -> None:
-        """The request has ended: from now on its cancellation is ignored."""
+        """Ignore cancellations of a request from now on: it has ended."""
         with self._lock:
             self._open.discard(request_id)
             self._cancels.pop(request_id, None)
