@@ -140,6 +140,21 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
     total: int
 
 
+class ImagePreview(msgspec.Struct, frozen=True, array_like=True, tag="b"):
+    """Preview `number`, from 0, of image `index` of the request: a JPEG file of the image's size.
+
+    The engine sets `jpeg`; when sent, it has a `name` in the store instead, "" if there was no room for it. None
+    comes after the ImageReady of its image.
+    """
+
+    index: int
+    number: int
+    width: int
+    height: int
+    jpeg: bytes = b""
+    name: str = ""
+
+
 class ImageReady(msgspec.Struct, frozen=True, array_like=True, tag="i"):
     """Image `index` of the request. The engine sets `png`; when sent, it has a `name` in the store instead."""
 
@@ -189,6 +204,7 @@ Event = (
     | Tokens
     | Text
     | Progress
+    | ImagePreview
     | ImageReady
     | Vectors
     | Finished

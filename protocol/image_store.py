@@ -1,4 +1,4 @@
-"""The store of generated images: PNG bytes in Redis under random names, each with a TTL.
+"""The store of generated images: files in Redis under random names, each with a TTL.
 
 Their total size is bounded, by a fixed capacity and by a share of Redis' memory.
 
@@ -17,10 +17,10 @@ from protocol.redis_memory import MEMORY_ROOM
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{43}")
 
-# Stores an image and removes what has expired and, where room is needed, the oldest images. Returns 1, or 0 if
+# Stores an image and removes what has expired and, where room is needed, what expires first. Returns 1, or 0 if
 # Redis has no room for the image although all others were removed.
 # KEYS: expiry (sorted set), sizes (hash), the image.
-# ARGV: name, TTL in ms, capacity in bytes, prefix of image keys, PNG bytes.
+# ARGV: name, TTL in ms, capacity in bytes, prefix of image keys, the bytes of the image.
 # The keys of removed images are built here, which Redis allows everywhere but in a cluster.
 _PUT = (
     MEMORY_ROOM
@@ -80,7 +80,7 @@ def is_name(text: str) -> bool:
 
 
 class ImageStore:
-    """Images by name, all with the same TTL. `client` must return bytes (no decode_responses).
+    """Images by name. `client` must return bytes (no decode_responses).
 
     Methods raise what the client raises. `put` may be repeated with the same name.
     """
@@ -97,10 +97,11 @@ class ImageStore:
         """Return a name that can't be guessed: 43 characters of A-Z a-z 0-9 _ -."""
         return secrets.token_urlsafe(32)
 
-    def put(self, name: str, png: bytes) -> None:
-        """Store an image, removing the oldest ones when there is no room. Raises ImageTooLarge and StoreFull.
+    def put(self, name: str, png: bytes, ttl_s: float | None = None) -> None:
+        """Store an image, removing those that expire first when there is no room. Raises ImageTooLarge and StoreFull.
 
-        Raises ValueError for a name that `new_name` can't have made.
+        `ttl_s`: seconds for which it is kept, None: those of the store. Raises ValueError for a name that `new_name`
+        can't have made.
         """
         if not is_name(name):
             raise ValueError("not an image's name: make one with new_name()")
@@ -109,9 +110,10 @@ class ImageStore:
                 f"an image of {len(png)} bytes in a store of {self._capacity} (IMAGE_STORE_MB)"
             )
         keys = self._keys
+        ttl_ms = self._ttl_ms if ttl_s is None else round(ttl_s * 1000)
         stored = self._put(
             keys=[keys.image_expiry, keys.image_sizes, keys.image(name)],
-            args=[name, self._ttl_ms, self._capacity, keys.image(""), png],
+            args=[name, ttl_ms, self._capacity, keys.image(""), png],
         )
         if not stored:
             raise StoreFull(f"Redis is too near to its maxmemory for an image of {len(png)} bytes")

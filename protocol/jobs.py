@@ -141,7 +141,7 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
 
     `image` and `mask` are the client's files as bytes (PNG, JPEG or WEBP), of which the web process has
     checked the header. White pixels of the mask, or transparent ones if it has an alpha channel, are
-    edited.
+    edited. `partial_images`: how many previews to send of each image while it is made.
     """
 
     id: str
@@ -156,6 +156,7 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
     guidance_scale: float | None = None
     strength: float | None = None
     seed: int | None = None
+    partial_images: int = 0
     wallet_sha256: str | None = None
     traceparent: str | None = None
     image: bytes | None = None
