@@ -22,6 +22,7 @@ from protocol.events import (
     Event,
     Failed,
     Finished,
+    ImagePreview,
     ImageReady,
     Progress,
     Text,
@@ -162,13 +163,14 @@ class EchoEngine:
             return [Failed.of(DeadlineExceeded())]
         running.done += 1
         progress = Progress(running.done, running.total)
+        size = (job.width or 64, job.height or 64)
         if running.done < running.total:
-            return [progress]
-        width, height = job.width or 64, job.height or 64
-        png = io.BytesIO()
-        Image.new("RGB", (width, height), "teal").save(png, "PNG")
-        images = [ImageReady(index, index, width, height, png.getvalue()) for index in range(job.n)]
-        return [progress, *images, Finished()]
+            if running.done > job.partial_images:
+                return [progress]
+            number, jpeg = running.done - 1, _encoded(size, "navy", "JPEG")
+            return [progress, *(ImagePreview(index, number, *size, jpeg=jpeg) for index in range(job.n))]
+        png = _encoded(size, "teal", "PNG")
+        return [progress, *(ImageReady(index, index, *size, png) for index in range(job.n)), Finished()]
 
     def _misbehave(self, fault: str) -> list[Event]:
         if fault in ("raise", RAISE_LATER):
@@ -179,3 +181,10 @@ class EchoEngine:
             raise SystemExit
         threading.Event().wait()
         return []
+
+
+def _encoded(size: tuple[int, int], colour: str, kind: str) -> bytes:
+    """Return an image file of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind)
+    return file.getvalue()

@@ -14,13 +14,14 @@ from PIL import Image
 
 from catalogue import ImageModelEntry
 from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown
-from protocol.events import Event, Failed, Finished, ImageReady, Progress
+from protocol.events import Event, Failed, Finished, ImagePreview, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
 from workers.engines.failures import failure_of, free_memory
 from workers.engines.images.batches import BatchItem, BatchQueue
 from workers.engines.images.loader import Pipelines, load_pipelines
-from workers.engines.images.pixels import encode_png, paste_back
+from workers.engines.images.pixels import encode_jpeg, encode_png, paste_back
+from workers.engines.images.previews import Previews
 from workers.engines.images.request import prepare, warm_up_requests
 from workers.engines.load_errors import load_error
 
@@ -69,8 +70,8 @@ class ImageEngine:
         self._pipelines = load_pipelines(self._entry)
         try:
             for request in warm_up_requests(self._entry.name, self._pipelines):
-                request.pipeline(
-                    request.shared, [request.image_params(0)], self._count_step, self._count_operation
+                request.pipeline.warm_up(
+                    request.shared, request.image_params(0), self._count_step, self._count_operation
                 )
         except Exception as error:
             raise load_error(
@@ -174,6 +175,12 @@ class ImageEngine:
 
     def _call(self, batch: Sequence[BatchItem]) -> list[Image.Image]:
         first = batch[0].request
+        previews = Previews(
+            batch,
+            is_wanted=lambda item: self._is_open(item.request.job),
+            deliver=self._deliver_preview_later,
+            passes_on=_BatchAbandoned,
+        )
 
         def stop_if_abandoned() -> None:
             if not any(self._is_open(request.job) for request, _ in batch):
@@ -183,13 +190,14 @@ class ImageEngine:
             self._count_step()
             stop_if_abandoned()
             self._report(batch, step, total)
+            previews.make_due(step, total)
 
         def on_operation() -> None:
             self._count_operation()
             stop_if_abandoned()
 
         images = [request.image_params(index) for request, index in batch]
-        return first.pipeline(first.shared, images, on_step, on_operation)
+        return first.pipeline(first.shared, images, on_step, on_operation, previews.unfinished)
 
     def _report(self, batch: Sequence[BatchItem], step: int, total: int) -> None:
         """Emit progress. It counts the steps of all images of a request: n images of 20 steps make 20 n."""
@@ -225,6 +233,26 @@ class ImageEngine:
         with self._lock:
             if not self._closed:
                 self._pixels.submit(self._deliver, item, image)
+
+    def _deliver_preview_later(self, item: BatchItem, number: int, image: Image.Image) -> None:
+        with self._lock:
+            if not self._closed:
+                self._pixels.submit(self._deliver_preview, item, number, image)
+
+    def _deliver_preview(self, item: BatchItem, number: int, image: Image.Image) -> None:
+        request, index = item
+        if not self._is_open(request.job):
+            return
+        try:
+            if request.source:
+                image = paste_back(image, request.source)
+            preview = ImagePreview(index, number, image.width, image.height, jpeg=encode_jpeg(image))
+        except Exception as error:
+            failure_of(error)  # the request goes on, and with it the call
+            return
+        with self._lock:
+            if self._is_open(request.job):
+                self._emit([(request.job.id, preview)])
 
     def _deliver(self, item: BatchItem, image: Image.Image) -> None:
         request, index = item

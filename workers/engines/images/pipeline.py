@@ -6,6 +6,7 @@ inpainting pipeline of diffusers can be used.
 
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
@@ -14,6 +15,9 @@ import torch
 from PIL import Image
 
 from workers.engines.images.operations import ObservedOperations
+from workers.engines.images.unfinished import UnfinishedImages
+
+log = logging.getLogger(__name__)
 
 Kind = Literal["text2image", "image2image", "inpaint"]
 
@@ -61,6 +65,7 @@ class ImagePipeline:
         )
         # Compiled code would be traced with the observer in it. It runs on a GPU only, where steps are short.
         self._observable = not _is_compiled(denoiser_of(pipe))
+        self._has_previews = False
         pipe.set_progress_bar_config(disable=True)
 
     def __call__(
@@ -69,17 +74,38 @@ class ImagePipeline:
         images: Sequence[ImageParams],
         on_step: OnStep,
         on_operation: OnOperation,
+        unfinished: UnfinishedImages | None = None,
     ) -> list[Image.Image]:
         """Generate one image for each item of `images`; more than one needs `supports_batches`.
 
-        `on_operation` is not called where the denoiser is compiled. Raises what the pipeline or a callback
-        raises.
+        `on_operation` is not called where the denoiser is compiled. `unfinished` can be asked for images in `on_step`.
+        Raises what the pipeline or a callback raises.
         """
         arguments = self._shared_arguments(shared) | self._image_arguments(shared, images)
         arguments = {name: value for name, value in arguments.items() if name in self._parameters}
         observed = ObservedOperations(on_operation) if self._observable else nullcontext()
-        with self._reporting_steps(on_step, arguments), torch.inference_mode(), observed:
+        with (
+            self._reporting_steps(on_step, arguments),
+            unfinished or nullcontext(),
+            torch.inference_mode(),
+            observed,
+        ):
             return list(self._pipe(**arguments).images)
+
+    def warm_up(
+        self, shared: CallParams, image: ImageParams, on_step: OnStep, on_operation: OnOperation
+    ) -> None:
+        """Generate one image, and find out whether previews of this pipeline can be decoded. Raises as a call does."""
+        has_parts = all(getattr(self._pipe, part, None) is not None for part in ("vae", "scheduler"))
+        unfinished = UnfinishedImages(self._pipe, shared.width, shared.height) if has_parts else None
+        (made,) = self(shared, [image], on_step, on_operation, unfinished)
+        self._has_previews = unfinished is not None and unfinished.end_as(made)
+        if not self._has_previews:
+            log.info("no previews of images: a %s decodes its latents otherwise", type(self._pipe).__name__)
+
+    def unfinished(self, shared: CallParams) -> UnfinishedImages | None:
+        """Return what shows the images of a call of these parameters while it runs; None if this pipeline can't."""
+        return UnfinishedImages(self._pipe, shared.width, shared.height) if self._has_previews else None
 
     def _shared_arguments(self, shared: CallParams) -> dict[str, Any]:
         optional = {

@@ -34,11 +34,24 @@ class Request:
         """Number of images whose ImageReady event has not been sent."""
         self.steps_reported = 0
         """Denoising steps over all images, as the last Progress event gave them."""
+        self._previews = [0] * job.n
+        """Number of previews that were made of each image."""
         self._seed = job.seed if job.seed is not None else secrets.randbelow(SEED_LIMIT)
 
     def seed(self, index: int) -> int:
         """Return the seed of image `index`. A request for one image with this seed gives the same image."""
         return (self._seed + index) % SEED_LIMIT
+
+    def preview_is_due(self, index: int, step: int, total: int) -> bool:
+        """Whether a preview of image `index` is due after `step` (from 1) of `total`."""
+        steps = preview_steps(self.job.partial_images, total)
+        # after a failed call the image starts again, and the previews that it has are not made again
+        return step in steps[self._previews[index] :]
+
+    def count_preview(self, index: int) -> int:
+        """Count a preview of image `index`; return its number, from 0."""
+        self._previews[index] += 1
+        return self._previews[index] - 1
 
     def image_params(self, index: int) -> ImageParams:
         """Return the parameters of image `index` for a pipeline call."""
@@ -76,6 +89,13 @@ def prepare(job: ImageJob, pipelines: Pipelines) -> Request:
         has_negative_prompt=job.negative_prompt is not None,
     )
     return Request(job, pipeline, shared, source)
+
+
+def preview_steps(count: int, total: int) -> list[int]:
+    """Return the steps, from 1, after which `count` previews are made in `total`: evenly spaced, none at the end."""
+    parts = count + 1
+    steps = {(total * part + parts // 2) // parts for part in range(1, parts)}
+    return sorted(step for step in steps if 0 < step < total)
 
 
 def warm_up_requests(model: str, pipelines: Pipelines) -> Iterator[Request]:
