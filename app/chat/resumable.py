@@ -4,11 +4,11 @@ import re
 
 from flask import Blueprint, Response, request
 
-from app.chat.respond import Chunks, stream_response
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.dispatch.resumption import Resumption
 from app.http.connection import Connection
 from app.http.wsgi import name_request
+from app.respond import Chunks, stream_response
 from catalogue import CHAT
 from protocol.errors import InvalidRequest
 

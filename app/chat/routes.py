@@ -10,7 +10,7 @@ from flask import Blueprint, Response, request
 from app.chat.completion import completion
 from app.chat.images import MAX_TOTAL_BYTES, load_images
 from app.chat.messages import ImageSource
-from app.chat.respond import Chunks, ResponseParams, respond
+from app.chat.params import TextParams
 from app.chat.response import ChatEventReader, ChunkEncoder, ChunkStream
 from app.chat.resumable import NumberedChunks, is_wanted
 from app.chat.schema import ChatCompletionRequest
@@ -25,6 +25,7 @@ from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import job_origin, name_request
 from app.image_input.source import Fetch, counted
+from app.respond import Chunks, respond
 from catalogue import CHAT, Catalogue, ChatModelEntry
 from protocol.errors import PayloadTooLarge, UnsupportedParameter
 from protocol.jobs import ChatImage
@@ -73,7 +74,7 @@ def blueprint(inputs: ChatInputs, resumption: Resumption, bodies: BodyReader) ->
 
 def _submit(
     received: bytes, inputs: ChatInputs, connection: Connection, resumable: bool
-) -> tuple[ResponseParams, EventReader]:
+) -> tuple[TextParams, EventReader]:
     """Validate the request and queue its job. Nothing keeps its body after this returns."""
     started = time.monotonic()
     raw = _parse_json(received)
@@ -89,7 +90,7 @@ def _submit(
     if sources:
         # everything else is validated before an image is downloaded
         job = msgspec.structs.replace(job, images=_load_images(sources, entry, inputs, connection, started))
-    params = ResponseParams(
+    params = TextParams(
         job.id,
         job.model,
         job.sampling.n,
@@ -139,7 +140,7 @@ def _load_images(
 
 
 def _chunks(
-    params: ResponseParams, reader: EventReader, events: ChatEventReader, resumption: Resumption
+    params: TextParams, reader: EventReader, events: ChatEventReader, resumption: Resumption
 ) -> Chunks:
     """Wait for the first token."""
     encoder = ChunkEncoder(

@@ -7,7 +7,7 @@ import msgspec
 from flask import Blueprint, Response, request
 
 from app.chat.joined_reader import JoinedReader
-from app.chat.respond import ResponseParams, respond
+from app.chat.params import TextParams
 from app.chat.response import ChunkStream
 from app.chat.text_response import TextChunkEncoder, text_completion
 from app.chat.text_schema import CompletionRequest
@@ -18,6 +18,7 @@ from app.http.connection import Connection
 from app.http.request_body import BodyReader, ignored_params, parse_json
 from app.http.validation import parse
 from app.http.wsgi import job_origin, name_request
+from app.respond import respond
 from catalogue import COMPLETION, Catalogue
 
 MAX_BODY_BYTES = 8 * 2**20
@@ -46,7 +47,7 @@ def blueprint(*, catalogue: Catalogue, dispatcher: Dispatcher, bodies: BodyReade
 
 def _submit(
     raw: dict[str, Any], catalogue: Catalogue, dispatcher: Dispatcher, connection: Connection
-) -> tuple[ResponseParams, JoinedReader]:
+) -> tuple[TextParams, JoinedReader]:
     """Validate the request and queue its jobs. Nothing keeps its body after this returns."""
     body = parse(CompletionRequest, raw)
     request_id = f"cmpl-{uuid.uuid4().hex}"
@@ -54,7 +55,7 @@ def _submit(
     n, origin = jobs[0].sampling.n, job_origin(raw)
     jobs = [msgspec.structs.replace(job, **origin) for job in jobs]
     name_request(request_id, jobs[0].model)
-    params = ResponseParams(
+    params = TextParams(
         request_id,
         jobs[0].model,
         len(jobs) * n,
@@ -67,7 +68,7 @@ def _submit(
     return params, reader
 
 
-def _chunks(params: ResponseParams, reader: JoinedReader) -> ChunkStream:
+def _chunks(params: TextParams, reader: JoinedReader) -> ChunkStream:
     """Wait for the first token."""
     encoder = TextChunkEncoder(
         params.id,

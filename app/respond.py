@@ -1,7 +1,7 @@
-"""The response of a chat or a completion: a stream of chunks, or one JSON document."""
+"""The response to a request that workers answer: a stream of events, or one JSON document."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from flask import Response, request
 
@@ -14,7 +14,7 @@ from app.http.wsgi import add_job_headers
 
 
 class Chunks(Protocol):
-    """Frames for app.http.sse.EventStream: app.chat.response.ChunkStream."""
+    """Frames for app.http.sse.EventStream, such as app.chat.response.ChunkStream."""
 
     def next_frames(self) -> bytes | None: ...
 
@@ -27,16 +27,14 @@ class TimedReader(Protocol):
     def close(self) -> None: ...
 
 
-class ResponseParams(NamedTuple):
-    """What a response needs of its request. No more is kept: thousands of streams are open at once."""
+class ResponseParams(Protocol):
+    """What is needed of a request here. `ignored`: the value of X-Ignored-Params."""
 
-    id: str
-    model: str
-    choices: int
-    stream: bool
-    include_usage: bool
-    ignored: str
-    resumable: bool = False
+    @property
+    def stream(self) -> bool: ...
+
+    @property
+    def ignored(self) -> str: ...
 
 
 def respond(
@@ -47,7 +45,7 @@ def respond(
     chunks: Callable[[], Chunks],
     body: Callable[[], dict[str, Any]],
 ) -> Response:
-    """Wait for the first token of a stream, which `chunks` does, or for the whole document, which `body`
+    """Wait for the first events of a stream, which `chunks` does, or for the whole document, which `body`
     reads.
 
     `reader` is closed at the end of the stream; otherwise before this returns or raises.
