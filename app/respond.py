@@ -44,15 +44,17 @@ def respond(
     *,
     chunks: Callable[[], Chunks],
     body: Callable[[], dict[str, Any]],
+    typed: bool = False,
 ) -> Response:
     """Wait for the first events of a stream, which `chunks` does, or for the whole document, which `body`
     reads.
 
-    `reader` is closed at the end of the stream; otherwise before this returns or raises.
+    `reader` is closed at the end of the stream; otherwise before this returns or raises. `typed`: that of
+    EventStream.
     """
     try:
         if params.stream:
-            response = stream_response(chunks(), connection, reader.close)
+            response = stream_response(chunks(), connection, reader.close, typed=typed)
             add_job_headers(response, {}, params.ignored)
         else:
             response = json_response(body())
@@ -64,7 +66,9 @@ def respond(
     return response
 
 
-def stream_response(chunks: Chunks, connection: Connection, close: Callable[[], None]) -> Response:
+def stream_response(
+    chunks: Chunks, connection: Connection, close: Callable[[], None], *, typed: bool = False
+) -> Response:
     """Make the response. The WSGI server closes it, which calls `close`."""
 
     def end() -> None:
@@ -75,7 +79,7 @@ def stream_response(chunks: Chunks, connection: Connection, close: Callable[[], 
     # gunicorn keeps the environ until the stream ends, and would keep the request and its body with it
     request.environ.pop("werkzeug.request", None)
     return Response(
-        EventStream(chunks.next_frames, end, current_access().fail),
+        EventStream(chunks.next_frames, end, current_access().fail, typed=typed),
         content_type="text/event-stream; charset=utf-8",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         # gunicorn gets the stream itself; werkzeug's iterators around it would live as long as the stream

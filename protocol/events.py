@@ -143,8 +143,8 @@ class Progress(msgspec.Struct, frozen=True, array_like=True, tag="p"):
 class ImagePreview(msgspec.Struct, frozen=True, array_like=True, tag="b"):
     """Preview `number`, from 0, of image `index` of the request: a JPEG file of the image's size.
 
-    The engine sets `jpeg`; when sent, it has a `name` in the store instead, "" if there was no room for it. None
-    comes after the ImageReady of its image.
+    The engine sets `jpeg`; when sent, it has a `name` in the store instead, "" if there was no room for it.
+    None comes after the ImageReady of its image.
     """
 
     index: int

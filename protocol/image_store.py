@@ -17,8 +17,8 @@ from protocol.redis_memory import MEMORY_ROOM
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{43}")
 
-# Stores an image and removes what has expired and, where room is needed, what expires first. Returns 1, or 0 if
-# Redis has no room for the image although all others were removed.
+# Stores an image and removes what has expired and, where room is needed, what expires first. Returns 1, or 0
+# if Redis has no room for the image although all others were removed.
 # KEYS: expiry (sorted set), sizes (hash), the image.
 # ARGV: name, TTL in ms, capacity in bytes, prefix of image keys, the bytes of the image.
 # The keys of removed images are built here, which Redis allows everywhere but in a cluster.
@@ -98,10 +98,10 @@ class ImageStore:
         return secrets.token_urlsafe(32)
 
     def put(self, name: str, png: bytes, ttl_s: float | None = None) -> None:
-        """Store an image, removing those that expire first when there is no room. Raises ImageTooLarge and StoreFull.
+        """Store an image, removing those that expire first when there is no room.
 
-        `ttl_s`: seconds for which it is kept, None: those of the store. Raises ValueError for a name that `new_name`
-        can't have made.
+        `ttl_s`: seconds for which it is kept, None: those of the store. Raises ImageTooLarge, StoreFull, and
+        ValueError for a name that `new_name` can't have made.
         """
         if not is_name(name):
             raise ValueError("not an image's name: make one with new_name()")

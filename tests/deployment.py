@@ -395,8 +395,12 @@ class Deployment:
     def stream(self, content: str, model: str, **fields: Any) -> Stream:
         """Begin a streamed chat; return when the response's head has arrived."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], "stream": True, **fields}
+        return self.stream_of("/v1/chat/completions", body)
+
+    def stream_of(self, path: str, body: dict[str, Any]) -> Stream:
+        """Begin a stream as `stream` does, with a body in JSON."""
         response, connection = self.request(
-            "POST", "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+            "POST", path, json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         stream = Stream(response, connection)
         self._streams.append(stream)

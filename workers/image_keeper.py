@@ -11,7 +11,7 @@ from protocol.image_store import ImageStore, ImageTooLarge, StoreFull
 log = logging.getLogger(__name__)
 
 PREVIEW_TTL_S = 60
-"""A web process fetches a preview as soon as its event arrives. When the store is full, what expires first makes room."""
+"""A web process fetches a preview when its event arrives. What expires first makes room in a full store."""
 
 
 def keep_image(store: ImageStore, event: Event) -> Event:

@@ -12,13 +12,21 @@ from protocol.errors import Cancelled, InternalError, ServiceError
 log = logging.getLogger(__name__)
 
 COMMENT_AFTER_S = 5.0
-COMMENT = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"
 
 
-def frame(data: bytes) -> bytes:
-    """Frame one event. `data` is JSON on one line."""
-    return b"data: " + data + b"\n\n"
+def frame(data: bytes, *, event: str = "") -> bytes:
+    """Frame one event. `data` is JSON on one line; `event`: its type, "" where events have none."""
+    head = b"event: " + event.encode() + b"\n" if event else b""
+    return head + b"data: " + data + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """Frame a comment, which clients of event streams skip."""
+    return b": " + text.encode() + b"\n\n"
+
+
+COMMENT = b": waiting\n\n"
 
 
 class EventStream:
@@ -26,10 +34,13 @@ class EventStream:
 
     It ends with [DONE] only after a complete response, which is the only sign of completeness that the node
     and its users have. A failure becomes an error event, and the stream ends without [DONE].
+
+    Streams of images have types of events instead, as OpenAI's have: the last image is the sign of
+    completeness.
     """
 
     # an iterator instead of a generator: see docs/adr/0007-open-streams.md
-    __slots__ = ("_clock", "_ended", "_last_sent", "_next_frames", "_on_failure", "close")
+    __slots__ = ("_clock", "_ended", "_last_sent", "_next_frames", "_on_failure", "_typed", "close")
 
     def __init__(
         self,
@@ -37,15 +48,18 @@ class EventStream:
         close: Callable[[], None],
         on_failure: Callable[[ServiceError], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        typed: bool = False,
     ) -> None:
         """`next_frames` returns frames, b"" after a second of silence, and None after a complete response.
 
-        `on_failure` is told why a response ends before it is complete.
+        `on_failure` is told why a response ends before it is complete. `typed`: events have types.
         """
         self._next_frames = next_frames
         self.close = close
         self._on_failure = on_failure
         self._clock = clock
+        self._typed = typed
         self._last_sent = clock()
         self._ended = False
 
@@ -70,10 +84,12 @@ class EventStream:
         self._last_sent = self._clock()
         if frames is None:
             self._ended = True
+            if self._typed:
+                raise StopIteration
             return DONE
         return frames or COMMENT
 
     def _fail(self, error: ServiceError) -> bytes:
         self._ended = True
         self._on_failure(error)
-        return frame(encode_json(error_body(error)))
+        return frame(encode_json(error_body(error)), event="error" if self._typed else "")

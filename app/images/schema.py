@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from app.http.validation import first_given
 from catalogue import ImageEngineOptions, ImageModelEntry
@@ -18,6 +18,8 @@ from protocol.errors import InvalidRequest
 from protocol.jobs import ImageJob
 
 MAX_PROMPT_CHARACTERS = 32_000
+MAX_PARTIAL_IMAGES = 3
+"""Previews of one image, as in OpenAI's API."""
 _STEP_NAMES = ("step", "num_inference_steps", "steps")
 ABSENT_AS_ZERO = ("n", "width", "height", *_STEP_NAMES)
 _ABSENT_AS_EMPTY = ("size", "response_format")
@@ -46,10 +48,14 @@ def _check_size(size: str) -> str:
     return size
 
 
-def _check_not_streamed(stream: bool | None) -> bool | None:
-    if stream:
-        raise ValueError("images are not streamed; leave it out")
-    return stream
+def state_rules_of_streams(schema: dict[str, Any]) -> None:
+    """State in JSON Schema which fields go together with `stream`."""
+    streamed = {"properties": {"stream": {"const": True}}, "required": ["stream"]}
+    plain = {"properties": {"stream": {"enum": [None, False]}}}
+    schema["allOf"] = [
+        {"anyOf": [streamed, {"properties": {"partial_images": {"enum": [None, 0]}}}]},
+        {"anyOf": [plain, {"properties": {"response_format": {"enum": [None, "", "b64_json"]}}}]},
+    ]
 
 
 Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
@@ -60,7 +66,9 @@ Factor = Annotated[float, Field(allow_inf_nan=False)]
 class ImageRequest(BaseModel):
     """The fields of both endpoints. None means not given: the defaults of the catalogue or pipeline apply."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, extra="ignore", protected_namespaces=(), json_schema_extra=state_rules_of_streams
+    )
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     prompt: Annotated[Text, AfterValidator(_not_blank)]
@@ -75,9 +83,8 @@ class ImageRequest(BaseModel):
     guidance_scale: Annotated[Factor, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     response_format: Literal["url", "b64_json"] | None = None
-    stream: Annotated[
-        bool | None, AfterValidator(_check_not_streamed), WithJsonSchema({"enum": [None, False]})
-    ] = None
+    stream: bool | None = None
+    partial_images: Annotated[int, Field(ge=0, le=MAX_PARTIAL_IMAGES)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -90,6 +97,7 @@ class ImageRequest(BaseModel):
 
         Raises InvalidRequest for values beyond the limits of the model's entry.
         """
+        self._check_stream()
         defaults, limits = entry.defaults, entry.engine
         step_name = next((name for name in _STEP_NAMES if getattr(self, name) is not None), "step")
         steps = getattr(self, step_name)
@@ -109,7 +117,16 @@ class ImageRequest(BaseModel):
             guidance_scale=first_given(self.guidance_scale, defaults.guidance_scale),
             # always set, so that it can be reported; 32 bits, because some JSON readers have doubles only
             seed=first_given(self.seed, secrets.randbelow(2**32)),
+            partial_images=self.partial_images or 0,
         )
+
+    def _check_stream(self) -> None:
+        if self.partial_images and not self.stream:
+            raise InvalidRequest("partial_images requires stream to be true", param="partial_images")
+        if self.stream and self.response_format == "url":
+            raise InvalidRequest(
+                'response_format must be "b64_json" in a stream, or left out', param="response_format"
+            )
 
     def _sides(self, limits: ImageEngineOptions) -> tuple[int | None, int | None]:
         """Return the requested width and height in pixels, checked. `width` and `height` win over `size`."""

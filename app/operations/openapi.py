@@ -11,7 +11,7 @@ from typing import Any
 from app.dispatch.activity import CURSOR
 from app.http.auth import KEY_HEADERS
 from app.operations.openapi_examples import requests
-from app.operations.openapi_operation import EVENT, HEADERS, Name, act, get, probe, task
+from app.operations.openapi_operation import EVENT, HEADERS, IMAGE_EVENT, Name, act, get, probe, task
 from app.operations.openapi_parts import STRING
 from app.operations.openapi_schemas import BINARY, component_schemas, edit_form, ref
 from catalogue import CHAT, COMPLETION, DETOKENIZE_PATH, EDIT, EMBEDDING, GENERATION, TOKENIZE_PATH
@@ -75,7 +75,7 @@ def _chat_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 {"application/json": ref("ChatCompletionRequest")},
                 "ChatCompletion",
                 examples[CHAT.path],
-                streams=True,
+                streams=EVENT,
                 headers={"X-Resumable": resumable},
             )
         },
@@ -105,7 +105,7 @@ def _completion_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 {"application/json": ref("CompletionRequest")},
                 "Completion",
                 examples[COMPLETION.path],
-                streams=True,
+                streams=EVENT,
             )
         },
         TOKENIZE_PATH: {
@@ -137,6 +137,7 @@ def _vector_and_image_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 {"application/json": ref("ImageGenerationRequest")},
                 "ImagesResponse",
                 examples[GENERATION.path],
+                streams=IMAGE_EVENT,
             )
         },
         EDIT.path: {
@@ -145,6 +146,7 @@ def _vector_and_image_paths(models: Mapping[str, str]) -> dict[str, Any]:
                 {"application/json": ref("ImageEditRequest"), "multipart/form-data": edit_form()},
                 "ImagesResponse",
                 examples[EDIT.path],
+                streams=IMAGE_EVENT,
             )
         },
         EMBEDDING.path: {

@@ -39,7 +39,7 @@ def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
         CHAT.path: _chats(chat),
         **_prompts(text, chat),
         GENERATION.path: _images(image),
-        EDIT.path: {"An image in the body": {**edit, "prompt": "make it blue", "image": _RED}},
+        EDIT.path: _edits(edit),
         EMBEDDING.path: {
             "A text": {**embedding, "input": "Hello"},
             "Texts": {**embedding, "input": ["Hello", "Good morning"]},
@@ -82,6 +82,15 @@ def _images(model: dict[str, Any]) -> dict[str, Any]:
     return {
         "An image": image,
         "The same image again": {**image, "seed": 7, "response_format": "b64_json"},
+        "A stream with previews": {**image, "stream": True, "partial_images": 2},
+    }
+
+
+def _edits(model: dict[str, Any]) -> dict[str, Any]:
+    edit = {**model, "prompt": "make it blue", "image": _RED}
+    return {
+        "An image in the body": edit,
+        "A stream with a preview": {**edit, "stream": True, "partial_images": 1},
     }
 
 

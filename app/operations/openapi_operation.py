@@ -18,6 +18,14 @@ EVENT = {
     },
     "required": ["data"],
 }
+IMAGE_EVENT = {
+    "type": "object",
+    "properties": {
+        "event": {"type": "string", "description": "the type of the event"},
+        "data": {"type": "string", "description": "an ImageStreamEvent as JSON, or an error"},
+    },
+    "required": ["event", "data"],
+}
 HEADERS: dict[str, dict[str, Any]] = {
     "X-Request-Id": {
         "description": "the client's own id if it is a token of at most 128 characters, else ours",
@@ -52,19 +60,19 @@ def task(
     answer: str,
     examples: Mapping[str, Any],
     *,
-    streams: bool = False,
+    streams: Mapping[str, Any] | None = None,
     headers: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the operation of an endpoint that needs a worker.
 
     `bodies`: schemas by content type; `answer`: the name of a schema; `examples`: bodies as JSON by their summary;
-    `headers`: parameters, all optional.
+    `streams`: the schema of the events, if it has any; `headers`: parameters, all optional.
     """
     content: dict[str, dict[str, Any]] = {kind: {"schema": schema} for kind, schema in bodies.items()}
     content["application/json"]["examples"] = {
         summary: {"summary": summary, "value": value} for summary, value in examples.items()
     }
-    found = _json(answer) | ({"text/event-stream": {"schema": EVENT}} if streams else {})
+    found = _json(answer) | ({"text/event-stream": {"schema": streams}} if streams else {})
     operation = _named(name) | {
         "requestBody": {"required": True, "content": content},
         "responses": {

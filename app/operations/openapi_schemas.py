@@ -8,8 +8,15 @@ from app.chat.schema import ChatCompletionRequest
 from app.chat.text_schema import CompletionRequest
 from app.chat.tokens_schema import DetokenizeRequest, TokenizeRequest
 from app.embeddings.schema import EmbeddingRequest
-from app.images.schema import ABSENT_AS_ZERO, ImageEditRequest, ImageGenerationRequest
+from app.images.schema import (
+    ABSENT_AS_ZERO,
+    MAX_PARTIAL_IMAGES,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    state_rules_of_streams,
+)
 from app.operations.openapi_embeddings import embeddings
+from app.operations.openapi_images import image_stream_event, images_response
 from app.operations.openapi_operators import operators_schemas
 from app.operations.openapi_parts import INTEGER, NULLABLE_STRING, STRING, object_of
 from app.operations.openapi_text import text_schemas
@@ -38,7 +45,8 @@ def component_schemas() -> dict[str, Any]:
         "Error": _error(),
         **text_schemas(),
         "Embeddings": embeddings(),
-        "ImagesResponse": _images_response(),
+        "ImagesResponse": images_response(),
+        "ImageStreamEvent": image_stream_event(),
         **operators_schemas(),
     }
     for model in REQUESTS:
@@ -51,7 +59,7 @@ def component_schemas() -> dict[str, Any]:
 
 def edit_form() -> dict[str, Any]:
     """Return the schema of the multipart form that the node and OpenAI's clients send."""
-    return object_of(
+    form = object_of(
         {
             "image": {**BINARY, "minLength": 1},
             "mask": {**BINARY, "minLength": 1},
@@ -60,9 +68,13 @@ def edit_form() -> dict[str, Any]:
             "n": {**INTEGER, "minimum": 0},
             "size": {**STRING, "pattern": _SIZE},
             "response_format": {"enum": ["", "url", "b64_json"]},
+            "stream": {"type": "boolean"},
+            "partial_images": {**INTEGER, "minimum": 0, "maximum": MAX_PARTIAL_IMAGES},
         },
         required=["image", "prompt"],
     )
+    state_rules_of_streams(form)
+    return form
 
 
 def ref(name: str) -> dict[str, str]:
@@ -111,20 +123,4 @@ def _error() -> dict[str, Any]:
             "message": STRING,
             "error": detail,
         }
-    )
-
-
-def _images_response() -> dict[str, Any]:
-    image = object_of(
-        {"b64_json": STRING, "url": STRING, "revised_prompt": STRING, "seed": INTEGER},
-        required=["b64_json", "url"],
-    )
-    return object_of(
-        {
-            "code": {"const": 0},
-            "message": {"const": "success"},
-            "created": INTEGER,
-            "data": {"type": "array", "minItems": 1, "items": image},
-        },
-        required=["code", "message", "created", "data"],
     )

@@ -120,6 +120,14 @@ def test_a_seed_is_chosen_when_none_is_given():
         ({"guidance_scale": "7"}, "guidance_scale"),
         ({"guidance_scale": True}, "guidance_scale"),
         ({"response_format": "png"}, "response_format"),
+        ({"stream": 1}, "stream"),
+        ({"stream": "true"}, "stream"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
+        ({"stream": True, "partial_images": 4}, "partial_images"),
+        ({"stream": True, "partial_images": -1}, "partial_images"),
+        ({"stream": True, "partial_images": True}, "partial_images"),
+        ({"partial_images": 1}, "partial_images"),
+        ({"stream": False, "partial_images": 3}, "partial_images"),
     ],
 )
 def test_an_error_names_the_invalid_field(body, param):
@@ -145,6 +153,14 @@ def test_messages_say_what_is_valid():
     assert refusal(prompt="").message == "prompt: must not be empty"
 
 
+def test_previews_are_part_of_a_stream():
+    assert job(stream=True, partial_images=3, response_format="b64_json").partial_images == 3
+    assert job(stream=True, response_format="").partial_images == 0
+    for stream in (None, False):
+        assert job(stream=stream, partial_images=0, response_format="url").partial_images == 0
+    assert job(partial_images=None).partial_images == 0
+
+
 def test_a_form_has_numbers_as_strings():
     fields = {
         "model": "painter",
@@ -157,7 +173,9 @@ def test_a_form_has_numbers_as_strings():
     }
     made = parse(ImageEditRequest, fields, strict=False).to_job("id", entry())
     assert (made.n, made.width, made.strength, made.seed) == (2, 64, 0.5, 3)
-    assert made.task == "edit"
+    assert made.task == "edit" and made.partial_images == 0
+    streamed = parse(ImageEditRequest, fields | {"stream": "true", "partial_images": "2"}, strict=False)
+    assert streamed.stream is True and streamed.to_job("id", entry()).partial_images == 2
     with pytest.raises(InvalidRequest, match="n must be a whole number"):
         parse(ImageEditRequest, fields | {"n": "two"}, strict=False)
 

@@ -173,8 +173,71 @@ def test_images(client):
 
 
 def test_models(client):
-    assert {model.id for model in client.models.list()} == {"scripted", "thinking", "shapes", "echo", ABSENT}
+    assert {model.id for model in client.models.list()} == {
+        "scripted",
+        "thinking",
+        "shapes",
+        "slow-images",
+        "echo",
+        ABSENT,
+    }
     assert client.models.retrieve("scripted").owned_by == "Clients"
+
+
+def opened(event: Any) -> Image.Image:
+    return Image.open(BytesIO(base64.b64decode(event.b64_json)))
+
+
+def test_a_stream_of_an_image_has_previews_and_then_the_image(client):
+    asked: Any = {"model": "shapes", "stream": True, "partial_images": 2}
+    extra = {"seed": 3, "steps": 6}
+    events = list(client.images.generate(**asked, prompt="a red circle", extra_body=extra))
+    *previews, final = events
+    assert [(event.type, event.partial_image_index) for event in previews] == [
+        ("image_generation.partial_image", 0),
+        ("image_generation.partial_image", 1),
+    ]
+    assert final.type == "image_generation.completed" and final.usage.total_tokens == 0
+    for event in events:
+        # each field of the client's own class, with a value of its type
+        type(event).model_validate(event.model_dump(), strict=True)
+        assert opened(event).format == event.output_format.upper()
+        assert "{}x{}".format(*opened(event).size) == event.size
+    plain = client.images.generate(
+        model="shapes", prompt="a red circle", response_format="b64_json", extra_body=extra
+    )
+    assert plain.data[0].b64_json == final.b64_json, "previews change nothing"
+
+    red = base64.b64decode(final.b64_json)
+    *previews, final = client.images.edit(**asked, image=("red.png", red), prompt="a blue circle")
+    assert {event.type for event in previews} == {"image_edit.partial_image"}
+    assert final.type == "image_edit.completed"
+    assert dominant_colour(opened(final).convert("RGB")) == "blue"
+
+
+def test_a_stream_of_several_images_has_each(client):
+    events = list(client.images.generate(model="shapes", prompt="a red circle", n=3, stream=True))
+    assert [event.type for event in events] == ["image_generation.completed"] * 3
+    assert sorted(event.image_index for event in events) == [0, 1, 2]
+
+
+def test_asynchronous_streams_of_images(service):
+    async def previews() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key=KEY, max_retries=0) as client:
+            stream = await client.images.generate(
+                model="shapes", prompt="a red circle", stream=True, partial_images=1, extra_body={"steps": 4}
+            )
+            return [event.type async for event in stream]
+
+    assert asyncio.run(previews()) == ["image_generation.partial_image", "image_generation.completed"]
+
+
+def test_a_stream_of_an_image_that_breaks_off_raises(client):
+    stream = client.images.generate(model="slow-images", prompt="a cat", stream=True, partial_images=1)
+    assert next(stream).type == "image_generation.partial_image"
+    with pytest.raises(openai.APIError, match="deadline") as caught:
+        list(stream)
+    assert caught.value.code == "deadline_exceeded"
 
 
 @pytest.mark.parametrize("helper", [False, True])

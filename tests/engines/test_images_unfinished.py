@@ -1,4 +1,4 @@
-"""The images of a call while it runs: what schedulers expect of them, and latents of several pipelines decoded."""
+"""The images of a call while it runs: what schedulers expect of them, and how their latents are decoded."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace

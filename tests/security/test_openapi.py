@@ -45,6 +45,18 @@ def chunks(stream: bytes) -> Iterator[Any]:
         yield json.loads(each.removeprefix(b"data: "))
 
 
+def image_events(stream: bytes) -> Iterator[Any]:
+    """The data of the events of a stream."""
+    *events, end = stream.split(b"\n\n")
+    assert end == b""
+    for each in events:
+        if not each.startswith(b":"):
+            name, data = each.split(b"\n")
+            found = json.loads(data.removeprefix(b"data: "))
+            assert name.decode() == f"event: {found['type']}"
+            yield found
+
+
 @pytest.mark.parametrize(
     ("path", "summary", "body"), EXAMPLES, ids=[f"{path}: {summary}" for path, summary, _ in EXAMPLES]
 )
@@ -68,6 +80,12 @@ def test_an_example_is_answered_as_declared(
     assert "x-request-id" in ours
     assert ours <= {name.lower() for name in declared["headers"]}
 
+    if body.get("stream") and "images" in path:
+        events = list(image_events(answer))
+        for each in events:
+            validator(document, document["components"]["schemas"]["ImageStreamEvent"]).validate(each)
+        assert [each.get("partial_image_index") for each in events] == [*range(body["partial_images"]), None]
+        return
     if body.get("stream"):
         found = list(chunks(answer))
         assert found[-1]["usage"]["completion_tokens"] and found[-1]["timings"]

@@ -127,6 +127,33 @@ test("images", async () => {
   assert.equal(Buffer.from(edited.data[0].b64_json, "base64").subarray(1, 4).toString(), "PNG");
 });
 
+test("image streams", async () => {
+  const options = { model: "shapes", stream: true, partial_images: 2 };
+  const made = await collect(await client.images.generate({ ...options, prompt: "a red circle", seed: 3, steps: 6 }));
+  assert.deepEqual(made.map((event) => [event.type, event.partial_image_index]), [
+    ["image_generation.partial_image", 0],
+    ["image_generation.partial_image", 1],
+    ["image_generation.completed", undefined],
+  ]);
+  const [preview, , final] = made.map((event) => Buffer.from(event.b64_json, "base64"));
+  assert.deepEqual([preview.subarray(0, 2).toString("hex"), final.subarray(1, 4).toString()], ["ffd8", "PNG"]);
+  assert.equal(made.at(-1).usage.total_tokens, 0);
+  const image = await toFile(final, "red.png", { type: "image/png" });
+  const edited = await collect(await client.images.edit({ ...options, image, prompt: "a blue circle" }));
+  assert.equal(edited[0].type, "image_edit.partial_image");
+  assert.equal(edited.at(-1).type, "image_edit.completed");
+});
+
+test("an image stream that breaks off", async () => {
+  const events = await client.images.generate({ model: "slow-images", prompt: "a cat", stream: true, partial_images: 1 });
+  const seen = [];
+  const read = async () => {
+    for await (const event of events) seen.push(event.type);
+  };
+  await assert.rejects(read, (error) => error instanceof OpenAI.APIError && error.code === "deadline_exceeded");
+  assert.deepEqual(seen, ["image_generation.partial_image"]);
+});
+
 test("models", async () => {
   const ids = (await collect(client.models.list())).map((model) => model.id);
   assert.ok(ids.includes("scripted") && ids.includes("shapes"));

@@ -1,7 +1,7 @@
-"""Decodes the latents of a diffusers pipeline into an image, as the pipeline itself does at the end of a call.
+"""Decodes the latents of a diffusers pipeline into an image, as the pipeline does at the end of a call.
 
-Pipelines have no method for this. What differs between them is read from their VAE's configuration and from the
-methods that they have for their own layout of latents.
+Pipelines have no method for this. What differs between them is read from their VAE's configuration and from
+the methods that they have for their own layout of latents.
 """
 
 import inspect
@@ -16,8 +16,8 @@ from PIL import Image
 def decode_latents(pipe: Any, latents: torch.Tensor, width: int, height: int) -> Image.Image | None:
     """Decode the latents of one image, of the shape (1, ...) as the pipeline's scheduler has them. In pixels.
 
-    Returns None if the pipeline's safety checker finds fault with the image. Raises what a pipeline raises whose
-    latents have a layout of their own.
+    Returns None if the pipeline's safety checker finds fault with the image. Raises what a pipeline raises
+    whose latents have a layout of their own.
     """
     with _upcast(pipe):
         vae = pipe.vae

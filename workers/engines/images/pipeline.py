@@ -78,8 +78,8 @@ class ImagePipeline:
     ) -> list[Image.Image]:
         """Generate one image for each item of `images`; more than one needs `supports_batches`.
 
-        `on_operation` is not called where the denoiser is compiled. `unfinished` can be asked for images in `on_step`.
-        Raises what the pipeline or a callback raises.
+        `on_operation` is not called where the denoiser is compiled. `unfinished` can be asked for images in
+        `on_step`. Raises what the pipeline or a callback raises.
         """
         arguments = self._shared_arguments(shared) | self._image_arguments(shared, images)
         arguments = {name: value for name, value in arguments.items() if name in self._parameters}
@@ -95,7 +95,7 @@ class ImagePipeline:
     def warm_up(
         self, shared: CallParams, image: ImageParams, on_step: OnStep, on_operation: OnOperation
     ) -> None:
-        """Generate one image, and find out whether previews of this pipeline can be decoded. Raises as a call does."""
+        """Generate one image, and find out whether previews can be decoded. Raises what a call raises."""
         has_parts = all(getattr(self._pipe, part, None) is not None for part in ("vae", "scheduler"))
         unfinished = UnfinishedImages(self._pipe, shared.width, shared.height) if has_parts else None
         (made,) = self(shared, [image], on_step, on_operation, unfinished)
@@ -104,7 +104,7 @@ class ImagePipeline:
             log.info("no previews of images: a %s decodes its latents otherwise", type(self._pipe).__name__)
 
     def unfinished(self, shared: CallParams) -> UnfinishedImages | None:
-        """Return what shows the images of a call of these parameters while it runs; None if this pipeline can't."""
+        """Return what shows the images of a call while it runs; None if this pipeline has no previews."""
         return UnfinishedImages(self._pipe, shared.width, shared.height) if self._has_previews else None
 
     def _shared_arguments(self, shared: CallParams) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Decodes the files of a request into RGB images and masks, and encodes results as PNG files and previews as JPEG files.
+"""Decodes the files of a request into RGB images and masks, and encodes results (PNG) and previews (JPEG).
 
 Uses Pillow only. Sizes are (width, height) in pixels. Masks are of mode "L" with two values: 255 where the
 image may change, 0 where it must not.
@@ -16,7 +16,7 @@ _PNG_COMPRESS_LEVEL = 1
 """The zlib level. For a 1024 x 1024 photo, level 6 takes five times as long (0.5 s) and saves a sixth."""
 
 _JPEG_QUALITY = 80
-"""Of previews. A blurred one of 1024 x 1024 pixels has some 50 KiB, as PNG about one MiB."""
+"""Of previews. Blurred noise of 1024 x 1024 pixels takes 200 to 330 KiB, as PNG 0.7 to 2.3 MiB."""
 
 
 class Source(NamedTuple):

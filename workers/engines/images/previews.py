@@ -26,8 +26,8 @@ class Previews:
         deliver: Callable[[BatchItem, int, Image.Image], None],
         passes_on: type[Exception],
     ) -> None:
-        """`is_wanted`: whether the image's request is open. `deliver` gets the item, the number of its preview from 0,
-        and the preview. `passes_on`: an exception inside the call that is meant for its caller.
+        """`is_wanted`: whether the image's request is open. `deliver` gets the item, the number of its
+        preview from 0, and the preview. `passes_on`: an exception inside the call that is meant for its caller.
         """
         self._batch = batch
         self._is_wanted = is_wanted

@@ -92,7 +92,7 @@ def prepare(job: ImageJob, pipelines: Pipelines) -> Request:
 
 
 def preview_steps(count: int, total: int) -> list[int]:
-    """Return the steps, from 1, after which `count` previews are made in `total`: evenly spaced, none at the end."""
+    """Return the steps, from 1 to below `total`, after which `count` previews are made: evenly spaced."""
     parts = count + 1
     steps = {(total * part + parts // 2) // parts for part in range(1, parts)}
     return sorted(step for step in steps if 0 < step < total)

@@ -1,7 +1,7 @@
 """The images of a pipeline call while it runs.
 
-The latents after a step are an image with noise. What the scheduler expects them to become shows more, and earlier:
-a blurred image that gets sharper. It is estimated in each step anyway, or follows from a step's numbers.
+The latents after a step are an image with noise. What the scheduler expects them to become shows more, and
+earlier: a blurred image that gets sharper. It is estimated in each step anyway, or follows from its numbers.
 """
 
 import functools
@@ -20,7 +20,7 @@ from workers.engines.images.decoding import decode_latents
 log = logging.getLogger(__name__)
 
 _ALIKE = 3.0
-"""Greatest mean difference, of 255, between an image and our decoding of its latents; a watermark may differ."""
+"""Greatest mean difference, of 255, of an image and our decoding of its latents; a watermark may differ."""
 
 
 class UnfinishedImages(AbstractContextManager["UnfinishedImages"]):
@@ -60,7 +60,7 @@ class UnfinishedImages(AbstractContextManager["UnfinishedImages"]):
         del self._pipe.scheduler.step
 
     def image(self, row: int) -> Image.Image | None:
-        """Return what image `row` of the call is going to be; None before its first step, and if it is unsafe.
+        """Return what image `row` of the call is going to be; None before the first step, or if it is unsafe.
 
         Takes as long as the VAE does for one image, and as much memory as the call needs at its end.
         """
