@@ -26,7 +26,8 @@ EXIT_CONFIGURATION = 78
 """Exit status for a wrong configuration (EX_CONFIG of sysexits.h). A supervisor must not retry it."""
 
 EXIT_TEMPORARY = 75
-"""Exit status of a worker that could not start for a reason that may pass (EX_TEMPFAIL). A supervisor retries it."""
+"""Exit status of a worker that could not start for a reason that may pass (EX_TEMPFAIL). A supervisor retries
+it."""
 
 
 class ConfigurationError(Exception):
@@ -270,7 +271,10 @@ class Settings(BaseSettings):
         return self
 
     def _node_needs_key(self) -> bool:
-        """Whether the node would call the listener for clients. Only ports are compared: hosts have several names."""
+        """Whether the node would call the listener for clients.
+
+        Only ports are compared: hosts have several names.
+        """
         parts = urlsplit(self.service_url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         _, public = split_address(self.bind)
@@ -321,7 +325,8 @@ JSON_LOGS = "json"
 
 
 def json_logs_wanted() -> bool:
-    """Whether LOG_FORMAT asks for JSON, for a process that ends because it could not read its other settings."""
+    """Whether LOG_FORMAT asks for JSON, for a process that ends because it could not read its other
+    settings."""
     return os.environ.get("LOG_FORMAT") == JSON_LOGS  # noqa: TID251
 
 
@@ -332,7 +337,8 @@ MACHINE_ID_FILE = Path("/etc/machine-id")
 def default_service_id(machine_id_file: Path = MACHINE_ID_FILE) -> str:
     """The host name, and digits that differ between two machines of one host name.
 
-    The digits are a hash, because the id itself must not be shown to others. They are left out where there is no id.
+    The digits are a hash, because the id itself must not be shown to others. They are left out where there is
+    no id.
     """
     try:
         machine_id = machine_id_file.read_text(encoding="ascii").strip()

@@ -70,7 +70,10 @@ class ModelEntry(Table):
 
     @property
     def source(self) -> str:
-        """`weights` for messages. A misspelt relative folder looks like a hub id, so what it was taken for is told."""
+        """`weights` for messages.
+
+        A misspelt relative folder looks like a hub id, so what it was taken for is told.
+        """
         is_here = self.weights_folder is not None or Path(self.weights).is_dir()
         return self.weights if is_here else f"{self.weights} (no folder here, so a model of the hub)"
 

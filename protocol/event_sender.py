@@ -2,8 +2,8 @@
 
 Each event is appended to its request's replay list; all events for one web process are published as one
 message, except very large ones. Writing is idempotent, since readers order by sequence number and drop
-duplicates: a write that may or may not have happened is repeated, for at most `RESEND_S`. After that its requests
-are given up.
+duplicates: a write that may or may not have happened is repeated, for at most `RESEND_S`. After that its
+requests are given up.
 """
 
 import logging
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 RESEND_S = 10.0
 RETRY_PAUSE_S = 0.25
 PENDING_LIMIT = 150_000
-"""So many events may wait for a Redis that doesn't answer; with more, requests are given up. A GPU makes some 10,000 in a
-second, and they should outlast RESEND_S; each takes about 300 bytes."""
+"""So many events may wait for a Redis that doesn't answer; with more, requests are given up. A GPU makes some
+10,000 in a second, and they should outlast RESEND_S; each takes about 300 bytes."""
 
 MESSAGE_LIMIT = 4 * 2**20
-"""Bytes of one published message. A web process that reads slowly may have some of them waiting, and Redis closes a
-subscription on which more than 32 MiB wait, which delays all streams of that process. Events that don't fit, such as the
-vectors or the tokens of a very large request, are in the replay list alone."""
+"""Bytes of one published message. A web process that reads slowly may have some of them waiting, and Redis
+closes a subscription on which more than 32 MiB wait, which delays all streams of that process. Events that
+don't fit, such as the vectors or the tokens of a very large request, are in the replay list alone."""
 SMALL_EVENT = 64 * 2**10
 """Bytes of an event that is published in any case: the reader learns of a missing one by the next."""
 
@@ -70,7 +70,8 @@ OnEnd = Callable[[Event | None], None]
 None when the request's events can't be delivered."""
 
 Observe = Callable[[Event], None]
-"""Called in the thread that emits, with each event of a request but plain text after the first (`seq` 0 is Started)."""
+"""Called in the thread that emits, with each event of a request but plain text after the first (`seq` 0 is
+Started)."""
 
 
 class _Outgoing:
@@ -133,7 +134,8 @@ class EventSender(threading.Thread):
             self._wake.notify()
 
     def redirect(self, request_id: str, web_id: str) -> None:
-        """Publish the further events of a request for another web process; "" for none, which only the list gets."""
+        """Publish the further events of a request for another web process; "" for none, which only the list
+        gets."""
         with self._lock:
             if outgoing := self._open.get(request_id):
                 outgoing.web_id = web_id

@@ -1,6 +1,8 @@
-"""Traces for OpenTelemetry: a span for each request that has a job, and below it those of the job in its worker.
+"""Traces for OpenTelemetry: a span for each request that has a job, and below it those of the job in its
+worker.
 
-Imported only where traces are wanted. A job carries the `traceparent` (W3C Trace Context) of its request's span.
+Imported only where traces are wanted. A job carries the `traceparent` (W3C Trace Context) of its request's
+span.
 """
 
 import logging
@@ -92,7 +94,8 @@ class Traces:
     def begin(
         self, name: str, traceparent: str | None, *, at_ns: int, kind: SpanKind = SpanKind.INTERNAL
     ) -> Span:
-        """Begin a span below the one that `traceparent` names; with none, or one that is invalid, a new trace.
+        """Begin a span below the one that `traceparent` names; with none, or one that is invalid, a new
+        trace.
 
         `at_ns`: Unix time in nanoseconds.
         """

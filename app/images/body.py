@@ -94,7 +94,10 @@ def _from_form(request: Request, body: bytes, edit: bool) -> ImageBody:
 
 
 class _Part(NamedTuple):
-    """A part of a form. `filename` is None for a field; browsers send "" for a file input that was left empty."""
+    """A part of a form.
+
+    `filename` is None for a field; browsers send "" for a file input that was left empty.
+    """
 
     name: str
     filename: str | None
@@ -106,7 +109,10 @@ class _Part(NamedTuple):
 
 
 def _parse_form(request: Request, body: bytes) -> list[_Part]:
-    """The parts of a multipart form. One without a name is an image if its type says so, and else left out."""
+    """The parts of a multipart form.
+
+    One without a name is an image if its type says so, and else left out.
+    """
     boundary = request.mimetype_params.get("boundary", "").encode("latin-1", "replace")
     if not boundary:
         raise InvalidRequest("the Content-Type of a multipart form needs a boundary")

@@ -69,7 +69,8 @@ def _check_hub(folder: Path, hub_ids: Sequence[str]) -> Finding:
 
 
 def check_descriptors() -> Finding:
-    """The hard limit of open files: a web process raises its own to it, and needs one for each open stream."""
+    """The hard limit of open files: a web process raises its own to it, and needs one for each open
+    stream."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or hard >= DESCRIPTORS_OF_PROCESS:
         shown = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)

@@ -180,7 +180,8 @@ class PromptBuilder:
         return text
 
     def _check_length(self, text: str, param: str, cancelled: Callable[[], bool]) -> None:
-        """Raise ContextLengthExceeded for a text that has too many characters to be encoded, and Cancelled."""
+        """Raise ContextLengthExceeded for a text that has too many characters to be encoded, and
+        Cancelled."""
         if (tokens := self._bound.tokens(text)) > self._max_context:
             raise self._too_long(f"at least {tokens}", param)
         if cancelled():

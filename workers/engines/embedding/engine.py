@@ -124,7 +124,8 @@ class EmbeddingEngine:
     def status(self) -> EngineStatus:
         """Return a snapshot without locking. A job counts as running from its first pass to its end.
 
-        One that is tokenized counts as neither: this is not the engine thread's work, and many large jobs take long.
+        One that is tokenized counts as neither: this is not the engine thread's work, and many large jobs
+        take long.
         """
         limit = self._loaded.max_tokens if self._loaded else 0
         return EngineStatus(

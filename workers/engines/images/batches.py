@@ -1,4 +1,5 @@
-"""Chooses the images of the next pipeline call: the oldest request goes first, compatible ones share its call."""
+"""Chooses the images of the next pipeline call: the oldest request goes first, compatible ones share its
+call."""
 
 from collections import deque
 from typing import NamedTuple

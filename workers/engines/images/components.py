@@ -12,7 +12,8 @@ from workers.engines.checkpoint import refuse_incomplete
 
 @contextmanager
 def complete_components() -> Iterator[None]:
-    """Make each component that is loaded inside this block raise EngineLoadError if its weights are incomplete.
+    """Make each component that is loaded inside this block raise EngineLoadError if its weights are
+    incomplete.
 
     A pipeline loads its components by their `from_pretrained` and drops the reports on missing weights, which
     are then random numbers. Not for several threads at once.

@@ -47,7 +47,10 @@ class ObservedOperations(TorchFunctionMode):
         is_causal: bool = False,
         **options: Any,
     ) -> torch.Tensor:
-        """Compute attention in pieces of queries. Shapes: (..., queries, channels) and (..., keys, channels)."""
+        """Compute attention in pieces of queries.
+
+        Shapes: (..., queries, channels) and (..., keys, channels).
+        """
         queries = query.shape[-2]
         scores_of_one = math.prod(query.shape[:-2]) * key.shape[-2]
         rows = max(1, _PIECE // scores_of_one)

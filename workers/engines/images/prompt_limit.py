@@ -18,7 +18,8 @@ class PromptLimit:
     """
 
     def __init__(self, pipe: Any) -> None:
-        """Read the limits of the pipeline's tokenizers; `max_sequence_length` is that of long text encoders."""
+        """Read the limits of the pipeline's tokenizers; `max_sequence_length` is that of long text
+        encoders."""
         parameter = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
         longest = parameter.default if parameter is not None else None
         encoders: list[tuple[Callable[[str], int], float]] = []

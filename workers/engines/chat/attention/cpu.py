@@ -1,7 +1,7 @@
 """Attention over the paged KV cache on a CPU, in float32 over a cache of float32 or bfloat16.
 
-Two compiled loops a layer: one writes new keys and values, one reads each page once. A page of keys is transposed:
-a score for each of its places is then a sum of whole vectors.
+Two compiled loops a layer: one writes new keys and values, one reads each page once. A page of keys is
+transposed: a score for each of its places is then a sum of whole vectors.
 """
 
 import numpy as np

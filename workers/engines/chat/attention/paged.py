@@ -106,7 +106,8 @@ class PagedAttention(ModelAttention):
         self._cache.pool[layer, 1][self._pages, :, self._offsets] = value
 
     def _past(self, layer: int, segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copy a sequence's keys and values, up to the segment's last token: each [kv_heads, keys, head_dim]."""
+        """Copy a sequence's keys and values, up to the segment's last token: each [kv_heads, keys,
+        head_dim]."""
         keys, values = (self._cache.pool[layer, kind].index_select(0, segment.pages) for kind in (0, 1))
         return join_pages(keys, segment, self.dtype), join_pages(values, segment, self.dtype)
 

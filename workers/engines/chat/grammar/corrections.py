@@ -1,8 +1,9 @@
 """What llguidance enforces less strictly than JSON Schema says.
 
-Found by comparing random answers to random schemas with the jsonschema package. It writes the 29th of February
-in any year, a property's name twice where only the number of properties is bounded, and with exclusive bounds
-less than 1 apart an integer bound itself. It reads references and options that the checks here don't see.
+Found by comparing random answers to random schemas with the jsonschema package. It writes the 29th of
+February in any year, a property's name twice where only the number of properties is bounded, and with
+exclusive bounds less than 1 apart an integer bound itself. It reads references and options that the checks
+here don't see.
 """
 
 import re

@@ -57,8 +57,8 @@ class Grammar:
     ) -> None:
         """`first`: what the first token may be, int32 [words] as in sampling.masks.Masks.
 
-        `ends`: the tokens that may follow a complete text only. `param`: the field of the request. `tags`: those
-        of the reasoning, in which the prompt ends if `thinking`.
+        `ends`: the tokens that may follow a complete text only. `param`: the field of the request. `tags`:
+        those of the reasoning, in which the prompt ends if `thinking`.
         """
         self._tags = tags if tags is not None and tags.closing is not None else None
         self.thinking = thinking and self._tags is not None

@@ -16,7 +16,8 @@ class Reasoning(NamedTuple):
 def after_reasoning(
     answer: dict[str, Any], reasoning: Reasoning, added: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Return the grammars of llguidance for reasoning, its closing tag, a few spaces, and the text of `answer`.
+    """Return the grammars of llguidance for reasoning, its closing tag, a few spaces, and the text of
+    `answer`.
 
     added: the tokenizer's added tokens, by their text.
     """

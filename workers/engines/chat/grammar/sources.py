@@ -42,7 +42,8 @@ LIMITS = _limits(2000)
 """Of what isn't ambiguous. A property that may be left out counts up to four times."""
 
 LIMITS_OF_GRAMMARS = _limits(300)
-"""The time of a step grows with the square of it: `s: s s | "a"` takes 10 ms, and with 2,000 it takes a second."""
+"""The time of a step grows with the square of it: `s: s s | "a"` takes 10 ms, and with 2,000 it takes a
+second."""
 
 JSON_OPTIONS: "JsonCompileOptions" = {
     # models fill whitespace that is allowed without end

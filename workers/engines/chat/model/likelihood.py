@@ -14,11 +14,12 @@ from workers.engines.chat.model.loader import LoadedModel, first_line
 TEXT = "Hello! How are you today? I am fine, thank you. Who are you? I am a small language model."
 
 SHARE = 0.1
-"""Smallest mean log probability of a trained model above that of equally probable tokens, as a share of log V.
+"""Smallest mean log probability of a trained model above that of equally probable tokens, as a share of log
+V.
 
-V is the size of the vocabulary. SmolLM2-135M reaches 0.7, and the demo model, which knows a few dialogues only, 0.5. With
-the embedding or the first layer's MLP shuffled, or the rows moved by one, they stay below 0.07. Other products do
-not show: the other layers make up for them.
+V is the size of the vocabulary. SmolLM2-135M reaches 0.7, and the demo model, which knows a few dialogues
+only, 0.5. With the embedding or the first layer's MLP shuffled, or the rows moved by one, they stay below
+0.07. Other products do not show: the other layers make up for them.
 """
 
 

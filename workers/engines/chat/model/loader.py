@@ -231,7 +231,8 @@ def _max_context(text: PreTrainedConfig, options: TextEngineOptions) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the error's first line, or its type; both where the text alone says nothing, as a missing key."""
+    """Return the error's first line, or its type; both where the text alone says nothing, as a missing
+    key."""
     lines = str(error).strip().splitlines()
     if isinstance(error, LookupError | TypeError | AttributeError):
         return ": ".join([type(error).__name__, *lines[:1]])[:300]

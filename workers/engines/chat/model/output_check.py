@@ -84,7 +84,8 @@ class OutputCheck:
 
     @torch.inference_mode()
     def __call__(self, runner: Runner) -> None:
-        """Run each prompt as a prefill in two chunks and two decode rows; then each of the runner's decode steps.
+        """Run each prompt as a prefill in two chunks and two decode rows; then each of the runner's decode
+        steps.
 
         Raises EngineLoadError if the runner can't run it or its output differs.
         """

@@ -29,8 +29,8 @@ class Runner(Protocol):
     """Computes a step's chunks: a ModelRunner, or one behind CUDA graphs."""
 
     def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits float32 [rows, vocabulary], in the order of the chunks: a row for each chunk that wants logits, and
-        one for each token of a scored chunk.
+        """Logits float32 [rows, vocabulary], in the order of the chunks: a row for each chunk that wants
+        logits, and one for each token of a scored chunk.
 
         Chunks of one token are decode rows and come before longer ones. `ids`, int64 [chunks] on the device,
         replaces their tokens if all chunks are decode rows. The caller may overwrite the result, which is

@@ -1,8 +1,8 @@
 """Loads a model's tokenizer, and compares one that is converted from a SentencePiece file with the original.
 
-transformers converts a `tokenizer.model` that has no `tokenizer.json` beside it. Without the packages for that,
-or with a broken file, it tries tiktoken and names that alone; with a class that doesn't fit the file, the
-result cuts text into other tokens than those that the model was trained on.
+transformers converts a `tokenizer.model` that has no `tokenizer.json` beside it. Without the packages for
+that, or with a broken file, it tries tiktoken and names that alone; with a class that doesn't fit the file,
+the result cuts text into other tokens than those that the model was trained on.
 """
 
 from pathlib import Path

@@ -28,8 +28,8 @@ LOW_DETAIL_PIXELS = 512 * 512
 """The largest image with `detail` "low"."""
 
 PROPORTIONS = ((1, 1), (4, 3), (3, 2), (2, 1), (5, 2), (3, 1), (4, 1), (6, 1), (12, 1))
-"""Of the images that are tried to find the largest. A family that cuts an image into tiles may make more of a long one:
-InternVL makes 9 tiles of a square, and 12 of 4:3, its most."""
+"""Of the images that are tried to find the largest. A family that cuts an image into tiles may make more of a
+long one: InternVL makes 9 tiles of a square, and 12 of 4:3, its most."""
 
 PROCESSOR_ERRORS = (ValueError, TypeError, ZeroDivisionError, IndexError, AttributeError, RuntimeError)
 """What processors raise for an image that they can't resize, one that is very long for example."""
@@ -66,13 +66,16 @@ class ImageReader:
         """What chat templates write for an image."""
         self.placeholder_id: int = processor.tokenizer.convert_tokens_to_ids(self.placeholder)
         self._lock = threading.Lock()
-        """One image at a time: a decoded one may have 64 MiB, and the processor's tokenizer isn't thread-safe."""
+        """One image at a time: a decoded one may have 64 MiB, and the processor's tokenizer isn't
+        thread-safe."""
 
     def read(self, image: ChatImage, others: Sequence[ReadImage] = ()) -> ReadImage:
-        """Decode an image and let the processor prepare it. `others`: those of its request that were read before.
+        """Decode an image and let the processor prepare it.
 
-        Raises InvalidImage, InvalidRequest if the request's images take more memory than those of all requests
-        may, and Overloaded while other requests' leave too little.
+        `others`: those of its request that were read before.
+
+        Raises InvalidImage, InvalidRequest if the request's images take more memory than those of all
+        requests may, and Overloaded while other requests' leave too little.
         """
         with self._lock:
             pixels = self._scaled(flatten(decode_image(image.data, image.param)), image.detail)
@@ -104,7 +107,8 @@ class ImageReader:
         return read
 
     def largest(self) -> ReadImage:
-        """Return the image of which the processor makes the most, of those with PROPORTIONS and `max_pixels`."""
+        """Return the image of which the processor makes the most, of those with PROPORTIONS and
+        `max_pixels`."""
         found: list[ReadImage] = []
         for width, height in PROPORTIONS:
             side = math.sqrt(self.max_pixels / (width * height))

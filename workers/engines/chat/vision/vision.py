@@ -28,8 +28,8 @@ SAMPLE_SIZE = (96, 64)
 """Of the image that is compared, in pixels."""
 BEFORE, AFTER = "Look at this: ", " What does it show?"
 LIMITS = {torch.float32: 1e-3, torch.float16: 0.2, torch.bfloat16: 0.5}
-"""The largest root mean square difference of logits, relative to their standard deviation. Rounding alone gives up to
-0.3 in bfloat16, depending on the model (output_check.py), an image in a wrong place about 1."""
+"""The largest root mean square difference of logits, relative to their standard deviation. Rounding alone
+gives up to 0.3 in bfloat16, depending on the model (output_check.py), an image in a wrong place about 1."""
 
 
 @dataclass(eq=False)
@@ -40,7 +40,8 @@ class Vision:
     reader: ImageReader
     max_images: int
     prompt: list[int]
-    """Of the comparison, with `images`; `expected`, float32 [2, vocabulary], are the model's own last logits."""
+    """Of the comparison, with `images`; `expected`, float32 [2, vocabulary], are the model's own last
+    logits."""
     images: PromptImages
     expected: torch.Tensor
 
