@@ -27,8 +27,8 @@ default has its help.
 ## Environment
 
 Every process reads these variables when it starts; `scripts/run` passes its own environment on to the
-processes that it starts. Other programs read theirs: `HF_TOKEN` and `HF_HOME` are the hub's. A – stands for an
-empty default.
+processes that it starts. Other programs read theirs: `HF_TOKEN` and `HF_HOME` are the hub's. A – stands for
+an empty default.
 """
 
 _CATALOGUE = """\
