@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Tokens as the engine counts them.
 
-    `cached_tokens`: prompt tokens that were in the prefix cache. `reasoning_tokens`: completion tokens that are
-    reasoning; None for a model that doesn't reason.
+    `cached_tokens`: prompt tokens that were in the prefix cache. `reasoning_tokens`: completion tokens that
+    are reasoning; None for a model that doesn't reason.
     """
 
     prompt_tokens: int
@@ -70,7 +70,8 @@ class Started(msgspec.Struct, frozen=True, array_like=True, tag="s"):
 class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
     """New text of choice `index`, made of `tokens` tokens. The choice's last delta has a `finish_reason`.
 
-    `finish_reason`: "stop", "length" or "tool_calls". `stop_reason`: the id of the stop token, the stop string, or None.
+    `finish_reason`: "stop", "length" or "tool_calls". `stop_reason`: the id of the stop token, the stop
+    string, or None.
     """
 
     text: str
@@ -82,7 +83,8 @@ class Delta(msgspec.Struct, frozen=True, array_like=True, tag="d"):
 
 
 class Echo(msgspec.Struct, frozen=True, array_like=True, tag="e"):
-    """The prompt, at the beginning of choice `index`: its whole text first, then the logprobs of its tokens in order.
+    """The prompt, at the beginning of choice `index`: its whole text first, then the logprobs of its tokens
+    in order.
 
     The engine sends it for choice 0, and it goes for all choices.
     """
@@ -156,7 +158,10 @@ class ImagePreview(msgspec.Struct, frozen=True, array_like=True, tag="b"):
 
 
 class ImageReady(msgspec.Struct, frozen=True, array_like=True, tag="i"):
-    """Image `index` of the request. The engine sets `png`; when sent, it has a `name` in the store instead."""
+    """Image `index` of the request.
+
+    The engine sets `png`; when sent, it has a `name` in the store instead.
+    """
 
     index: int
     seed: int
@@ -245,8 +250,8 @@ encode = _encoder.encode
 def decode_batch(data: bytes) -> list[Envelope]:
     """Decode one published message, a list of envelopes.
 
-    An envelope that this version can't read is left out: it must not keep back those of the other requests. Its own
-    request then has a gap.
+    An envelope that this version can't read is left out: it must not keep back those of the other requests.
+    Its own request then has a gap.
     """
     try:
         return _batch_decoder.decode(data)

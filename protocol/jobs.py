@@ -41,8 +41,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
     """What the text of an answer must be. `param` is the field of the request that asked for it.
 
-    `text`, by `kind`: a JSON Schema, a regular expression, a JSON list of strings, or a grammar in the syntax of
-    Lark.
+    `text`, by `kind`: a JSON Schema, a regular expression, a JSON list of strings, or a grammar in the syntax
+    of Lark.
     """
 
     kind: Literal["json_schema", "regex", "choice", "grammar"]
@@ -51,7 +51,8 @@ class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatImage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An image in the messages of a chat: a PNG, JPEG or WEBP file of which the web process has checked the header.
+    """An image in the messages of a chat: a PNG, JPEG or WEBP file of which the web process has checked the
+    header.
 
     `param` is its place in the request's body.
     """
@@ -64,10 +65,11 @@ class ChatImage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defaults=True):
     """One chat completion.
 
-    The `content` of each message is a string: the web process joins its parts. That of a message with images is a
-    list of parts of the types `text` and `image`; `images` are those of all messages, in order. `tools` are OpenAI's objects, and
-    empty if the model must not call any. `strict_tools`: names of those whose arguments must be as their schema
-    says. `required_tools`: names of those of which one must be called; none if an answer may do without.
+    The `content` of each message is a string: the web process joins its parts. That of a message with images
+    is a list of parts of the types `text` and `image`; `images` are those of all messages, in order. `tools`
+    are OpenAI's objects, and empty if the model must not call any. `strict_tools`: names of those whose
+    arguments must be as their schema says. `required_tools`: names of those of which one must be called; none
+    if an answer may do without.
     """
 
     id: str
@@ -94,8 +96,9 @@ class ChatJob(msgspec.Struct, frozen=True, kw_only=True, tag=CHAT.job, omit_defa
 class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag=COMPLETION.job, omit_defaults=True):
     """The continuation of one prompt, a text or tokens, without a chat template.
 
-    `add_special_tokens`: whether a text gets the tokens that the tokenizer puts around one. `echo`: whether the
-    answer begins with the prompt; `sampling.logprobs` then counts for the prompt too. `sampling.max_tokens` may be 0.
+    `add_special_tokens`: whether a text gets the tokens that the tokenizer puts around one. `echo`: whether
+    the answer begins with the prompt; `sampling.logprobs` then counts for the prompt too.
+    `sampling.max_tokens` may be 0.
     """
 
     id: str
@@ -166,8 +169,8 @@ class ImageJob(msgspec.Struct, frozen=True, kw_only=True, tag=GENERATION.job, om
 class EmbeddingJob(msgspec.Struct, frozen=True, kw_only=True, tag=EMBEDDING.job, omit_defaults=True):
     """A vector for each input, a text or the model's own tokens.
 
-    `dimensions`: numbers of a vector, None: all that the model gives. `truncate_prompt_tokens`: tokens to which longer
-    inputs are cut, -1: the model's limit, None: they are refused.
+    `dimensions`: numbers of a vector, None: all that the model gives. `truncate_prompt_tokens`: tokens to
+    which longer inputs are cut, -1: the model's limit, None: they are refused.
     """
 
     id: str
@@ -190,7 +193,8 @@ CHARACTERS_OF_A_TOKEN = 4
 
 
 def work_of(job: Job) -> float:
-    """How much work a job is beside others of its model: choices of a text, images x steps x megapixels, or tokens.
+    """How much work a job is beside others of its model: choices of a text, images x steps x megapixels, or
+    tokens.
 
     A job for the tokenizer alone is none. Only ratios within one model count. What a request leaves to the
     pipeline counts as USUAL_STEPS and USUAL_SIDE.

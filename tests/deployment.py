@@ -4,7 +4,8 @@
         service.start()
         service.post("/v1/chat/completions", {...})
 
-Every wait is for an event and has a generous limit. A process that dies meanwhile fails it with the end of its log.
+Every wait is for an event and has a generous limit. A process that dies meanwhile fails it with the end of
+its log.
 """
 
 import http.client

@@ -1,4 +1,5 @@
-"""Chat streams that can be resumed: their chunks have numbers, and GET …/events continues after one of them."""
+"""Chat streams that can be resumed: their chunks have numbers, and GET …/events continues after one of
+them."""
 
 import re
 

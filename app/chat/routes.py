@@ -35,8 +35,8 @@ MAX_TEXT_BYTES = 8 * 2**20
 
 MAX_BODY_BYTES = MAX_TEXT_BYTES + MAX_TOTAL_BYTES * 4 // 3
 MAX_DELIMITERS = 2**20
-"""Commas and opening brackets of a body that is longer than MAX_TEXT_BYTES: as JSON becomes Python's objects, most of
-which have fifty times the size of their text. Images in base64 have none."""
+"""Commas and opening brackets of a body that is longer than MAX_TEXT_BYTES: as JSON becomes Python's objects,
+most of which have fifty times the size of their text. Images in base64 have none."""
 
 
 class ChatInputs(NamedTuple):
@@ -105,8 +105,8 @@ def _submit(
 
 
 def _parse_json(body: bytes) -> dict[str, Any]:
-    """Parse a body of at most MAX_BODY_BYTES. Raises InvalidRequest, and PayloadTooLarge for one that is not mostly
-    images."""
+    """Parse a body of at most MAX_BODY_BYTES. Raises InvalidRequest, and PayloadTooLarge for one that is not
+    mostly images."""
     if len(body) > MAX_TEXT_BYTES and sum(map(body.count, (b",", b"[", b"{"))) > MAX_DELIMITERS:
         raise _too_large(body)
     return parse_json(body)

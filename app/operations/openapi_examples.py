@@ -1,4 +1,7 @@
-"""Examples of GET /openapi.json. A test sends those of requests to a service, and compares its answers with ours."""
+"""Examples of GET /openapi.json.
+
+A test sends those of requests to a service, and compares its answers with ours.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -29,7 +32,10 @@ _PERSON = {
 
 
 def requests(models: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Return bodies in JSON by path and by summary. `models`: a model of each task; one without any gets a made-up name."""
+    """Return bodies in JSON by path and by summary.
+
+    `models`: a model of each task; one without any gets a made-up name.
+    """
     chat = {"model": models.get(CHAT.name, "chat-model")}
     text = {"model": models.get(CHAT.name) or models.get(COMPLETION.name, "text-model")}
     image = {"model": models.get(GENERATION.name, "image-model")}

@@ -47,7 +47,10 @@ _OF_TASKS = ("X-Ignored-Params", "X-Queued-Ms", "X-First-Token-Ms", "X-Total-Ms"
 
 
 class Name(NamedTuple):
-    """How clients made from the document, and viewers, call an operation. `tag`: the group that it belongs to."""
+    """How clients made from the document, and viewers, call an operation.
+
+    `tag`: the group that it belongs to.
+    """
 
     operation: str
     tag: str
@@ -65,8 +68,8 @@ def task(
 ) -> dict[str, Any]:
     """Return the operation of an endpoint that needs a worker.
 
-    `bodies`: schemas by content type; `answer`: the name of a schema; `examples`: bodies as JSON by their summary;
-    `streams`: the schema of the events, if it has any; `headers`: parameters, all optional.
+    `bodies`: schemas by content type; `answer`: the name of a schema; `examples`: bodies as JSON by their
+    summary; `streams`: the schema of the events, if it has any; `headers`: parameters, all optional.
     """
     content: dict[str, dict[str, Any]] = {kind: {"schema": schema} for kind, schema in bodies.items()}
     content["application/json"]["examples"] = {
@@ -96,8 +99,8 @@ def get(
 ) -> dict[str, Any]:
     """Return the operation of an endpoint that is read.
 
-    `content`: a schema's name, or content by type; `path`: the parameter in the path; `query` and `headers`: optional
-    parameters; `also`: schemas by status; `public`: no key is needed.
+    `content`: a schema's name, or content by type; `path`: the parameter in the path; `query` and `headers`:
+    optional parameters; `also`: schemas by status; `public`: no key is needed.
     """
     content = _json(content) if isinstance(content, str) else content
     responses = {"200": response(name.summary, content), **_errors(*errors, *(() if public else (401,)))}

@@ -1,7 +1,7 @@
 """One service for all clients, and how tests start the clients that have an environment of their own.
 
-The chat models are real ones whose answers are written beforehand (tests/scripted_chat.py), so that a test sees
-what a client makes of a certain answer.
+The chat models are real ones whose answers are written beforehand (tests/scripted_chat.py), so that a test
+sees what a client makes of a certain answer.
 """
 
 import os

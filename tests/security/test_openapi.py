@@ -1,4 +1,5 @@
-"""The examples of /openapi.json against the running service: it answers each, as the schemas and examples say."""
+"""The examples of /openapi.json against the running service: it answers each, as the schemas and examples
+say."""
 
 import json
 from collections.abc import Iterator

@@ -27,7 +27,8 @@ class Previews:
         passes_on: type[Exception],
     ) -> None:
         """`is_wanted`: whether the image's request is open. `deliver` gets the item, the number of its
-        preview from 0, and the preview. `passes_on`: an exception inside the call that is meant for its caller.
+        preview from 0, and the preview. `passes_on`: an exception inside the call that is meant for its
+        caller.
         """
         self._batch = batch
         self._is_wanted = is_wanted
