@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from app.chat.response import Reader, logprobs_body, usage_body
+from app.chat.response import logprobs_body, usage_body
+from app.dispatch.event_reader import Reader
 from protocol.events import Delta, Finished, ReasoningDelta, TokenLogprob, ToolCallDelta, Usage
 
 

@@ -23,9 +23,9 @@ class JoinedReader:
     """The events of all prompts, as they arrive: choice `index` of prompt `place` has the index
     `place * n + index`.
 
-    One Finished comes last, with the sum of all usage. Implements app.chat.response.Reader. The readers must
-    share a signal and their timings (app.dispatch.dispatcher.Dispatcher.begin_all). `close` cancels all
-    prompts that are not finished.
+    One Finished comes last, with the sum of all usage. Implements app.dispatch.event_reader.Reader. The
+    readers must share a signal and their timings (app.dispatch.dispatcher.Dispatcher.begin_all). `close`
+    cancels all prompts that are not finished.
     """
 
     def __init__(self, readers: Sequence[ClosableReader], n: int) -> None:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from app.dispatch.event_reader import CHECK_S
+from app.dispatch.event_reader import CHECK_S, Reader
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.errors import DeadlineExceeded
@@ -54,14 +54,6 @@ def _call_part(event: ToolCallDelta) -> dict[str, Any]:
         return {"index": event.call, "function": function}
     named = {"name": event.name, **function}
     return {"index": event.call, "id": event.id, "type": "function", "function": named}
-
-
-class Reader(Protocol):
-    """The part of app.dispatch.event_reader.EventReader that a response needs."""
-
-    finished: bool
-
-    def next_events(self) -> list[Event]: ...
 
 
 class RequestReader(Protocol):

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.chat.response import ChunkEncoder, Reader, usage_body
+from app.chat.response import ChunkEncoder, usage_body
 from app.chat.text_logprobs import TextLogprobs
+from app.dispatch.event_reader import Reader
 from app.http.json import encode_json
 from app.http.sse import frame
 from protocol.events import Delta, Echo, Event, Finished, TokenLogprob, Usage

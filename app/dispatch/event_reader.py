@@ -35,6 +35,14 @@ class Client(Protocol):
         """Whether the client has closed its connection, so that nobody will read the response."""
 
 
+class Reader(Protocol):
+    """The part of EventReader that a response needs. Others join several, or end at a deadline."""
+
+    finished: bool
+
+    def next_events(self) -> list[Event]: ...
+
+
 class EventReader:
     """The event stream of one request. It has one reader, which must call `close`.
 

@@ -4,8 +4,9 @@ import time
 from base64 import b64encode
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+from app.dispatch.event_reader import Reader
 from app.http.json import encode_json
 from app.http.sse import comment, frame
 from protocol.connections import queue_errors
@@ -21,14 +22,6 @@ _USAGE = {
     "total_tokens": 0,
 }
 """OpenAI's clients expect the object. Images are not counted in tokens here."""
-
-
-class Reader(Protocol):
-    """The part of app.dispatch.event_reader.EventReader that a stream needs."""
-
-    finished: bool
-
-    def next_events(self) -> list[Event]: ...
 
 
 class ImageEncoder:
