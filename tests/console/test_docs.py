@@ -9,7 +9,7 @@ from contextlib import closing
 from playwright.sync_api import Browser, Page, expect
 
 from app.console.routes import POLICY
-from tests.console.browser import Screen, open_page
+from tests.console.browser import PHONE, Screen, open_page
 from tests.console.conftest import CLIENT_KEY
 from tests.deployment import Deployment
 
@@ -42,6 +42,16 @@ def test_every_endpoint_is_in_the_list(browser: Browser, service: Deployment) ->
         expect(page.locator(".opblock")).to_have_count(sum(map(len, paths.values())))
         shown = page.locator(".opblock-summary-path").evaluate_all("all => all.map(one => one.dataset.path)")
         assert set(shown) == set(paths)
+
+
+def test_nothing_is_wider_than_a_phone(browser: Browser, service: Deployment) -> None:
+    with open_page(browser, f"{service.url}/docs", PHONE) as (page, _):
+        try_chat(page)
+        closed = page.locator(".opblock:not(.is-open) .opblock-summary-control")
+        for _ in range(closed.count()):
+            closed.first.click()
+        expect(page.locator(".opblock.is-open .opblock-body")).to_have_count(page.locator(".opblock").count())
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE.width
 
 
 def test_the_page_is_dark_where_others_are(browser: Browser, service: Deployment) -> None:

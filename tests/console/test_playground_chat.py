@@ -300,3 +300,31 @@ def test_the_key_of_the_tab_is_sent(browser: Browser, keyed: Deployment) -> None
         parameter(page, "Max tokens").fill("2")
         expect(say(page, "Hi").locator(".markdown")).to_have_text("0 1")
         assert all("401" in text for text in watch.refused)
+
+
+def test_with_the_key_the_page_forgets_what_it_holds(browser: Browser, keyed: Deployment) -> None:
+    def enter() -> None:
+        page.get_by_label("API key").fill(KEY)
+        page.get_by_role("button", name="Use this key").click()
+        expect(page.get_by_role("tab", name="Chat")).to_be_visible()
+
+    def images_prompt() -> Locator:
+        page.get_by_role("tab", name="Images").click()
+        return page.get_by_label("Prompt", exact=True)
+
+    with open_page(browser, f"{keyed.url}/#/playground", DESKTOP) as (page, watch):
+        enter()
+        images_prompt().fill("a secret image")
+        page.get_by_role("tab", name="Chat").click()
+        parameter(page, "System prompt").fill("a secret prompt")
+        say(page, "a secret question")
+        page.get_by_label("Message", exact=True).fill("a secret draft")
+        page.get_by_role("button", name="Forget key").click()
+        expect(page.get_by_label("API key")).to_be_focused()
+        enter()
+        expect(page.get_by_label("Message", exact=True)).to_have_value("")
+        expect(page.locator(".message")).to_have_count(0)
+        expect(parameter(page, "System prompt")).to_have_value("")
+        expect(images_prompt()).to_have_value("")
+        assert "secret" not in page.content()
+        assert all("401" in text for text in watch.refused)

@@ -60,10 +60,16 @@ function Page({ version }) {
           ${view.name}</a>`)}
       </nav>
       <span class="version" title="Version of the service">${version}</span>
-      ${access === "open" && hasKey() && html`<button type="button" class="quiet" onClick=${lock}>Forget key</button>`}
+      ${access === "open" && hasKey() && html`<button type="button" class="quiet" onClick=${forget}>Forget key</button>`}
     </header>
     ${access === "locked" && html`<main id="main"><${KeyForm} onAccepted=${() => setAccess("open")} /></main>`}
     ${access === "open" && html`<${current.view} onLocked=${lock} />`}`;
+}
+
+/** Forget the key, and with it all that the page holds: conversations, drafts, images, what the workers told. */
+function forget() {
+  setKey("");
+  location.reload();
 }
 
 /** Move the focus instead of the address, whose hash names the view. */
