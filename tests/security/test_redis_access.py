@@ -1,4 +1,4 @@
-"""A Redis with users who have passwords and only the rights of docs/operations.md, without and with TLS."""
+"""A Redis with users who have passwords and only the rights of docs/deployment.md, without and with TLS."""
 
 import hashlib
 import json
