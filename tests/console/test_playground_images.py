@@ -1,7 +1,9 @@
 """Images in the playground, by real clicks: made, downloaded, made again, edited with a mask that is
 drawn."""
 
+import base64
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +143,75 @@ def test_an_image_is_made_downloaded_and_edited_where_the_mask_is_drawn(
         assert watch.refused == []
 
 
+def test_previews_are_shown_until_the_image_is_there(
+    browser: Browser, shapes: Deployment, screen: Screen
+) -> None:
+    with open_page(browser, shapes.url, screen) as (page, watch):
+        open_images(page)
+        for label, value in {"Steps": "40", "Width": "256", "Height": "256", "Seed": "3"}.items():
+            parameter(page, label).fill(value)
+        page.get_by_label("Prompt", exact=True).fill("a red circle")
+        page.get_by_role("button", name="Make", exact=True).click()
+        batch = page.get_by_role("article").first
+        expect(batch.get_by_text(re.compile(r"step \d+ of 40"))).to_be_visible()
+        preview = batch.get_by_role("img", name="Preview of: a red circle")
+        expect(preview).to_be_visible()
+        expect(preview).to_have_js_property("naturalWidth", 256)
+        first = preview.get_attribute("src")
+        assert first is not None
+        expect(batch.get_by_role("progressbar")).to_have_attribute("max", "40")
+        box = preview.bounding_box()
+        expect(preview).not_to_have_attribute("src", first)
+
+        expect(batch).to_have_attribute("aria-busy", "false")
+        expect(batch.locator("figure.preview")).to_have_count(0)
+        image = batch.get_by_role("img", name="a red circle", exact=True)
+        shown = image.bounding_box()
+        assert box is not None and shown is not None
+        assert (shown["width"], shown["height"]) == (box["width"], box["height"]), "nothing jumps"
+        _, png = download(page, batch)
+        fields = {"width": 256, "height": 256, "steps": 40, "seed": 3, "response_format": "b64_json"}
+        body = {"model": MODEL, "prompt": "a red circle", **fields}
+        _, plain = shapes.post("/v1/images/generations", body)
+        assert png == base64.b64decode(plain["data"][0]["b64_json"])
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing is cut off"
+        assert watch.refused == []
+
+
+STEP, PREVIEW = (
+    ": step 1 of 4\n\n",
+    "event: image_generation.partial_image\n"
+    'data: {"type": "image_generation.partial_image", "b64_json": "AA==", "image_index": 0,'
+    ' "output_format": "jpeg"}\n\n',
+)
+LOST = '{"code": 503, "message": "the worker was lost", "error": {"code": "worker_lost"}}'
+
+
+@pytest.mark.parametrize(
+    ("stream", "text"),
+    [
+        (STEP + PREVIEW + f"event: error\ndata: {LOST}\n\n", "The worker was lost."),
+        (STEP + PREVIEW, "The stream ended before all images had come."),
+        (STEP + PREVIEW + PREVIEW[:40], "The stream ended before all images had come."),
+    ],
+    ids=["error", "missing image", "cut off"],
+)
+def test_a_stream_that_breaks_off_shows_no_image(
+    browser: Browser, service: Deployment, stream: str, text: str
+) -> None:
+    with open_page(browser, service.url, DESKTOP) as (page, _):
+        page.route(
+            "**/v1/images/generations",
+            lambda route: route.fulfill(body=stream, content_type="text/event-stream"),
+        )
+        open_images(page)
+        page.get_by_label("Prompt", exact=True).fill("two circles")
+        page.get_by_role("button", name="Make", exact=True).click()
+        expect(page.get_by_role("alert")).to_have_text(text)
+        expect(page.locator("figure")).to_have_count(0)
+        expect(page.get_by_role("button", name="Make", exact=True)).to_be_visible()
+
+
 def test_cancel_ends_the_work(browser: Browser, shapes: Deployment) -> None:
     with open_page(browser, shapes.url, PHONE) as (page, watch):
         open_images(page)
@@ -148,7 +219,8 @@ def test_cancel_ends_the_work(browser: Browser, shapes: Deployment) -> None:
             parameter(page, label).fill(value)
         page.get_by_label("Prompt", exact=True).fill("a green triangle")
         page.get_by_role("button", name="Make", exact=True).click()
-        wait_until(lambda: shapes.worker_rows()[0]["running"] == 1, timeout_s=30, what="the worker runs")
+        expect(page.locator("figure.preview img")).to_be_visible()
+        assert shapes.worker_rows()[0]["running"] == 1
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_role("article")).to_have_count(0)
         expect(page.get_by_role("button", name="Make", exact=True)).to_be_visible()
@@ -180,7 +252,8 @@ def test_parameters_are_sent_and_refusals_are_told(
             "steps": 4,
             "guidance_scale": 2.5,
             "seed": 9,
-            "response_format": "b64_json",
+            "stream": True,
+            "partial_images": 3,
         }
         expect(batch).to_contain_text("64 × 128")
         expect(page.get_by_role("status")).to_have_text("2 images made of: two circles")

@@ -97,24 +97,36 @@ function Batch({ batch, onEdit }) {
       ${params.steps && html`<span>${params.steps} steps</span>`}
       ${state === "complete" && html`<span>${duration(totalMs)}</span>`}
     </p>
-    ${state === "running" && html`<${Running} began=${batch.began} />`}
+    ${state === "running" && html`<${Running} batch=${batch} />`}
     ${state === "failed" && html`<${Notice} kind="error">${problem.charAt(0).toUpperCase()}${problem.slice(1)}.<//>`}
     <div class="made">
-      ${made.map((image) => html`<${Made} key=${image.url} batch=${batch} image=${image} onEdit=${onEdit} />`)}
+      ${made.map((image) => html`<${Made} key=${image.index} batch=${batch} image=${image} onEdit=${onEdit} />`)}
     </div>
   </article>`;
 }
 
-function Running({ began }) {
+function Running({ batch: { began, step, total } }) {
   useTick(1000);
   const seconds = Math.floor((performance.now() - began) / 1000);
-  return html`<div class="running"><progress aria-label="Being made"></progress><span>${seconds} s</span></div>`;
+  // without a value the bar shows that nothing is known
+  const known = step ? { value: step, max: total } : {};
+  return html`<div class="running">
+    <progress aria-label="Being made" ...${known}></progress>
+    ${step > 0 && html`<span>step ${step} of ${total}</span>`}<span>${seconds} s</span>
+  </div>`;
 }
 
 function Made({ batch, image, onEdit }) {
   const { running } = useStore(images);
   const [size, setSize] = useState("");
   const onLoad = ({ target }) => setSize(`${target.naturalWidth} × ${target.naturalHeight}`);
+  // one element for previews and image, so that each stays until the next one is there
+  if (image.preview) {
+    return html`<figure class="preview">
+      <img src=${image.url} alt="Preview of: ${batch.params.prompt}" onLoad=${onLoad} />
+      <figcaption><span class="figures"><span>preview</span></span></figcaption>
+    </figure>`;
+  }
   return html`<figure>
     <img src=${image.url} alt=${batch.params.prompt} onLoad=${onLoad} />
     <figcaption>

@@ -1,8 +1,8 @@
 // Images: what the page knows of them, and what can be done with them.
 
-import { send, Unreachable } from "./api.js";
 import { numbersOf } from "./playground-fields.js";
 import { Store } from "./playground-store.js";
+import { streamImages } from "./playground-stream.js";
 import { maskFile, marksAnything } from "./playground-mask.js";
 
 /** The fields of a request that are numbers, by their names in it. Those left empty are not sent. */
@@ -11,6 +11,8 @@ export const NUMBERS = {
 };
 const EDIT_NUMBERS = { ...NUMBERS, strength: "Strength" };
 const KEPT = 30;
+/** Of each image: the most that the API takes. */
+const PREVIEWS = 3;
 
 /**
  * `source`: the image to edit, `{ file, url, width, height }`, or null for a new one. `strokes`: its mask
@@ -31,11 +33,14 @@ export const images = new Store({
 
 let lastId = 0;
 
-/** What one request makes. `images`: each `{ file, url, seed }`; `began`: by performance.now(). */
+/**
+ * What one request makes. `images`: each `{ index, file, url, seed }`, or `{ index, url, preview: true }` as long as it is
+ * being made; `step`, `total`: how far they all are, 0 before the first step; `began`: by performance.now().
+ */
 function newBatch({ params, source, strokes }) {
   return {
-    id: (lastId += 1), params, source, strokes, state: "running", problem: "", images: [], totalMs: null,
-    began: performance.now(),
+    id: (lastId += 1), params, source, strokes, state: "running", problem: "", images: [], step: 0, total: 0,
+    totalMs: null, began: performance.now(),
   };
 }
 
@@ -45,7 +50,7 @@ export async function make() {
   if (running || !params.prompt.trim() || !params.model) return;
   let fields;
   try {
-    fields = { ...numbersOf(params, source ? EDIT_NUMBERS : NUMBERS), response_format: "b64_json" };
+    fields = { ...numbersOf(params, source ? EDIT_NUMBERS : NUMBERS), stream: true, partial_images: PREVIEWS };
   } catch (error) {
     images.set({ problem: error.message });
     return;
@@ -61,9 +66,11 @@ export async function make() {
   } catch (error) {
     batch.state = controller.signal.aborted ? "cancelled" : "failed";
     batch.problem = error.message;
+    batch.images = batch.images.filter(({ preview }) => !preview);
   }
   const kept = images.state.batches.filter(({ state }) => state !== "cancelled").slice(0, KEPT);
   images.set({ batches: kept, running: null });
+  if (batch.state === "cancelled") for (const { url } of batch.images) URL.revokeObjectURL(url);
 }
 
 /** Give the request up. The connection closes, and with it the worker stops. */
@@ -102,23 +109,29 @@ async function sizeOf(url) {
 }
 
 async function request(batch, fields, signal) {
-  const options = { method: "POST", signal };
+  const options = { signal };
   if (batch.source) options.body = await editForm(batch, fields);
   else options.json = fields;
-  const response = await send(batch.source ? "v1/images/edits" : "v1/images/generations", options);
-  let answer;
-  try {
-    answer = await response.json();
-  } catch (error) {
-    if (signal.aborted) throw error;
-    throw new Unreachable("the connection broke before the images had arrived");
-  }
-  const total = response.headers.get("X-Total-Ms");
-  batch.totalMs = total === null ? performance.now() - batch.began : Number(total);
-  batch.images = answer.data.map(({ b64_json: text, seed }) => {
-    const file = new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" });
-    return { file, url: URL.createObjectURL(file), seed };
-  });
+  const onStep = (step, total) => {
+    Object.assign(batch, { step, total });
+    images.touch();
+  };
+  const onImage = (event) => {
+    const image = imageOf(event);
+    const others = batch.images.filter(({ index }) => index !== image.index);
+    batch.images = [...others, image].sort((one, other) => one.index - other.index);
+    batch.totalMs = event.timings?.total_ms ?? batch.totalMs;
+    images.touch();
+  };
+  const path = batch.source ? "v1/images/edits" : "v1/images/generations";
+  await streamImages(path, options, { count: fields.n ?? 1, onStep, onImage });
+}
+
+/** The image of an event of the stream. */
+function imageOf({ type, b64_json: text, image_index: index, output_format: format, seed }) {
+  if (type.endsWith(".partial_image")) return { index, url: `data:image/${format};base64,${text}`, preview: true };
+  const file = new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" });
+  return { index, file, url: URL.createObjectURL(file), seed };
 }
 
 async function editForm({ source, strokes }, fields) {
