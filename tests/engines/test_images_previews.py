@@ -234,7 +234,9 @@ def test_a_preview_that_fails_does_not_fail_the_request(
     assert len(previews(collector.until_ended("next"))) == 3
 
 
-def test_a_request_can_be_cancelled_while_its_preview_is_decoded(loaded: Loaded) -> None:
+def test_a_request_can_be_cancelled_while_its_preview_is_decoded(
+    loaded: Loaded, caplog: pytest.LogCaptureFixture
+) -> None:
     engine, collector = loaded
     decoder = pipe_of(engine).vae.decoder
     reached: list[str] = []
@@ -254,6 +256,7 @@ def test_a_request_can_be_cancelled_while_its_preview_is_decoded(loaded: Loaded)
     collector.images("comes")
     hooks[1].remove()
     assert reached == ["begin", "end"]
+    assert "preview" not in caplog.text, "none has failed"
 
 
 def test_an_image_that_starts_again_does_not_repeat_its_previews(
