@@ -34,7 +34,8 @@ def png(width: int = 4, height: int = 3) -> bytes:
 def png_by_its_header(width: int, height: int) -> bytes:
     """A small file whose header tells of another size."""
     data = bytearray(png())
-    # IHDR's data begins at 16, after the signature, a length and the chunk's type; its checksum counts the type
+    # IHDR's data begins at 16, after the signature, a length and the chunk's type; its checksum counts the
+    # type
     data[16:24] = struct.pack(">II", width, height)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)

@@ -176,8 +176,8 @@ class BatchScheduler:
     def _room_for(self, sequence: Sequence, in_use: int = 0) -> int:
         """How many sequences as long as this one fit into the free pages.
 
-        `in_use`: how many of its pages other sequences hold already. Some pages are kept back for the running sequences, which will soon need them: otherwise a newcomer
-        would be preempted at once.
+        `in_use`: how many of its pages other sequences hold already. Some pages are kept back for the running
+        sequences, which will soon need them: otherwise a newcomer would be preempted at once.
         """
         free = self._cache.num_free_pages - len(self.running) // 4
         # a scored prompt that nothing follows may fill the whole cache

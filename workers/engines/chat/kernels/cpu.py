@@ -1,8 +1,9 @@
 """Inner loops for float32 on a CPU, compiled by numba: attention over pages, norm, rotation.
 
 torch needs a dozen passes over scores and partial results for attention, and takes the interpreter lock again
-after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in one
-file because numba's cache of a function is valid until its file changes, whatever happens to what it calls.
+after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in
+one file because numba's cache of a function is valid until its file changes, whatever happens to what it
+calls.
 """
 
 import math
@@ -38,8 +39,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def store_in_pages(key: Any, value: Any, pages: Any, offsets: Any, keys: Any, values: Any) -> None:
     """Write the bits of float32 key, value, uint32 [tokens, kv_heads, head_dim], to pages[token].
 
-    keys [pages, kv_heads, head_dim, page_size], values [pages, kv_heads, page_size, head_dim], at offsets[token]:
-    the bits of float32, uint32, or of bfloat16, uint16, rounded to the nearest and half to even.
+    keys [pages, kv_heads, head_dim, page_size], values [pages, kv_heads, page_size, head_dim], at
+    offsets[token]: the bits of float32, uint32, or of bfloat16, uint16, rounded to the nearest and half to
+    even.
     """
     tokens, kv_heads, head_dim = key.shape
     shift = np.uint32(32 - 8 * keys.itemsize)
@@ -216,9 +218,9 @@ def decode_rows(
     """Attention of one query for each row over its pages. Writes out, float32 [rows, heads, head_dim].
 
     query [rows, heads, head_dim]; keys [pages, kv_heads, head_dim, page_size] and values [pages, kv_heads,
-    page_size, head_dim], both float32 or the bits of bfloat16, uint16; tables [rows, most pages of a row]; ends
-    [rows]: number of keys that the row sees. window, softcap: 0 for none. page_size and head_dim are multiples
-    of 8.
+    page_size, head_dim], both float32 or the bits of bfloat16, uint16; tables [rows, most pages of a row];
+    ends [rows]: number of keys that the row sees. window, softcap: 0 for none. page_size and head_dim are
+    multiples of 8.
     """
     rows, heads, head_dim = query.shape
     kv_heads, page_size = values.shape[1], values.shape[2]
@@ -265,8 +267,9 @@ BLOCK = 128
 def refine_greatest(logits: Any, x: Any, weight: Any) -> None:
     """Compute those logits again that rounding to bfloat16 may have put below or above the greatest one.
 
-    logits float32 [rows, vocabulary], x float32 [rows, width], weight the bits of bfloat16, uint16 [vocabulary,
-    width]. A logit of 25 is rounded to eighths, so that the most probable tokens are often equal.
+    logits float32 [rows, vocabulary], x float32 [rows, width], weight the bits of bfloat16, uint16
+    [vocabulary, width]. A logit of 25 is rounded to eighths, so that the most probable tokens are often
+    equal.
     """
     rows, vocabulary = logits.shape
     width = x.shape[1]

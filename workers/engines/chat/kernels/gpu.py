@@ -1,9 +1,9 @@
 """The operations between the matrix products of a layer on a GPU, compiled by Triton at their first call.
 
 torch needs two to ten kernels for each of these. Between two operations numbers are rounded as transformers'
-modules round them: a product of two numbers of the model's dtype is rounded before the next operation. Not run
-on a GPU in this repository's tests: Triton's interpreter runs them there, and its compiler translates them
-for each kind of GPU.
+modules round them: a product of two numbers of the model's dtype is rounded before the next operation. Not
+run on a GPU in this repository's tests: Triton's interpreter runs them there, and its compiler translates
+them for each kind of GPU.
 """
 
 import torch
@@ -35,11 +35,11 @@ def rotate_and_store(
 ) -> torch.Tensor:
     """Embed positions in query and key, and write key and value to their pages.
 
-    joined [tokens, heads + 2 * kv_heads, head_dim], contiguous, is query, key and value side by side; positions
-    int64 [tokens]. tables: cos and sin [positions, head_dim / 2]; the pairs are (at, at + head_dim / 2), as in
-    transformers. destination: pages of keys and of values [pages, page_size, kv_heads, head_dim], contiguous,
-    page and offset of each token, int64 [tokens]. norms: weight [head_dim] and epsilon of the norms of query
-    and key before the rotation. Returns the query [tokens, heads, head_dim].
+    joined [tokens, heads + 2 * kv_heads, head_dim], contiguous, is query, key and value side by side;
+    positions int64 [tokens]. tables: cos and sin [positions, head_dim / 2]; the pairs are (at, at + head_dim
+    / 2), as in transformers. destination: pages of keys and of values [pages, page_size, kv_heads, head_dim],
+    contiguous, page and offset of each token, int64 [tokens]. norms: weight [head_dim] and epsilon of the
+    norms of query and key before the rotation. Returns the query [tokens, heads, head_dim].
     """
     tokens, all_heads, head_dim = joined.shape
     page_size, kv_heads = destination[0].shape[1:3]
