@@ -158,7 +158,7 @@ class Settings(BaseSettings):
     )
     log_format: Literal["text", "json"] = Field(
         default="text",
-        description="what the lines of the logs are: text, or json, an object on each line (docs/operations.md)",
+        description="what the lines of the logs are: text, or json, an object on each line (docs/monitoring.md)",
     )
     otel_exporter_otlp_endpoint: str = Field(
         default="",
@@ -167,7 +167,7 @@ class Settings(BaseSettings):
     )
     receipts: Path | None = Field(
         default=None,
-        description="folder to which workers write a signed line for each job (docs/operations.md), and the key, "
+        description="folder to which workers write a signed line for each job (docs/monitoring.md), and the key, "
         "which is made at the first start. Default: no receipts",
     )
     cuda_visible_devices: str | None = Field(
