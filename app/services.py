@@ -180,6 +180,7 @@ def _build_heartbeat(redis: _Redis, shared: Shared, metrics: ProcessMetrics) -> 
         shared.queue,
         shared.activity,
         monitor,
+        gap_seen=shared.router.gap_seen,
         publish_metrics=metrics.publish,
     )
 

@@ -134,7 +134,8 @@ class Inbox:
 class EventRouter(threading.Thread):
     """Reads this process's channel and feeds the inboxes, until it is stopped.
 
-    `subscribed` is set while Redis has confirmed the subscription.
+    `subscribed` is set while Redis has confirmed the subscription, `gap_seen` when an event is found missing: it
+    was lost or too large to be published, and the replay list has it. Who reads it there clears `gap_seen`.
     """
 
     def __init__(self, client: RedisClient, keys: Keys, web_id: str) -> None:
@@ -145,6 +146,7 @@ class EventRouter(threading.Thread):
         self._inboxes: dict[str, Inbox] = {}
         self._stopping = False
         self.subscribed = threading.Event()
+        self.gap_seen = threading.Event()
 
     def open(self, request_id: str, model: str, signal: "threading.Lock | None" = None) -> Inbox:
         """Make the inbox of a request. Must come before it is queued, or its first events are dropped."""
@@ -213,7 +215,10 @@ class EventRouter(threading.Thread):
     def _dispatch(self, data: bytes) -> None:
         for envelope in events.decode_batch(data):
             if inbox := self._inboxes.get(envelope.request_id):
+                complete = inbox.gap_since is None
                 inbox.feed(envelope)
+                if complete and inbox.gap_since is not None:
+                    self.gap_seen.set()
 
 
 def _taken_over_from(reader: str) -> events.Failed:

@@ -36,9 +36,11 @@ class WebHeartbeat(threading.Thread):
         activity: Activity,
         monitor: RequestMonitor,
         *,
+        gap_seen: threading.Event,
         publish_metrics: Callable[[], None],
     ) -> None:
-        """`publish_metrics` is called with each renewal of the lease, and may raise redis.RedisError."""
+        """`gap_seen`: that of the event router. `publish_metrics` is called with each renewal of the lease, and may
+        raise redis.RedisError."""
         super().__init__(name="heartbeat", daemon=True)
         self._web_id = web_id
         self._leases = leases
@@ -46,6 +48,7 @@ class WebHeartbeat(threading.Thread):
         self._queue = queue
         self._activity = activity
         self._monitor = monitor
+        self._gap_seen = gap_seen
         self._publish_metrics = publish_metrics
         self._renew_at = 0.0
         self._refusal = ""
@@ -54,18 +57,27 @@ class WebHeartbeat(threading.Thread):
     def stop(self) -> None:
         """End the thread after the tick that is running. Does not wait for it."""
         self._stopping.set()
+        self._gap_seen.set()
 
     def run(self) -> None:
-        """Tick until `stop` is called, then release the lease of this process."""
+        """Tick until `stop` is called, then release the lease of this process. Gaps are filled in between."""
+        tick_at = 0.0
         while not self._stopping.is_set():
+            due = time.monotonic() >= tick_at
             try:
-                self.tick()
+                if due:
+                    self.tick()
+                else:
+                    self._monitor.fill_gaps()
             except RedisError as error:
                 log.warning("Redis can't be reached: %s", error)
             except Exception:
                 # without this thread, a request whose worker died would wait until its deadline
                 log.exception("the heartbeat failed; it continues")
-            self._stopping.wait(INTERVAL_S)
+            if due:
+                tick_at = time.monotonic() + INTERVAL_S
+            self._gap_seen.wait(max(0.0, tick_at - time.monotonic()))
+            self._gap_seen.clear()
         try:
             self._activity.write()
             self._publish_metrics()

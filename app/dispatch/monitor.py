@@ -58,6 +58,16 @@ class RequestMonitor:
                 unclaimed.append(inbox)
         self._send_again(unclaimed)
 
+    def fill_gaps(self) -> None:
+        """Read what is missing before events that have arrived. Raises redis.RedisError."""
+        gapped = [
+            inbox
+            for inbox in self._router.inboxes()
+            if inbox.gap_since is not None and inbox.admitted and not inbox.ended
+        ]
+        if gapped:
+            self._look_up(gapped)
+
     def _look_up(self, silent: list[Inbox]) -> list[tuple[Inbox, str | None, bool, bool]]:
         """Feed the inboxes from the replay lists.
 

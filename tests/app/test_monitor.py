@@ -17,7 +17,8 @@ from config import Settings
 from protocol import events
 from protocol.celery_app import create_celery
 from protocol.event_router import EventRouter, Inbox
-from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Usage
+from protocol.event_sender import EventSender
+from protocol.events import Delta, Envelope, Event, Failed, Finished, Started, Text, Usage
 from protocol.jobs import ChatJob, SamplingParams
 from protocol.leases import Leases
 from protocol.names import Keys
@@ -61,6 +62,7 @@ class Web:
             self.queue,
             self.activity,
             monitor,
+            gap_seen=self.router.gap_seen,
             publish_metrics=lambda: None,
         )
 
@@ -387,3 +389,35 @@ def test_the_thread_survives_a_failed_round_and_releases_the_lease_at_its_end(
     heartbeat.stop()
     heartbeat.join(30)
     assert not heartbeat.is_alive() and web.leases.living_webs([WEB]) == set()
+
+
+def test_a_gap_is_filled_at_once(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event of several MiB is in the replay list alone, and the next one shows that it is missing."""
+    monkeypatch.setattr("app.dispatch.heartbeat.INTERVAL_S", 1000)
+    monkeypatch.setattr("protocol.event_sender.MESSAGE_LIMIT", 1000)
+    monkeypatch.setattr("protocol.event_sender.SMALL_EVENT", 100)
+    ticked = threading.Event()
+
+    class Ticks(WebHeartbeat):
+        def tick(self) -> None:
+            super().tick()
+            ticked.set()
+
+    heartbeat, sender = (
+        web.new_heartbeat(Ticks),
+        EventSender(web.redis, web.keys, prepare=lambda event: event),
+    )
+    inbox = web.running()
+    for thread in (web.router, heartbeat, sender):
+        thread.start()
+    assert ticked.wait(30) and web.router.subscribed.wait(30)
+    sender.open("r", WEB, 100, lambda event: None)
+    told: list[Event] = [Started(WORKER), Text("a" * 2000), Finished()]
+    sender.emit([("r", event) for event in told])
+    wait_until(lambda: inbox.ended, timeout_s=30, what="the gap is filled before the next tick")
+    assert inbox.next_events(0) == told[1:]
+    heartbeat.stop()
+    heartbeat.join(30)
+    assert not heartbeat.is_alive(), "the end does not wait for the next tick"
+    web.router.stop()
+    sender.stop(5)
