@@ -143,7 +143,7 @@ def checked(
 def build(loaded: LoadedModel, dtype: str) -> None:
     """Build the backend that the engine would use. Raises EngineLoadError, or logs what it can't use."""
     options = ChatEngineOptions(dtype=dtype, kv_cache_tokens=480)
-    build_backend(loaded, options, prefill_chunk=64, gpu_share=1.0)
+    build_backend(loaded, options, prefill_chunk=64, gpu_share=1.0, halves=False)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3", "mixtral"])

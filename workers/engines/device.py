@@ -18,12 +18,17 @@ def half_precision() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def default_threads() -> int:
     """Return the CPU threads of torch for an engine whose catalogue entry names none."""
     if torch.cuda.is_available():
         return torch.get_num_threads()
     # web, Redis and other threads need a core: an engine on all cores waits for them at every barrier
-    return max(1, len(os.sched_getaffinity(0)) - 1)
+    return max(1, available_cores() - 1)
 
 
 def require_gpus(gpus: list[str]) -> None:

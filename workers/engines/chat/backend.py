@@ -30,6 +30,7 @@ from workers.engines.chat.model.loader import (
 )
 from workers.engines.chat.model.output_check import OutputCheck
 from workers.engines.chat.model.runner import ModelForward, ModelRunner, Runner
+from workers.engines.chat.model.split_runner import SplitRunner
 from workers.engines.failures import free_memory
 
 log = logging.getLogger(__name__)
@@ -44,12 +45,12 @@ class Backend(NamedTuple):
 
 
 def build_backend(
-    loaded: LoadedModel, options: TextEngineOptions, *, prefill_chunk: int, gpu_share: float
+    loaded: LoadedModel, options: TextEngineOptions, *, prefill_chunk: int, gpu_share: float, halves: bool
 ) -> Backend:
     """Build the fastest backend whose output is right. Raises EngineLoadError if there is none.
 
     `prefill_chunk`: the largest number of prompt tokens in a step. `gpu_share`: the part of the GPU's memory
-    that this process may use.
+    that this process may use. `halves`: two threads may compute the halves of a step on a CPU.
     """
     joined = None
     if can_fuse(loaded.model):
@@ -60,11 +61,13 @@ def build_backend(
     backend = _try_flash(loaded, joined, options, caches) if wants_flash(loaded) else None
     if backend is None:
         free_memory()
-        backend = _build_portable(loaded, joined, caches)
+        backend = _build_portable(loaded, joined, caches, halves)
     return backend
 
 
-def _build_portable(loaded: LoadedModel, joined: list[JoinedWeights] | None, caches: CacheFactory) -> Backend:
+def _build_portable(
+    loaded: LoadedModel, joined: list[JoinedWeights] | None, caches: CacheFactory, halves: bool
+) -> Backend:
     """The backend for any device."""
     cache = caches.make(CPU_PAGE, _paged_attention, token_major=False)
     attention = _paged_attention(cache)
@@ -72,7 +75,24 @@ def _build_portable(loaded: LoadedModel, joined: list[JoinedWeights] | None, cac
     runner = _checked_runner(loaded, attention, check)
     if joined is None or not _fuse(loaded, joined, attention, runner, check):
         _pack(loaded, runner, check)
+    elif halves and loaded.device.type == "cpu" and loaded.vision is None:
+        return Backend(cache, attention, _split(loaded, runner, _paged_attention(cache), check))
     return Backend(cache, attention, runner)
+
+
+def _split(loaded: LoadedModel, runner: ModelRunner, attention: ModelAttention, check: OutputCheck) -> Runner:
+    """Let a second thread compute half of each step with FusedDecoder and an `attention` of its own."""
+    decoder = runner.model_forward
+    assert isinstance(decoder, FusedDecoder)
+    other = ModelRunner(decoder.with_attention(attention), attention, loaded.device)
+    split = SplitRunner(runner, other)
+    try:
+        check(split)
+    except EngineLoadError as error:
+        log.warning("steps are not computed in halves: %s", error)
+        split.close()
+        return runner
+    return split
 
 
 def _try_flash(

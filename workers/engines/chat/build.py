@@ -1,6 +1,5 @@
 """Composes a loaded model and everything around it into an engine's parts, warmed up and measured."""
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from workers.engines.chat.model.likelihood import refuse_nonsense
 from workers.engines.chat.model.loader import LoadedModel, in_one_line, load_model
 from workers.engines.chat.model.precision import Precision
 from workers.engines.chat.model.runner import Runner
+from workers.engines.chat.model.split_runner import SplitRunner
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
 from workers.engines.chat.pipeline import DecodePipeline
@@ -30,7 +30,7 @@ from workers.engines.chat.scheduler import BatchScheduler
 from workers.engines.chat.sequence import Chunk
 from workers.engines.chat.speculation import NgramDrafter
 from workers.engines.chat.vision.vision import Vision, warn_blind
-from workers.engines.device import default_threads
+from workers.engines.device import available_cores, default_threads
 from workers.engines.failures import free_memory
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
@@ -79,6 +79,8 @@ class EngineParts:
         """Return the memory of weights and cache. The parts can't be used afterwards."""
         self.attention.unregister()
         self.pipeline = None
+        if isinstance(self.runner, SplitRunner):
+            self.runner.close()
         self.masks.close()
         self.prompts.free()
         del self.attention, self.runner, self.cache.pool
@@ -103,6 +105,7 @@ def _build(
     options = entry.engine
     torch_threads = options.torch_threads or default_threads()
     torch.set_num_threads(torch_threads)
+    halves = (options.torch_threads or available_cores()) == 2
     loaded = load_model(entry)
     # before the weights are packed: some of the model's parameters are then gone
     attention_cost = _attention_cost(loaded)
@@ -112,13 +115,18 @@ def _build(
     refuse_foreign_tokenizer(loaded, rows, end)
     refuse_nonsense(loaded)
     prefill_chunk = options.prefill_chunk or PREFILL_CHUNK[loaded.device.type]
-    backend = build_backend(loaded, options, prefill_chunk=prefill_chunk, gpu_share=gpu_share)
+    backend = build_backend(loaded, options, prefill_chunk=prefill_chunk, gpu_share=gpu_share, halves=halves)
     cache = backend.cache
+    if isinstance(backend.runner, SplitRunner):
+        torch_threads = 1
+        torch.set_num_threads(torch_threads)
     vision = _checked_vision(loaded, backend, metrics)
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
     scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
+    if isinstance(backend.runner, SplitRunner):
+        backend.runner.set_costs(scheduler.step_overhead, attention_cost)
     prompts = _build_prompts(loaded, options, rows, vocabulary, max_context, vision)
     # a sampled token is also the next step's input
     sampled = sampled_tokens(loaded.tokenizer, min(rows, vocabulary))
@@ -184,7 +192,7 @@ def _checked_vision(loaded: LoadedModel, backend: Backend, metrics: Metrics) -> 
 
 def _mask_threads(torch_threads: int) -> int:
     """Masks are filled while the model computes: with the cores that it leaves."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     return min(max(1, cores if torch.cuda.is_available() else cores - torch_threads), MAX_MASK_THREADS)
 
 

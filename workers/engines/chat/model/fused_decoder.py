@@ -6,6 +6,7 @@ lies between the products. backend.py compares the result with the model's own b
 transformers' layers are used if it differs, and for every other architecture.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,6 +94,12 @@ class FusedDecoder:
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
         self._head_weight: torch.Tensor = model.lm_head.weight.detach()
         self._refines = self._head_weight.dtype == torch.bfloat16 and model.lm_head.bias is None
+
+    def with_attention(self, attention: ModelAttention) -> "FusedDecoder":
+        """Return a decoder with the same weights around another attention of the same kind."""
+        other = copy.copy(self)
+        other._operations = self._operations.with_attention(attention)
+        return other
 
     def __call__(
         self,

@@ -6,8 +6,9 @@ Each of torch's operations has an overhead of some microseconds; with one row in
 step.
 """
 
+import copy
 import importlib.util
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,12 @@ class LayerOperations:
         # [-x2, x1] * sin is [x2, x1] * [-sin, sin]
         half = sin.shape[-1] // 2
         return cos[:, None], torch.cat((-sin[:, :half], sin[:, half:]), -1)[:, None]
+
+    def with_attention(self, attention: ModelAttention) -> Self:
+        """Return the same operations around another attention of the same kind."""
+        other = copy.copy(self)
+        other._attention = attention
+        return other
 
     def norm(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
         """Norm the last dimension of x."""
@@ -146,6 +153,12 @@ class TritonLayerOperations(LayerOperations):
         super().__init__(model, attention, max_context)
         self._kernels = gpu
         self._flash = attention
+
+    def with_attention(self, attention: ModelAttention) -> Self:
+        other = super().with_attention(attention)
+        assert isinstance(attention, FlashPagedAttention)
+        other._flash = attention
+        return other
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _half(cos), _half(sin)

@@ -1,0 +1,76 @@
+"""Computes the two halves of a step at the same time, each in a thread of its own.
+
+With two threads inside each operation instead, both wait for each other after every operation. On a machine
+whose cores have other work too, web processes for example, one of them often has no core, and a step takes
+several times as long as with one thread. Halves wait for each other once, at the end of the step.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from workers.engines.chat.model.runner import DecodeStep, Runner
+from workers.engines.chat.sequence import Chunk
+
+GAIN = 1.3
+"""A step is split if its larger half is by this factor faster than the step, by the estimate."""
+
+
+class SplitRunner:
+    """Implements Runner with two runners over the same weights and cache.
+
+    Sequences are divided, never the tokens of one: these read each other's keys and values.
+    """
+
+    def __init__(self, first: Runner, second: Runner) -> None:
+        self._first, self._second = first, second
+        self._step_overhead = self._attention_cost = 0.0
+        self._thread = ThreadPoolExecutor(1, "chat-half", initializer=torch.set_num_threads, initargs=(1,))
+
+    def set_costs(self, step_overhead: float, attention_cost: float) -> None:
+        """Set what is known once the model runs. Before, each step of two sequences is split.
+
+        `step_overhead`: the fixed cost of a forward pass, which both halves have, and `attention_cost`: the cost
+        of attending to one key, both relative to a token's pass through the weights.
+        """
+        self._step_overhead, self._attention_cost = step_overhead, attention_cost
+
+    @torch.inference_mode()
+    def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Implements Runner.forward."""
+        middle = self._middle(chunks)
+        if not middle:
+            return self._first.forward(chunks, ids)
+        heads = (None, None) if ids is None else (ids[:middle], ids[middle:])
+        other = self._thread.submit(self._second.forward, chunks[middle:], heads[1])
+        try:
+            logits = self._first.forward(chunks[:middle], heads[0])
+        finally:
+            # nothing may go on with the cache while the other half writes to it, whatever failed
+            error = other.exception()
+        if error is not None:
+            raise error
+        return torch.cat([logits, other.result()])
+
+    def decode_steps(self) -> list[DecodeStep]:
+        """Implements Runner.decode_steps."""
+        return [step._replace(forward=self.forward) for step in self._first.decode_steps()]
+
+    def close(self) -> None:
+        """End the second thread."""
+        self._thread.shutdown()
+
+    def _middle(self, chunks: Sequence[Chunk]) -> int:
+        """Return how many chunks the first half has, or 0 if the step isn't faster in halves."""
+        costs = [len(chunk.tokens) * (1 + self._attention_cost * chunk.end) for chunk in chunks]
+        total, before = sum(costs), 0.0
+        best, largest = 0, total
+        for at, cost in enumerate(costs[:-1], 1):
+            before += cost
+            half = max(before, total - before)
+            # a sequence's drafts follow it as rows of their own
+            if half < largest and chunks[at].slot != chunks[at - 1].slot:
+                best, largest = at, half
+        overhead = self._step_overhead
+        return best if (overhead + largest) * GAIN < overhead + total else 0
