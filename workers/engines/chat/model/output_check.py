@@ -31,7 +31,7 @@ LAST_CHUNK = 16
 """Largest number of prompt tokens in the second chunk. A kernel that computes few queries over many keys may
 divide the keys among the multiprocessors, and merge the results wrongly."""
 
-ROUNDING_FACTOR = 2.5
+ROUNDING_FACTOR = 2
 """How many times the model's own rounding is accepted: standard attention gives 0.7 to 1.4 times."""
 
 
