@@ -98,13 +98,15 @@ class CompletionJob(msgspec.Struct, frozen=True, kw_only=True, tag=COMPLETION.jo
 
     `add_special_tokens`: whether a text gets the tokens that the tokenizer puts around one. `echo`: whether
     the answer begins with the prompt; `sampling.logprobs` then counts for the prompt too.
-    `sampling.max_tokens` may be 0.
+    `sampling.max_tokens` may be 0. `checked`: other prompts of the request, which have jobs of their own and
+    are validated with this one.
     """
 
     id: str
     model: str
     prompt: str | list[int]
     sampling: SamplingParams
+    checked: list[str | list[int]] = []
     add_special_tokens: bool = True
     echo: bool = False
     output_format: OutputFormat | None = None

@@ -28,10 +28,13 @@ class JoinedReader:
     cancels all prompts that are not finished.
     """
 
-    def __init__(self, readers: Sequence[ClosableReader], n: int) -> None:
+    def __init__(self, readers: Sequence[ClosableReader], n: int, *, first_checks: bool = False) -> None:
+        """`first_checks`: the first job validates all prompts, and so no event is returned before its own."""
         self._readers = readers
         self._n = n
         self._open = {place: ChatEventReader(reader, n) for place, reader in enumerate(readers)}
+        self._held: list[Event] | None = [] if first_checks else None
+        """Events of other jobs, while the first one validates their prompts."""
         self._usage = Usage(0, 0)
         self.timings = readers[0].timings
         self.finished = False
@@ -45,6 +48,11 @@ class JoinedReader:
         if not gained:
             # the signal that the readers share also wakes this one for events of the others
             gained = self._arrived(CHECK_S)
+        if self._held is not None:
+            self._held += gained
+            if not any(isinstance(event, Echo | Delta) and event.index < self._n for event in self._held):
+                return []
+            gained, self._held = self._held, None
         if not self._open:
             self.finished = True
             gained.append(Finished(self._usage))

@@ -63,7 +63,9 @@ def _submit(
         include_usage=body.includes_usage,
         ignored=ignored_params(body, raw),
     )
-    reader = JoinedReader(dispatcher.begin_all(jobs, COMPLETION, connection), n)
+    reader = JoinedReader(
+        dispatcher.begin_all(jobs, COMPLETION, connection), n, first_checks=bool(jobs[0].checked)
+    )
     current_access().times = reader.timings
     return params, reader
 

@@ -92,6 +92,8 @@ class CompletionRequest(SamplingFields):
                 id=request_id if len(prompts) == 1 else f"{request_id}-{place}",
                 model=entry.name,
                 prompt=prompt,
+                # an error after the first token can't change the status of a stream
+                checked=list(prompts[1:]) if self.stream and place == 0 else [],
                 sampling=sampling,
                 add_special_tokens=self.add_special_tokens is not False,
                 echo=bool(self.echo),

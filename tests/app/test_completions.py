@@ -340,6 +340,39 @@ def test_a_failure_of_one_prompt_ends_all() -> None:
     assert three.closed == [("r-1", False), ("r-2", False), ("r-0", True)]
 
 
+def test_a_stream_begins_when_the_first_job_has_checked_all_prompts() -> None:
+    three = Jobs(3)
+    reader = JoinedReader(three.readers, 2, first_checks=True)
+    three.feed(2, Started("w"), *ended("c0"), *ended("c1", index=1, usage=Usage(1, 2)))
+    three.feed(0, Started("w"))
+    assert reader.next_events() == []
+    three.feed(1, Started("w"), Delta("b0"))
+    assert reader.next_events() == []
+    three.feed(0, Delta("a1", 1))
+    *others, last = [event for event in reader.next_events() if isinstance(event, Delta)]
+    assert [(delta.index, delta.text) for delta in others] == [(4, "c0"), (5, "c1"), (2, "b0")]
+    assert (last.index, last.text) == (1, "a1")
+    three.feed(1, Delta("b0"))
+    assert reader.next_events() == [Delta("b0", 2)]
+
+
+def test_prompts_that_the_first_job_refuses_fail_the_request_before_its_first_event() -> None:
+    both = Jobs(2)
+    reader = JoinedReader(both.readers, 1, first_checks=True)
+    both.feed(1, Started("w"), Delta("x"))
+    assert reader.next_events() == []
+    both.feed(0, Started("w"), Failed.of(InvalidRequest("the prompt is empty", param="prompt")))
+    with pytest.raises(InvalidRequest):
+        while not reader.next_events():
+            pass
+
+
+def test_only_the_first_job_of_a_stream_checks_the_other_prompts() -> None:
+    assert [job.checked for job in jobs(prompt=["a", "b", "c"], stream=True)] == [["b", "c"], [], []]
+    assert [job.checked for job in jobs(prompt=["a", "b", "c"])] == [[], [], []]
+    assert jobs(prompt=[[1], [2]], stream=True)[0].checked == [[2]]
+
+
 def test_a_prompt_without_a_token_at_the_deadline_fails_the_request() -> None:
     both = Jobs(2)
     reader = JoinedReader(both.readers, 1)

@@ -101,6 +101,22 @@ def test_one_bad_prompt_fails_the_request_and_cancels_the_others(
     assert (status, body["error"]["param"]) == (400, "model")
 
 
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [("word " * 9000, "context_length_exceeded"), ([5] * 4096, "context_length_exceeded"), ([10**8], "")],
+    ids=["text", "tokens", "unknown token"],
+)
+def test_a_stream_with_a_bad_prompt_is_refused_before_it_begins(
+    demo: Deployment, last: Any, code: str
+) -> None:
+    """The last prompt waits in the queue, as workers have fewer slots than there are prompts."""
+    first = "Hello!" if isinstance(last, str) else [5, 6]
+    body = {"model": CHAT, "prompt": [first] * 127 + [last], "stream": True, "max_tokens": 50}
+    status, refused = demo.post("/v1/completions", body)
+    assert (status, refused["error"]["param"]) == (400, "prompt")
+    assert refused["error"]["code"] == (code or "invalid_request")
+
+
 def test_tokenize_and_detokenize(demo: Deployment, tokenizer: Any) -> None:
     text = "<|user|>Hello, wörld!"
     status, found = demo.post("/tokenize", {"model": CHAT, "prompt": text, "return_token_strs": True})

@@ -53,11 +53,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
 
 
 def completion(id: str, prompt: str | list[int], *, echo: bool = True, **fields: Any) -> CompletionJob:
-    output_format = fields.pop("output_format", None)
+    own = {name: fields.pop(name) for name in ("output_format", "checked") if name in fields}
     sampling = SamplingParams(**{"temperature": 0.0, "max_tokens": 1, "logprobs": 2, **fields})
-    return CompletionJob(
-        id=id, model="tiny", prompt=prompt, sampling=sampling, echo=echo, output_format=output_format
-    )
+    return CompletionJob(id=id, model="tiny", prompt=prompt, sampling=sampling, echo=echo, **own)
 
 
 def prompts(*lengths: int) -> list[list[int]]:
@@ -237,6 +235,16 @@ def test_a_prompt_that_does_not_fit_is_refused(
     (result,) = run(engine, collector, [completion(f"bad {type(prompt)}{len(prompt)}", prompt, **fields)])
     assert result.failed.code == code and result.failed.param == "prompt"
     assert message in result.failed.message
+    beside = completion(f"beside {type(prompt)}{len(prompt)}", TEXT, checked=[TEXT, prompt])
+    assert run(engine, collector, [beside])[0].failed == result.failed
+
+
+def test_prompts_that_are_only_checked_change_nothing(engines: Engines) -> None:
+    engine, collector, _ = engines["llama"]
+    alone, beside = run(
+        engine, collector, [completion("alone", TEXT), completion("beside", TEXT, checked=[[5, 6], TEXT])]
+    )
+    assert beside.text() == alone.text() and beside.usage == alone.usage
 
 
 def test_a_prompt_may_fill_the_context_if_nothing_is_generated(engines: Engines) -> None:

@@ -129,13 +129,9 @@ class PromptBuilder:
         return request
 
     def _completion(self, job: CompletionJob, cancelled: Callable[[], bool]) -> Request:
-        if isinstance(job.prompt, str):
-            self._check_length(job.prompt, "prompt", cancelled)
-            prompt = self.encode(job.prompt, add_special_tokens=job.add_special_tokens)
-        else:
-            prompt = job.prompt
-        if not prompt:
-            raise InvalidRequest("the prompt is empty", param="prompt")
+        prompt = self._prompt(job, job.prompt, cancelled)
+        for other in job.checked:
+            self._check_tokens(job, self._prompt(job, other, cancelled), "prompt")
         request = self._request(job, prompt, "prompt")
         request.reports_stop_token = True
         if job.echo:
@@ -151,8 +147,22 @@ class PromptBuilder:
             request.sequences.append(sequence)
         return request
 
+    def _prompt(self, job: CompletionJob, given: str | list[int], cancelled: Callable[[], bool]) -> list[int]:
+        """Return the tokens of a prompt. Raises InvalidRequest, ContextLengthExceeded and Cancelled."""
+        if isinstance(given, str):
+            self._check_length(given, "prompt", cancelled)
+            given = self.encode(given, add_special_tokens=job.add_special_tokens)
+        if not given:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return given
+
     def _request(self, job: TextJob, prompt: list[int], param: str) -> Request:
         """Make a request without sequences. Raises InvalidRequest and ContextLengthExceeded."""
+        self._check_tokens(job, prompt, param)
+        return Request(job.id, prompt, self._defaults.resolve(job.sampling, self._max_context - len(prompt)))
+
+    def _check_tokens(self, job: TextJob, prompt: list[int], param: str) -> None:
+        """Raise InvalidRequest or ContextLengthExceeded unless the model can take a prompt."""
         if len(prompt) + min(1, job.sampling.max_tokens) > self._max_context:
             raise self._too_long(f"{len(prompt)}", param)
         if (outside := max(prompt)) >= self._vocabulary_size:
@@ -162,7 +172,6 @@ class PromptBuilder:
                 f" the model's tokens are 0 to {self._vocabulary_size - 1}",
                 param=param,
             )
-        return Request(job.id, prompt, self._defaults.resolve(job.sampling, self._max_context - len(prompt)))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the tokens of a text that is no chat: see PromptEncoder.encode_raw."""
