@@ -1,7 +1,6 @@
 """deploy/monitoring/: Prometheus' own tool checks the configuration, the rules and what they are for."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,10 @@ def test_the_configuration_and_its_rules_are_valid(tmp_path: Path) -> None:
 def test_alerts_fire_when_they_should_and_not_before(tmp_path: Path) -> None:
     copy_configuration(tmp_path)
     shutil.copy(ROOT / "tests/ops/alerts.test.yml", tmp_path)
+    (rules,) = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+    tests = yaml.safe_load((tmp_path / "alerts.test.yml").read_text())["tests"]
+    tested = {case["alertname"] for test in tests for case in test["alert_rule_test"]}
+    assert tested == {rule["alert"] for rule in rules["rules"]}
     promtool("test", "rules", tmp_path / "alerts.test.yml")
 
 
@@ -59,5 +62,7 @@ def test_panels_have_places_of_their_own_and_a_known_data_source() -> None:
         assert not cells & taken and place["x"] + place["w"] <= 24, panel["title"]
         taken |= cells
         assert panel["datasource"]["uid"] == "${datasource}"
+    source, *variables = dashboard["templating"]["list"]
+    assert source["name"] == "datasource"
+    assert {variable["datasource"]["uid"] for variable in variables} == {"${datasource}"}
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    assert re.search(r'"name": "datasource"', DASHBOARD.read_text())

@@ -90,7 +90,6 @@ function State({ state }) {
 function Node({ worker }) {
   if (worker.registered) return "registered";
   if (worker.registered === null) return "does not know this task";
-  if (worker.registered === null) return "not at the node";
   return html`<span>not registered${worker.last_error && html`<span class="detail problem">${worker.last_error}</span>`}</span>`;
 }
 
