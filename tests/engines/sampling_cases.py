@@ -33,17 +33,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "min_tokens": {"temperature": 0.0, "min_tokens": 3, "stop_token_ids": frozenset(range(500))},
     "logit_bias": {"logit_bias": ((3, 2.0), (9, -100.0)), "top_p": 0.9},
     "mask": {"temperature": 1.0},
+    "mask, greedy": {"temperature": 0.0},
+    "mask, all filters": {"temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.01},
 }
 
 
 class OnlyEvery:
-    """A grammar that allows multiples of a number that changes with the output, and in between everything."""
+    """A grammar that allows multiples of a number that changes with the output, and in between everything.
+
+    So some masks allow half of the tokens, and some a few.
+    """
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
 
     def allowed(self, output: list[int]) -> list[int]:
-        return list(range(0, self._vocabulary, 1 if len(output) % 3 == 1 else 2 + len(output)))
+        return list(range(0, self._vocabulary, 1 if len(output) % 3 == 1 else 2 + 11 * len(output)))
 
 
 def masks_of(rows: list[Sequence], vocabulary: int) -> Masks | None:
@@ -69,7 +74,7 @@ def row(
 def row_of(kind: str, slot: int, vocabulary: int) -> Sequence:
     """A row of KINDS with a prompt and a seed of its own."""
     made = row(slot, (slot, slot, slot + 1, 90 + slot), seed=slot, **KINDS[kind])
-    if kind == "mask":
+    if kind.startswith("mask"):
         made.grammar = OnlyEvery(vocabulary)  # type: ignore[assignment]
     return made
 

@@ -20,7 +20,7 @@ from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.cache import prefix_cache
 from workers.engines.chat.model.layers import LayerOperations
 from workers.engines.chat.pipeline import DecodePipeline, LaunchedStep
-from workers.engines.chat.sampling.draw import draw
+from workers.engines.chat.sampling.choose import choose
 
 PAGES = 10
 """Of 8 tokens: too few for all requests at once."""
@@ -81,7 +81,7 @@ class Trial:
         self.collector: Collector
         self.engine, self.collector = make_engine(weights, kv_cache_tokens=8 * PAGES, max_batch_size=6)
         parts = self.engine.parts
-        parts.sampler._draw = draw
+        parts.sampler._choose = choose
         self.launched = 0
         """How many steps were launched before the tokens of the step before were read."""
         if pipelined:

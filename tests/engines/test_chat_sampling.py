@@ -21,8 +21,9 @@ from tests.engines.sampling_cases import FILTERS, KINDS, expected_token, masks_o
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
-from workers.engines.chat.sampling.draw import Filters, _bound, compiled_draw, draw
-from workers.engines.chat.sampling.masks import Masks, exclude
+from workers.engines.chat.sampling.choose import choose, compiled_choose
+from workers.engines.chat.sampling.draw import Filters, _bound
+from workers.engines.chat.sampling.masks import Masks
 from workers.engines.chat.sampling.parameters import SlotParameters, seed_states, uniforms
 from workers.engines.chat.sampling.sampler import Sampler
 from workers.engines.chat.sequence import Sequence
@@ -91,9 +92,9 @@ def test_the_compiled_draw_gives_what_torchs_operations_give(params):
     filters = filters_of([params] * 600)
     uniform = torch.rand(600, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1 - 2**-24])
-    found = compiled_draw()(logits.clone(), filters, uniform)
+    found = compiled_choose()(logits.clone(), filters, {"uniforms": uniform})
     assert (found >= 5).all()
-    assert draw(logits, filters, uniform).tolist() == found.tolist()
+    assert choose(logits, filters, {"uniforms": uniform}).tolist() == found.tolist()
 
 
 @pytest.mark.parametrize("way", ["compiled", "torch"])
@@ -103,8 +104,7 @@ def test_tokens_are_those_of_float64_and_a_sorted_vocabulary(way, monkeypatch):
     rows = [row_of(kind, slot, 1000) for slot, kind in enumerate(list(KINDS) * 10)]
     sampler = Sampler(1000, len(rows), CPU)
     if way == "torch":
-        monkeypatch.setattr(sampler, "_draw", draw)
-        monkeypatch.setattr(sampler, "_exclude", exclude)
+        monkeypatch.setattr(sampler, "_choose", choose)
     for _ in range(4):
         logits = (
             torch.randn(len(rows), 1000) * torch.logspace(-1, 1, len(rows))[torch.randperm(len(rows)), None]
@@ -149,9 +149,9 @@ def test_each_row_is_drawn_by_its_own_filters():
     torch.manual_seed(8)
     logits = torch.randn(len(FILTERS), 500)
     uniform = torch.rand(len(FILTERS), dtype=torch.float64)
-    together = compiled_draw()(logits.clone(), filters_of(FILTERS), uniform)
+    together = compiled_choose()(logits.clone(), filters_of(FILTERS), {"uniforms": uniform})
     alone = [
-        compiled_draw()(logits[at : at + 1].clone(), filters_of([own]), uniform[at : at + 1])
+        compiled_choose()(logits[at : at + 1].clone(), filters_of([own]), {"uniforms": uniform[at : at + 1]})
         for at, own in enumerate(FILTERS)
     ]
     assert together.tolist() == torch.cat(alone).tolist()
@@ -162,8 +162,8 @@ def test_rounding_never_draws_a_token_without_weight():
     logits = torch.randn(4000, 128) * 4
     logits[:, 100:] = -torch.inf
     uniform = torch.full((len(logits),), 1 - 2**-24, dtype=torch.float64)
-    for way in (draw, compiled_draw()):
-        assert (way(logits.clone(), filters_of([{}] * len(logits)), uniform) < 100).all()
+    for way in (choose, compiled_choose()):
+        assert (way(logits.clone(), filters_of([{}] * len(logits)), {"uniforms": uniform}) < 100).all()
 
 
 def test_a_goal_that_rounding_puts_out_of_reach_keeps_everything():
@@ -173,16 +173,49 @@ def test_a_goal_that_rounding_puts_out_of_reach_keeps_everything():
     torch.testing.assert_close(reached, weights.double().sum(-1, keepdim=True))
 
 
-@pytest.mark.parametrize("params", FILTERS, ids=str)
-def test_logits_that_are_no_numbers_give_some_token(params):
+@pytest.mark.parametrize("allowed", [300, 250, 3, 1], ids="{} allowed".format)
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, *FILTERS], ids=str)
+def test_logits_that_are_no_numbers_give_some_token(params, allowed):
     """On a GPU an index outside of a tensor would end the process, and with it all requests."""
     logits = torch.randn(4, 300)
     logits[0] = torch.nan
     logits[1, 5] = -torch.nan
     logits[2, 7] = torch.inf
     logits[3] = -torch.inf
-    tokens = draw(logits, filters_of([params] * 4), torch.full((4,), 1 - 2**-24, dtype=torch.float64))
-    assert ((tokens >= 0) & (tokens < 300)).all()
+    bits = np.packbits(np.arange(320) < allowed, bitorder="little").view(np.int32)
+    sent: dict[str, torch.Tensor] = {}
+    if allowed < 300:
+        sent = {"masked": torch.arange(4), "allowed": torch.from_numpy(np.tile(bits, (4, 1)))}
+    filters = None if params.get("temperature") == 0 else filters_of([params] * 4)
+    if filters is not None:
+        sent["uniforms"] = torch.full((4,), 1 - 2**-24, dtype=torch.float64)
+    for way in (choose, compiled_choose()):
+        tokens = way(logits.clone(), filters, sent)
+        assert ((tokens >= 0) & (tokens < 300)).all()
+
+
+@pytest.mark.parametrize("way", ["compiled", "torch"])
+def test_a_mask_allows_one_token_or_some_or_all(way):
+    """Also at the size at which the compiled loops begin to gather tokens, and with bits behind the last one."""
+    torch.manual_seed(12)
+    vocabulary, sizes = 1000, (1, 2, 31, 124, 125, 126, 127, 500, 999, 1000)
+    logits = torch.randn(len(sizes), vocabulary)
+    orders = [torch.randperm(vocabulary) for _ in sizes]
+    bits = np.zeros((len(sizes), 1024), np.bool_)
+    bits[:, vocabulary:] = True
+    for own, order, size in zip(bits, orders, sizes, strict=True):
+        own[order[:size].numpy()] = True
+    words = np.packbits(bits, axis=1, bitorder="little").view(np.int32)
+    sent = {"masked": torch.arange(len(sizes)), "allowed": torch.from_numpy(words)}
+    excluded = logits.masked_fill(~torch.from_numpy(bits[:, :vocabulary]), -torch.inf)
+    own_way = compiled_choose() if way == "compiled" else choose
+    assert own_way(logits.clone(), None, sent).tolist() == excluded.argmax(-1).tolist()
+    filters = filters_of([{}] * len(sizes))
+    for point in (0.0, 0.3, 1 - 2**-24):
+        sent["uniforms"] = torch.full((len(sizes),), point, dtype=torch.float64)
+        cumulative = excluded.double().softmax(-1).cumsum(-1)
+        expected = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)[:, 0]
+        assert own_way(logits.clone(), filters, sent).tolist() == expected.tolist()
 
 
 def test_uniform_numbers_look_uniform_and_independent():
@@ -236,7 +269,7 @@ def test_rows_that_are_no_tokens_are_never_chosen(params, way, monkeypatch):
     logits[:, 290:] += 30
     sampler = Sampler(VOCABULARY, 200, CPU, 290)
     if way == "torch":
-        monkeypatch.setattr(sampler, "_draw", draw)
+        monkeypatch.setattr(sampler, "_choose", choose)
     sampled = sampler.sample(logits, [row(index, seed=index, logprobs=20, **params) for index in range(200)])
     assert max(sampled.tokens) < 290
     assert all(max(logprobs.top)[0] < 290 for logprobs in sampled.logprobs.values())

@@ -19,6 +19,8 @@ class MaskFiller:
         self._words = words
         self._threads = threads
         self._executor: LLExecutor | None = None
+        self._bits = np.empty((0, words), np.int32)
+        """The masks of a step, which the next one overwrites: new memory is mapped page by page."""
         # calling the executor waits for its threads
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="grammar masks")
 
@@ -31,7 +33,9 @@ class MaskFiller:
         if not known:
             return PendingMasks([])
         self._executor = self._executor or LLExecutor(num_threads=self._threads)
-        bits = np.empty((len(known), self._words), np.int32)
+        if len(self._bits) < len(known):
+            self._bits = np.empty((len(known), self._words), np.int32)
+        bits = self._bits[: len(known)]
         matchers = [(row.grammar.matcher, at) for at, row in enumerate(known) if row.grammar is not None]
         future = self._caller.submit(
             self._executor.unsafe_compute_mask_ptr,
@@ -88,9 +92,13 @@ def unwanted_ends(row: Sequence) -> frozenset[int]:
 
 def exclude(bits: np.ndarray, tokens: frozenset[int]) -> None:
     """Remove these tokens from a mask, int32 [words], unless it allows no others."""
-    before = bits.copy()
     words = bits.view(np.uint32)
-    for token in tokens:
+    # seldom any: within a value no end token is allowed
+    allowed = [token for token in tokens if int(words[token // 32]) >> token % 32 & 1]
+    if not allowed:
+        return
+    before = bits.copy()
+    for token in allowed:
         words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
     if not bits.any():
         bits[:] = before

@@ -67,7 +67,7 @@ def _shorten(bits: Any, shift: Any, half: Any) -> Any:
 
 
 @numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
-def _largest(row: Any, count: int) -> Any:
+def largest_of(row: Any, count: int) -> Any:
     # vector instructions need "nnan" here: no NaN is expected, and after one no result is right anyway
     best = row[0]
     for at in range(count):
@@ -77,12 +77,17 @@ def _largest(row: Any, count: int) -> Any:
 
 @compiled
 def exp_of_differences(row: Any, count: int, scale: Any) -> Any:
-    """Replace row[:count] by exp(scale * (row - its maximum)). Returns the sum.
+    """Replace row[:count] by exp(scale * (row - its maximum)). Returns the sum."""
+    return exp_below(row, count, largest_of(row, count), scale)
+
+
+@numba.njit(nogil=True, fastmath=REORDERED, inline="always")
+def exp_below(row: Any, count: int, best: Any, scale: Any) -> Any:
+    """Replace row[:count] by exp(scale * (row - best)), where no number exceeds `best`. Returns the sum.
 
     exp(x) = 2^k e^r with |r| <= ln(2)/2. For e^r a polynomial of degree 6 is exact to float32's rounding, and
     unlike a call of the library's exp it compiles to vector instructions.
     """
-    best = _largest(row, count)
     # a product, because a division would be checked for zero, which rules out vector instructions
     scale_to_bits = np.float32(scale * 1.4426950408889634)
     exponents = np.empty(count, np.int32)
@@ -277,12 +282,12 @@ def refine_greatest(logits: Any, x: Any, weight: Any) -> None:
     numbers = bits.view(np.float32)
     for row in range(rows):
         own = logits[row]
-        best = _largest(own, vocabulary)
+        best = largest_of(own, vocabulary)
         # two numbers that each are rounded by at most half of the last of 8 bits
         least = best - abs(best) * np.float32(2**-7)
         for start in range(0, vocabulary, BLOCK):
             count = min(BLOCK, vocabulary - start)
-            if not _largest(own[start:], count) >= least:
+            if not largest_of(own[start:], count) >= least:
                 continue
             for token in range(start, start + count):
                 if own[token] >= least:

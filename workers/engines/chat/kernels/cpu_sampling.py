@@ -1,14 +1,15 @@
-"""Inner loops for sampling on a CPU, compiled by numba: excluding and drawing tokens.
+"""Inner loops for sampling on a CPU, compiled by numba: what grammars allow, the best token, drawing tokens.
 
-torch needs a sort of every row for drawing. numba doesn't see a change of what is imported from cpu.py: such a
-change must touch this file, too.
+torch needs a sort of every row for drawing. numba doesn't see a change of what is imported from cpu.py: such
+a change must touch this file, too.
 """
 
 from typing import Any
 
+import numba
 import numpy as np
 
-from workers.engines.chat.kernels.cpu import compiled, exp_of_differences
+from workers.engines.chat.kernels.cpu import REORDERED, compiled, exp_below, largest_of
 
 BITS_OF_ONE = np.int32(0x3F800000)
 """The bits of 1.0 in float32. Positive floats are ordered like their bits."""
@@ -17,26 +18,31 @@ BLOCK = 128
 """Number of weights that are summed in float32. The sums of these blocks are added in float64."""
 
 
-@compiled
-def exclude_tokens(logits: Any, places: Any, allowed: Any) -> None:
-    """Set logits[places] to -inf where a bit of `allowed` is 0.
+FEW = 8
+"""Where a mask allows at most the vocabulary / FEW tokens, these are gathered: less work than a whole row."""
 
-    logits [rows, vocabulary]; allowed int32 [places, words].
+BIT_OF = np.zeros(37, np.int32)
+"""The number of a bit, by its value modulo 37: all 32 differ."""
+BIT_OF[[(1 << bit) % 37 for bit in range(32)]] = np.arange(32)
+
+
+@compiled
+def best_tokens(logits: Any, places: Any, mask_of: Any, allowed: Any, counts: Any, tokens: Any) -> None:
+    """Find, for each of the rows `places`, the token with the greatest logit that its mask allows.
+
+    All but `places`: as for `draw_tokens`.
     """
-    vocabulary = logits.shape[1]
-    for row in range(len(places)):
-        own = logits[places[row]]
-        for word in range(-(-vocabulary // 32)):
-            bits = allowed[row, word]
-            if bits == -1:
-                continue
-            start, end = 32 * word, min(32 * word + 32, vocabulary)
-            if bits == 0:
-                own[start:end] = -np.inf
-                continue
-            for token in range(start, end):
-                if not (bits >> (token - start)) & 1:
-                    own[token] = -np.inf
+    ids = np.empty(logits.shape[1] // FEW, np.int32)
+    for at in range(len(places)):
+        row, mask = logits[places[at]], mask_of[places[at]]
+        if counts[mask] <= len(ids):
+            count = _gather(row, allowed[mask], ids)
+            best = 0
+            for other in range(1, count):
+                best = other if row[other] > row[best] else best
+            tokens[at] = ids[best]
+        else:
+            _, tokens[at] = _exclude(row, allowed[mask])
 
 
 @compiled
@@ -48,24 +54,86 @@ def draw_tokens(
     top_p: Any,
     min_p: Any,
     uniforms: Any,
+    mask_of: Any,
+    allowed: Any,
+    counts: Any,
     tokens: Any,
 ) -> None:
     """Draw a token for each of the rows `drawn` of logits [rows, vocabulary]. These rows are overwritten.
 
-    All other arrays are [drawn rows]. Writes tokens.
+    mask_of int64 [rows]: which of the masks `allowed`, int32 [masks, words], says what a row may have; -1:
+    none. counts int64 [masks]: how many tokens they allow. All other arrays are [drawn rows]. Writes tokens.
 
     In transformers' order: temperature, top_k (0: all), top_p within these (1: all), min_p. The token is the
     one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
     uniforms[row] of their sum.
     """
-    vocabulary = logits.shape[1]
+    ids = np.empty(logits.shape[1] // FEW, np.int32)
     for row in range(len(drawn)):
-        weights = logits[drawn[row]]
-        exp_of_differences(weights, vocabulary, np.float32(1) / temperature[row])
+        weights, mask = logits[drawn[row]], mask_of[drawn[row]]
+        gathered = mask >= 0 and counts[mask] <= len(ids)
+        if gathered:
+            weights = weights[: _gather(weights, allowed[mask], ids)]
+        if gathered or mask < 0:
+            largest = largest_of(weights, len(weights))
+        else:
+            largest, _ = _exclude(weights, allowed[mask])
+        exp_below(weights, len(weights), largest, np.float32(1) / temperature[row])
         least = np.float32(min_p[row])
-        if 0 < top_k[row] < vocabulary or top_p[row] < 1:
+        if 0 < top_k[row] < len(weights) or top_p[row] < 1:
             least = max(least, _smallest_kept(weights, top_k[row], top_p[row]))
-        tokens[row] = _pick(weights, least, uniforms[row])
+        picked = _pick(weights, least, uniforms[row])
+        tokens[row] = ids[picked] if gathered else picked
+
+
+@compiled
+def _gather(row: Any, words: Any, ids: Any) -> int:
+    """Write which tokens a mask allows to `ids`, in order, and their logits to the row's beginning.
+
+    Returns how many they are.
+    """
+    found = 0
+    for word in range(len(words)):
+        bits = np.uint32(words[word])
+        while bits:
+            lowest = bits & (np.uint32(0) - bits)
+            token = 32 * word + BIT_OF[lowest % np.uint32(37)]
+            # a mask may have more bits than there are logits
+            if token < len(row):
+                ids[found] = token
+                row[found] = row[token]
+                found += 1
+            bits ^= lowest
+    return found
+
+
+@numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
+def _exclude(row: Any, words: Any) -> Any:
+    """Set row [vocabulary] to -inf where a bit of `words` is 0. Returns the largest of the rest, its place."""
+    # "nnan" as in largest_of
+    largest, within = np.float32(-np.inf), 0
+    whole = len(row) // 32
+    for word in range(whole):
+        bits = words[word]
+        # a slice, because an index that might be negative rules out vector instructions
+        part = row[32 * word : 32 * word + 32]
+        if bits != -1:
+            for at in range(32):
+                part[at] = part[at] if (bits >> np.int32(at)) & np.int32(1) else np.float32(-np.inf)
+        best = part[0]
+        for at in range(32):
+            best = part[at] if part[at] > best else best
+        if best > largest:
+            largest, within = best, 32 * word
+    for token in range(32 * whole, len(row)):
+        if not (words[whole] >> np.int32(token - 32 * whole)) & np.int32(1):
+            row[token] = -np.inf
+        elif row[token] > largest:
+            largest, within = row[token], token
+    for token in range(within, min(within + 32, len(row))):
+        if row[token] == largest:
+            return largest, token
+    return largest, within
 
 
 @compiled

@@ -1,11 +1,10 @@
 """Draws tokens with temperature, top_k, top_p and min_p, each from one uniform number.
 
-There are two implementations, in torch and compiled for a CPU. Both invert the cumulative distribution in the
-order of the vocabulary, so a seed gives the same text with either. Neither sorts the vocabulary, and the one
-in torch never waits for the device.
+With torch's operations, on any device; kernels/cpu_sampling.py does the same on a CPU. Both invert the
+cumulative distribution in the order of the vocabulary, so a seed gives the same text with either. Neither
+sorts the vocabulary, and the one in torch never waits for the device.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -45,35 +44,17 @@ class Filters(NamedTuple):
         )
 
 
-Draw = Callable[[torch.Tensor, Filters, torch.Tensor], torch.Tensor]
-"""(logits float32 [rows, vocabulary], filters, uniforms float64 [drawn]) -> tokens int64 [drawn].
-
-The logits of the drawn rows may be overwritten.
-"""
-
-
 def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
-    """`Draw` with torch's operations, on any device."""
+    """Draw a token for each row of the filters: int64 [drawn].
+
+    logits float32 [rows, vocabulary]; those of the drawn rows may be overwritten. uniforms float64 [drawn].
+    """
     row_bytes = 9 * logits.shape[-1]
     if filters.top_k_used or filters.top_p_used:
         row_bytes = 20 * logits.shape[-1] + (16 << DIGIT)
     return torch.cat(
         [_draw_piece(logits, filters.part(at), uniforms[at]) for at in pieces(len(uniforms), row_bytes)]
     )
-
-
-def compiled_draw() -> Draw:
-    """Return the `Draw` for a CPU."""
-    # imported here, so that a worker on a GPU doesn't load a compiler
-    from workers.engines.chat.kernels.cpu_sampling import draw_tokens
-
-    def draw(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:
-        tokens = torch.zeros(len(uniforms), dtype=torch.int64)
-        columns = (column.numpy() for column in (*filters[:5], uniforms, tokens))
-        draw_tokens(logits.contiguous().numpy(), *columns)
-        return tokens
-
-    return draw
 
 
 def _draw_piece(logits: torch.Tensor, filters: Filters, uniforms: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Excludes the tokens that a row's grammar does not allow next."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +20,11 @@ class Masks(NamedTuple):
     """
 
 
-Exclude = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""(logits float32 [rows, vocabulary], masked, allowed): sets what is not allowed to -inf, in place."""
-
-
 def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -> None:
-    """`Exclude` with torch's operations, on any device."""
+    """Set what is not allowed to -inf, in place, with torch's operations, on any device.
+
+    logits float32 [rows, vocabulary]; masked and allowed: those of Masks.
+    """
     bit = torch.arange(8, dtype=torch.uint8, device=logits.device)
     # the lowest byte of a word comes first
     allowed = allowed.view(torch.uint8)
@@ -34,14 +32,3 @@ def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -
         bits = (allowed[at, :, None] >> bit) & 1
         excluded = bits.flatten(1)[:, : logits.shape[-1]] == 0
         logits[masked[at]] = logits[masked[at]].masked_fill(excluded, -torch.inf)
-
-
-def compiled_exclude() -> Exclude:
-    """Return the `Exclude` for a CPU."""
-    # imported here, so that a worker on a GPU doesn't load a compiler
-    from workers.engines.chat.kernels.cpu_sampling import exclude_tokens
-
-    def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -> None:
-        exclude_tokens(logits.numpy(), masked.numpy(), allowed.numpy())
-
-    return exclude

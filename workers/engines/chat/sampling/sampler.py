@@ -14,9 +14,9 @@ import torch
 
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
+from workers.engines.chat.sampling.choose import choose, compiled_choose
 from workers.engines.chat.sampling.device import LaterTokens, pieces, to_host
-from workers.engines.chat.sampling.draw import compiled_draw, draw
-from workers.engines.chat.sampling.masks import Masks, compiled_exclude, exclude
+from workers.engines.chat.sampling.masks import Masks
 from workers.engines.chat.sampling.parameters import SlotParameters
 from workers.engines.chat.sampling.penalties import Penalties
 from workers.engines.chat.sequence import Sequence
@@ -53,8 +53,7 @@ class Sampler:
         self._parameters = SlotParameters(slots)
         self._penalties = Penalties(vocabulary, slots, device)
         self._batch: Batch | None = None
-        self._draw = compiled_draw() if device.type == "cpu" else draw
-        self._exclude = compiled_exclude() if device.type == "cpu" else exclude
+        self._choose = compiled_choose() if device.type == "cpu" else choose
         self._never = torch.full((), -torch.inf, device=device)
 
     @torch.inference_mode()
@@ -100,7 +99,7 @@ class Sampler:
         if self._padding.start < self._padding.stop:
             logits[:, self._padding] = -torch.inf
         if batch.plain and masks is None:
-            return _argmax(logits), None
+            return self._choose(logits, None, {}), None
         news = batch.news(ahead or [])
         if masks is not None:
             news |= masks._asdict()
@@ -109,7 +108,7 @@ class Sampler:
         sent = self._uploads.named(news)
         raw = logits[batch.logprob_places] if batch.logprob_places is not None else None
         self._adjust(logits, batch, sent, unread)
-        return self._choose(logits, batch, sent), raw
+        return self._choose(logits, batch.filters, sent), raw
 
     def _batch_of(self, rows: list[Sequence]) -> Batch:
         slots = [row.slot for row in rows]
@@ -124,7 +123,7 @@ class Sampler:
         sent: dict[str, torch.Tensor],
         unread: torch.Tensor | None,
     ) -> None:
-        """Apply everything that comes before temperature, in place."""
+        """Apply penalties, biases and min_tokens, in place."""
         if batch.penalties is not None:
             own = batch.penalties
             counted = None if unread is None else unread[own.rows] + own.slots * self._vocabulary
@@ -136,24 +135,6 @@ class Sampler:
         if "banned" in sent:
             places, tokens = sent["banned"]
             logits.index_put_((places, tokens), self._never)
-        if "allowed" in sent:
-            self._exclude(logits, sent["masked"], sent["allowed"])
-
-    def _choose(self, logits: torch.Tensor, batch: Batch, sent: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the rows' tokens, int64 [rows]."""
-        if batch.filters is None:
-            return _argmax(logits)
-        drawn = self._draw(logits, batch.filters, sent["uniforms"])
-        if len(drawn) == len(logits):
-            return drawn
-        return _argmax(logits).index_copy_(0, batch.filters.rows, drawn)
-
-
-def _argmax(logits: torch.Tensor) -> torch.Tensor:
-    if logits.device.type != "cpu":
-        return logits.argmax(-1)
-    # numpy uses vector instructions here and takes a tenth of torch's time
-    return torch.from_numpy(logits.numpy().argmax(-1))
 
 
 def _with_logprobs(

@@ -1,0 +1,70 @@
+"""Chooses a token for each row: the best one or a drawn one, of those that its grammar allows.
+
+There are two implementations, in torch and compiled for a CPU.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from workers.engines.chat.sampling.draw import Filters, draw
+from workers.engines.chat.sampling.masks import exclude
+
+Choose = Callable[[torch.Tensor, Filters | None, dict[str, torch.Tensor]], torch.Tensor]
+"""(logits float32 [rows, vocabulary], filters, sent) -> tokens int64 [rows]. The logits may be overwritten.
+
+filters: of the rows that are drawn, None: none. sent: `uniforms`, float64 [drawn rows], if there are any, and
+`masked` and `allowed`, those of Masks, if rows have a grammar.
+"""
+
+
+def choose(logits: torch.Tensor, filters: Filters | None, sent: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`Choose` with torch's operations, on any device."""
+    if "allowed" in sent:
+        exclude(logits, sent["masked"], sent["allowed"])
+    if filters is None:
+        return logits.argmax(-1)
+    drawn = draw(logits, filters, sent["uniforms"])
+    if len(drawn) == len(logits):
+        return drawn
+    return logits.argmax(-1).index_copy_(0, filters.rows, drawn)
+
+
+def compiled_choose() -> Choose:
+    """Return the `Choose` for a CPU."""
+    # imported here, so that a worker on a GPU doesn't load a compiler
+    from workers.engines.chat.kernels.cpu_sampling import best_tokens, draw_tokens
+
+    def choose(logits: torch.Tensor, filters: Filters | None, sent: dict[str, torch.Tensor]) -> torch.Tensor:
+        values = logits.contiguous().numpy()
+        if filters is None and "allowed" not in sent:
+            # numpy uses vector instructions here and takes a tenth of torch's time
+            return torch.from_numpy(values.argmax(-1))
+        tokens, greedy = np.zeros(len(values), np.int64), np.ones(len(values), np.bool_)
+        masks = _masks(len(values), sent)
+        if filters is not None:
+            rows, *columns = (column.numpy() for column in (*filters[:5], sent["uniforms"]))
+            drawn = np.zeros(len(rows), np.int64)
+            draw_tokens(values, rows, *columns, *masks, drawn)
+            tokens[rows], greedy[rows] = drawn, False
+        constrained = np.flatnonzero(greedy & (masks[0] >= 0))
+        if len(constrained):
+            best = np.zeros(len(constrained), np.int64)
+            best_tokens(values, constrained, *masks, best)
+            tokens[constrained], greedy[constrained] = best, False
+        for row in np.flatnonzero(greedy):
+            tokens[row] = values[row].argmax()
+        return torch.from_numpy(tokens)
+
+    return choose
+
+
+def _masks(rows: int, sent: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mask_of, allowed and counts for the compiled loops."""
+    mask_of = np.full(rows, -1)
+    if "allowed" not in sent:
+        return mask_of, np.zeros((1, 1), np.int32), np.zeros(1, np.int64)
+    allowed = sent["allowed"].numpy()
+    mask_of[sent["masked"].numpy()] = np.arange(len(allowed))
+    return mask_of, allowed, np.bitwise_count(allowed.view(np.uint32)).sum(1, dtype=np.int64)
