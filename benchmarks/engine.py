@@ -7,9 +7,9 @@ because the speed of a shared machine varies. Prints
 - tokens/s at 1, 16 and 64 requests and the ratio to the static batch, by the clock and by CPU time, which
   other processes don't disturb (with one torch thread, engine and static batch are one thread's work each),
 - the share of a step that passes outside the model, greedy and sampled,
-- tokens/s of 64 requests whose answers must follow a JSON Schema, relative to 64 that are free,
 - the speed of 31 short requests beside one of 3,000 tokens, relative to 31 of them beside a short one,
-- the p99 gap between tokens of 16 running streams while a prompt of 2,000 tokens is computed.
+- the p99 gap between tokens of 16 running streams while a prompt of 2,000 tokens is computed,
+- what structured output costs a step with a vocabulary of 128,256 tokens (structured.py).
 """
 
 import argparse
@@ -19,9 +19,7 @@ import json
 import platform
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,115 +27,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from catalogue import ChatModelEntry
-from protocol.events import Delta, Event, is_terminal
-from protocol.jobs import ChatJob, OutputFormat, SamplingParams
-from workers.engines.chat import ChatEngine
+from benchmarks import structured
+from benchmarks.engine_requests import NEW_TOKENS, EngineBench
 
 DEMO_MODEL = Path(__file__).parent.parent / "demo" / "models" / "chat"
-NEW_TOKENS = 128
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 20},
-        "age": {"type": "integer", "minimum": 0, "maximum": 150},
-        "tags": {"type": "array", "items": {"enum": ["red", "green", "blue"]}, "maxItems": 3},
-        "home": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": "^[A-Z][a-z]{2,12}$"}]},
-    },
-    "required": ["name", "age", "tags", "home"],
-    "additionalProperties": False,
-}
-PEOPLE = OutputFormat(
-    kind="json_schema",
-    # no answer is complete before it is cut off
-    text=json.dumps({"type": "array", "items": PERSON, "minItems": 1000}),
-    param="response_format",
-)
-WORDS = [
-    "red",
-    "circle",
-    "what",
-    "can",
-    "you",
-    "draw",
-    "please",
-    "tell",
-    "me",
-    "a",
-    "story",
-    "about",
-    "ports",
-    "now",
-]
-
-
-class Timeline:
-    """An `emit` that records the tokens of each request, with the time and the engine thread's CPU time."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self.gains: dict[str, list[tuple[float, int, float]]] = {}
-        self.ended: set[str] = set()
-        self.prompt_tokens: dict[str, int] = {}
-
-    def __call__(self, events: Sequence[tuple[str, Event]]) -> None:
-        now, busy = time.perf_counter(), time.thread_time()
-        with self._changed:
-            for request_id, event in events:
-                if isinstance(event, Delta):
-                    self.gains.setdefault(request_id, []).append((now, event.tokens, busy))
-                if is_terminal(event):
-                    usage = getattr(event, "usage", None)
-                    assert usage is not None, event
-                    self.prompt_tokens[request_id] = usage.prompt_tokens
-                    self.ended.add(request_id)
-            self._changed.notify_all()
-
-    def wait(self, condition: Any) -> None:
-        with self._changed:
-            if not self._changed.wait_for(condition, 600):
-                raise TimeoutError("the engine made no progress for 600 s")
-
-    def tokens(self, request_id: str) -> int:
-        return sum(count for _, count, _ in self.gains.get(request_id, ()))
-
-
-class EngineBench:
-    """An engine, and requests for it."""
-
-    def __init__(self, weights: Path, threads: int, **options: Any) -> None:
-        """`options`: more of the catalogue's engine options."""
-        options = {"torch_threads": threads, "max_batch_size": 64, **options}
-        entry = {"name": "bench", "tasks": ["chat"], "weights": str(weights), "engine": options}
-        self.engine = ChatEngine(ChatModelEntry.model_validate(entry))
-        self.timeline = Timeline()
-        self.engine.load(self.timeline)
-        self._serial = 0
-
-    def submit(
-        self, words: int, tokens: int = NEW_TOKENS, output_format: OutputFormat | None = None, **sampling: Any
-    ) -> str:
-        """Submit a request with a prompt of its own. Returns its id."""
-        self._serial += 1
-        text = [str(self._serial)] + [WORDS[(self._serial * 7 + at * at) % len(WORDS)] for at in range(words)]
-        params = SamplingParams(**{"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **sampling})
-        messages = [{"role": "user", "content": " ".join(text)}]
-        name = f"r{self._serial}"
-        self.engine.submit(
-            ChatJob(id=name, model="bench", messages=messages, sampling=params, output_format=output_format)
-        )
-        return name
-
-    def wait(self, ids: list[str]) -> None:
-        self.timeline.wait(lambda: all(request_id in self.timeline.ended for request_id in ids))
-
-    def burst(self, count: int, **sampling: Any) -> tuple[float, float, int]:
-        """Run `count` requests at once. Returns wall seconds, CPU seconds, and the tokens of a prompt."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        ids = [self.submit(14, **sampling) for _ in range(count)]
-        self.wait(ids)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        return wall, cpu, self.timeline.prompt_tokens[ids[0]]
 
 
 class Bench(EngineBench):
@@ -194,20 +87,6 @@ def outside_share(bench: Bench, rounds: int, **sampling: Any) -> float:
         steps = after.step_seconds - before.step_seconds
         shares.append(1 - (after.model_seconds - before.model_seconds) / steps)
     return statistics.median(shares)
-
-
-def structured(bench: Bench, rounds: int) -> dict[str, float]:
-    """64 requests, sampled: tokens/s without and with a JSON Schema, and the median ratios."""
-    pairs = [
-        [bench.burst(64, temperature=0.7, seed=1, output_format=wanted)[:2] for wanted in (None, PEOPLE)]
-        for _ in range(rounds)
-    ]
-    return {
-        "free_tokens_per_s": 64 * NEW_TOKENS / min(free[0] for free, _ in pairs),
-        "structured_tokens_per_s": 64 * NEW_TOKENS / min(bound[0] for _, bound in pairs),
-        "ratio": statistics.median(free[0] / bound[0] for free, bound in pairs),
-        "ratio_cpu_time": statistics.median(free[1] / bound[1] for free, bound in pairs),
-    }
 
 
 def long_among_short(bench: Bench, rounds: int) -> dict[str, float]:
@@ -299,7 +178,6 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
                 "throughput": throughput(bench, rounds),
                 "outside_model_greedy": outside_share(bench, rounds),
                 "outside_model_sampled": outside_share(bench, rounds, temperature=0.7, top_p=0.9, seed=1),
-                "structured": structured(bench, rounds),
                 "long_among_short": long_among_short(bench, rounds),
                 "prefill_gaps": prefill_gaps(bench),
                 "preemptions": bench.engine.metrics.preemptions,
@@ -318,11 +196,6 @@ def show(result: dict[str, Any]) -> None:
         )
     print(f"outside the model at 64 requests, greedy: {result['outside_model_greedy']:.1%} of a step")
     print(f"outside the model at 64 requests, temperature and top_p: {result['outside_model_sampled']:.1%}")
-    bound = result["structured"]
-    print(
-        f"64 requests: {bound['free_tokens_per_s']:.0f} tok/s free, {bound['structured_tokens_per_s']:.0f} with a"
-        f" JSON Schema: {bound['ratio']:.2f}, {bound['ratio_cpu_time']:.2f} by CPU time"
-    )
     long = result["long_among_short"]
     print(
         f"31 short requests: {long['beside_a_short_one']:.0f} tok/s beside a short one,"
@@ -348,6 +221,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments.rounds, arguments.threads)
     show(result)
+    result["structured"] = structured.measure(max(1, arguments.rounds // 2), arguments.threads)
+    structured.show(result["structured"])
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks.chat import SMOLLM2
-from benchmarks.engine import NEW_TOKENS, EngineBench
+from benchmarks.engine_requests import NEW_TOKENS, EngineBench
 from tests.deployment import ROOT
 from workers.engines.chat.model.precision import choose_precision
 
