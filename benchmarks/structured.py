@@ -76,7 +76,7 @@ class Cost(NamedTuple):
     step: float
     """By the clock."""
     outside: float
-    """By the clock, outside of the forward pass: waiting for masks, applying them, sampling, texts, events."""
+    """By the clock, outside of the forward pass: waiting for masks, their use, sampling, texts, events."""
     outside_cpu: float
     """The same in CPU time of the engine's thread."""
     process_cpu: float
@@ -116,7 +116,7 @@ class StepClock:
         return worked
 
     def take(self) -> Cost:
-        """Return the mean step since the last call; by the clock the median, as others lengthen single steps."""
+        """Return the mean step since the last call; by the clock the median: others lengthen single steps."""
         costs, self._costs = self._costs, []
         step, outside, *cpu = zip(*costs, strict=True)
         return Cost(statistics.median(step), statistics.median(outside), *map(statistics.mean, cpu))

@@ -113,7 +113,7 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_its_keyword(schema, word
         ("regex", "a(?=b)", "look-ahead"),
         ("regex", "[", "unclosed"),
         ("grammar", "start: foo", "1(8): unknown name"),
-        ("grammar", 'root ::= "a"', "GBNF"),
+        ("grammar", 'a: "a"\nb ::= "a"', "GBNF"),
         ("grammar", "hello", "Expected token"),
         ("grammar", 'start: %json {"type": "string"}', "%json"),
     ],

@@ -196,7 +196,7 @@ def test_logits_that_are_no_numbers_give_some_token(params, allowed):
 
 @pytest.mark.parametrize("way", ["compiled", "torch"])
 def test_a_mask_allows_one_token_or_some_or_all(way):
-    """Also at the size at which the compiled loops begin to gather tokens, and with bits behind the last one."""
+    """Also at the size at which compiled loops begin to gather tokens, and with bits behind the last one."""
     torch.manual_seed(12)
     vocabulary, sizes = 1000, (1, 2, 31, 124, 125, 126, 127, 500, 999, 1000)
     logits = torch.randn(len(sizes), vocabulary)

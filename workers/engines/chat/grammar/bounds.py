@@ -87,7 +87,7 @@ def excess_of_grammar(text: str) -> str | None:
     if len(_RULE.findall(text)) > MAX_RULES:
         return f"a grammar may have at most {MAX_RULES} rules"
     if "::=" in text and not _START.search(text):
-        return "the grammar must be one of Lark, with a rule start; GBNF is not supported"
+        return "a grammar begins with a rule of GBNF, NAME ::= …, or it has a rule start as in Lark"
     if "%json" in text:
         return "%json is not supported in a grammar; send the schema by itself"
     return None

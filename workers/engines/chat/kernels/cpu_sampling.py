@@ -109,7 +109,7 @@ def _gather(row: Any, words: Any, ids: Any) -> int:
 
 @numba.njit(nogil=True, fastmath=REORDERED | {"nnan"})
 def _exclude(row: Any, words: Any) -> Any:
-    """Set row [vocabulary] to -inf where a bit of `words` is 0. Returns the largest of the rest, its place."""
+    """Set row [vocabulary] to -inf where a bit of `words` is 0. Returns the largest left, and its place."""
     # "nnan" as in largest_of
     largest, within = np.float32(-np.inf), 0
     whole = len(row) // 32
