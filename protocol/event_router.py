@@ -134,8 +134,9 @@ class Inbox:
 class EventRouter(threading.Thread):
     """Reads this process's channel and feeds the inboxes, until it is stopped.
 
-    `subscribed` is set while Redis has confirmed the subscription, `gap_seen` when an event is found missing: it
-    was lost or too large to be published, and the replay list has it. Who reads it there clears `gap_seen`.
+    `subscribed` is set while Redis has confirmed the subscription, `gap_seen` when an event is found missing:
+    it was lost or too large to be published, and the replay list has it. Who reads it there clears
+    `gap_seen`.
     """
 
     def __init__(self, client: RedisClient, keys: Keys, web_id: str) -> None:

@@ -73,6 +73,18 @@ def test_relative_links_lead_to_files_and_headings() -> None:
     assert not broken
 
 
+def test_lines_have_at_most_110_characters() -> None:
+    """Except in code and tables, which can't be wrapped."""
+    long = []
+    for page in PAGES:
+        is_code = False
+        for number, line in enumerate(text_of(page).splitlines(), 1):
+            is_code ^= line.startswith("```")
+            if len(line) > 110 and not is_code and not line.startswith(("|", "![")):
+                long.append(f"{page}:{number}")
+    assert not long
+
+
 def test_paths_in_backticks_exist() -> None:
     folders = {name.partition("/")[0] for name in tracked() if "/" in name}
     missing = []

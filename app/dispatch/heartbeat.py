@@ -39,8 +39,8 @@ class WebHeartbeat(threading.Thread):
         gap_seen: threading.Event,
         publish_metrics: Callable[[], None],
     ) -> None:
-        """`gap_seen`: that of the event router. `publish_metrics` is called with each renewal of the lease, and may
-        raise redis.RedisError."""
+        """`gap_seen`: that of the event router. `publish_metrics` is called with each renewal of the lease,
+        and may raise redis.RedisError."""
         super().__init__(name="heartbeat", daemon=True)
         self._web_id = web_id
         self._leases = leases

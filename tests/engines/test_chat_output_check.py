@@ -196,7 +196,8 @@ def test_a_fused_pass_with_weights_in_bfloat16_is_refused_with_any_fault(
 ) -> None:
     given = FAULTS[fault]
     if "scale" in given and not can_pack(torch.ones(1, 1, dtype=torch.bfloat16)):
-        # without the processor's own products in bfloat16, which `auto` requires, the model itself rounds more
+        # without the processor's own products in bfloat16, which `auto` requires, the model itself rounds
+        # more
         given = {"scale": 1 + 2 * (given["scale"] - 1)}
     with pytest.raises(EngineLoadError, match="attention is not the standard one"):
         fusable.judge(Attention(fusable.cache, **given), fused=True)

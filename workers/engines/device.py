@@ -34,7 +34,8 @@ def default_threads() -> int:
 def require_gpus(gpus: list[str]) -> None:
     """Raise EngineLoadError unless this process can use the GPUs that the driver gives it, `gpus`.
 
-    Without this check a model would be served by the CPU, or by the first GPU alone, and nobody would be told.
+    Without this check a model would be served by the CPU, or by the first GPU alone, and nobody would be
+    told.
     """
     if not gpus:
         return

@@ -101,7 +101,10 @@ def _try_flash(
     options: TextEngineOptions,
     caches: CacheFactory,
 ) -> Backend | None:
-    """The backend for a GPU. Returns None, without holding its cache any longer, if its output is not right."""
+    """The backend for a GPU.
+
+    Returns None, without holding its cache any longer, if its output is not right.
+    """
 
     def attention_over(cache: KVCache) -> FlashPagedAttention:
         return FlashPagedAttention(cache, min(loaded.max_context, cache.num_pages * GPU_PAGE))

@@ -1,8 +1,8 @@
 """The forward pass of Llama-shaped models in few large operations.
 
 Each of transformers' own layers runs some 60 operations and as much Python between them: with one row in the
-batch that is most of a step. Here query, key and value are one product, as are gate and up; layers.py has what
-lies between the products. backend.py compares the result with the model's own before the first request.
+batch that is most of a step. Here query, key and value are one product, as are gate and up; layers.py has
+what lies between the products. backend.py compares the result with the model's own before the first request.
 transformers' layers are used if it differs, and for every other architecture.
 """
 
@@ -110,7 +110,8 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
 
-        ids, positions int64 [tokens]. `images` replaces the ids; in these architectures positions are in order.
+        ids, positions int64 [tokens]. `images` replaces the ids; in these architectures positions are in
+        order.
         """
         ops = self._operations
         x = F.embedding(ids, self._embedding) if images is None else images.embeds

@@ -31,8 +31,8 @@ class SplitRunner:
     def set_costs(self, step_overhead: float, attention_cost: float) -> None:
         """Set what is known once the model runs. Before, each step of two sequences is split.
 
-        `step_overhead`: the fixed cost of a forward pass, which both halves have, and `attention_cost`: the cost
-        of attending to one key, both relative to a token's pass through the weights.
+        `step_overhead`: the fixed cost of a forward pass, which both halves have, and `attention_cost`: the
+        cost of attending to one key, both relative to a token's pass through the weights.
         """
         self._step_overhead, self._attention_cost = step_overhead, attention_cost
 
