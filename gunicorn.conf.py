@@ -13,7 +13,7 @@ from logs import print_failure
 
 try:
     _settings = Settings.from_env()
-    # here too, because gunicorn reports whatever the application raises as status 3, with a traceback
+    # here too, because gunicorn reports every exception of the application as status 3, with a traceback
     Catalogue.from_file(_settings.models_file)
 except ConfigurationError as error:
     print_failure("web", str(error), as_json=json_logs_wanted())

@@ -171,7 +171,7 @@ class Lifecycle:
             self._end_process(status)
 
     def _end_within(self, seconds: float, status: int) -> None:
-        """End the process after `seconds`, whatever keeps it: a log that nobody reads blocks each line."""
+        """End the process after `seconds`, even if a thread is blocked, as by a log that nobody reads."""
         timer = threading.Timer(seconds, self._end_process, [status])
         timer.daemon = True
         timer.start()

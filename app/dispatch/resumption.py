@@ -90,7 +90,7 @@ class Resumption:
             raise NotFound(UNKNOWN)
         record = found.record
         with suppress(RedisError):
-            # a reader that is not told reads on, more slowly, and disturbs nobody
+            # a reader that is not told reads on, more slowly, and does not affect others
             self._router.tell_taken_over(request_id, found.reader_before)
         inbox = self._router.open(request_id, record.model)
         inbox.reader = name

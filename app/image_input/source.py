@@ -71,7 +71,7 @@ def _decode_base64(text: str, param: str) -> bytes:
 def _off_loop(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
     """Run a function that takes CPU time in gevent's thread pool, so that it does not delay other requests.
 
-    Without gevent it runs in the current thread, which delays nobody.
+    Without gevent it runs in the current thread, which delays no other request.
     """
 
     def attempt() -> tuple[_T, None] | tuple[None, Exception]:

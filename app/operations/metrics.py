@@ -1,5 +1,5 @@
-"""Metrics for Prometheus: those of all web processes and workers of the deployment, whichever process is
-asked."""
+"""Metrics for Prometheus: each web process answers with those of all web processes and workers of
+the deployment."""
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 class DeploymentMetrics:
-    """Renders all that is in Redis: a counter that was read there never goes back, whichever web process
-    answers the next scrape.
+    """Renders all that is in Redis: a counter that was read there never goes back, also if another web
+    process answers the next scrape.
 
     Without Redis there is `redis_up` alone. What this process counts meanwhile is shown later.
     """
@@ -94,7 +94,7 @@ class _One(CollectorRegistry):
 def _end(snapshot: Snapshot) -> None:
     """Take the gauges of a process that is gone out of its snapshot.
 
-    What a lost worker ran was for nobody.
+    No client received what a lost worker ran.
     """
     lost = snapshot.value(RUNNING_GPU_SECONDS)
     snapshot.families = [family for family in snapshot.families if family.type != "gauge"]

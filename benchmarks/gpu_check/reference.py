@@ -20,7 +20,7 @@ Each of the four logits that decide, two here and two in the engine, is wrong by
 ROW_NOISE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 """How far two computations of one row may differ in any model: the rms, relative to the logits' spread."""
 MOST_ROW_NOISE = 0.2
-"""Attention that misses one key of 24 gives 0.24 or more, whatever the model's own noise."""
+"""Attention that misses one key of 24 gives 0.24 or more, at every level of the model's own noise."""
 
 COMPARED = 4
 """Number of answers from which the noise is measured."""

@@ -210,7 +210,7 @@ class BatchScheduler:
             self._prefixes.store(sequence.slot, sequence.keys(0, sequence.computed))
 
     def finish(self, sequences: Iterable[Sequence]) -> None:
-        """Remove sequences that have ended, whatever their status."""
+        """Remove sequences that have ended, of every status."""
         for sequence in sequences:
             if sequence.status is SequenceStatus.RUNNING:
                 self._stop(sequence)

@@ -85,7 +85,7 @@ class UnfinishedImages(AbstractContextManager["UnfinishedImages"]):
             difference = ImageStat.Stat(
                 ImageChops.difference(decoded.convert("RGB"), image.convert("RGB"))
             ).mean
-        except Exception as error:  # whatever a pipeline raises that works in another way
+        except Exception as error:  # a pipeline that works in another way may raise anything
             log.debug("latents can't be decoded: %s", type(error).__name__)
             return False
         return max(difference) <= _ALIKE

@@ -31,7 +31,7 @@ function useAccess() {
       await sendForJson("v1/workers");
       setAccess("open");
     } catch (error) {
-      // whatever else is wrong, the views tell it, and go on asking
+      // the views show every other error, and ask again
       setAccess(error instanceof Refused && error.status === 401 ? "locked" : "open");
     }
   }, []);

@@ -112,7 +112,7 @@ class CallReader:
         return ""
 
     def _read_object(self, text: str, rest: str, pieces: list[Piece]) -> None:
-        """Read a whole object, whatever the order of its keys."""
+        """Read a whole object, with its keys in any order."""
         fields = parse_object(text) or {}
         inner = fields["function"] if isinstance(fields.get("function"), dict) else fields
         arguments = _first(inner, self._arguments_keys)

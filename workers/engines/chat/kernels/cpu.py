@@ -2,8 +2,8 @@
 
 torch needs a dozen passes over scores and partial results for attention, and takes the interpreter lock again
 after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in
-one file because numba's cache of a function is valid until its file changes, whatever happens to what it
-calls.
+one file because numba's cache of a function is valid until its file changes, even if a function that it calls
+has changed.
 """
 
 import math

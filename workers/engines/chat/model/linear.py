@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 LinearProduct = Callable[[torch.Tensor], torch.Tensor]
-"""[rows, in_features] -> [rows, out_features], in the dtype of the input, whatever the weight's is."""
+"""[rows, in_features] -> [rows, out_features], in the input's dtype, which may differ from the weight's."""
 
 ROWS_HINT = 64
 """Number of rows that the blocked layout is optimized for. Products with one row are no slower with it."""

@@ -47,7 +47,7 @@ class SplitRunner:
         try:
             logits = self._first.forward(chunks[:middle], heads[0])
         finally:
-            # nothing may go on with the cache while the other half writes to it, whatever failed
+            # also after a failure: nothing may use the cache while the other half writes to it
             error = other.exception()
         if error is not None:
             raise error
