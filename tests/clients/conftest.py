@@ -51,9 +51,9 @@ tasks = ["chat"]
 weights = "echo:"
 workers = [[]]
 [[models]]
-name = "slow-images"
+name = "echo-images"
 tasks = ["generation"]
-weights = "echo:step_ms=2000"
+weights = "echo:"
 workers = [[]]
 [[models]]
 name = "absent"
@@ -64,19 +64,17 @@ weights = "echo:"
 
 @pytest.fixture(scope="session")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KeyedDeployment]:
-    """Three chat models, of which echo fails on demand, an image model, and one that is too slow for its
-    deadline, behind a key. Tests must leave it as it is."""
+    """Three chat models, of which echo fails on demand, and two image models, of which echo-images does so,
+    behind a key. Tests must leave it as it is."""
     folder = tmp_path_factory.mktemp("clients")
     catalogue = CATALOGUE.format(
         scripted=save_scripted_model(folder / "scripted", templates.HERMES, SCRIPTS),
         thinking=save_scripted_model(folder / "thinking", templates.QWEN3, THINKING_SCRIPTS),
         root=ROOT,
     )
-    # slow-images takes eight seconds, the other one less
-    access = _access(GENERATION_DEADLINE_S="5")
-    with KeyedDeployment(folder / "service", catalogue=catalogue, redis_server=None, **access) as service:
+    with KeyedDeployment(folder / "service", catalogue=catalogue, redis_server=None, **_access()) as service:
         service.key = KEY
-        yield service.start("scripted", "thinking", "shapes", "echo", "slow-images")
+        yield service.start("scripted", "thinking", "shapes", "echo", "echo-images")
 
 
 @pytest.fixture(scope="session")

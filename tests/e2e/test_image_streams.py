@@ -19,10 +19,10 @@ weights = "echo:"
 [[models]]
 name = "slow"
 tasks = ["generation"]
-weights = "echo:step_ms=2500"
+weights = "echo:step_ms=3000"
 """
-"""The engine makes an image in four steps, so that `slow` takes ten seconds."""
-DEADLINE_S = 6
+"""The engine makes an image in four steps, so that `slow` takes twelve seconds."""
+DEADLINE_S = 8
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_a_client_that_disconnects_stops_the_worker(service: Deployment) -> None
     stream = begin(service, "slow", partial_images=3)
     assert next(stream.events())["type"] == "image_generation.partial_image"
     stream.close()
-    wait_until(lambda: service.running_tasks() == 0, timeout_s=8, what="the worker has stopped")
+    wait_until(lambda: service.running_tasks() == 0, timeout_s=20, what="the worker has stopped")
     assert wait_outcome(service, "slow", "cancelled")["images"] is None
 
 

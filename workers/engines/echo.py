@@ -3,7 +3,7 @@ a GPU. A vector is VECTOR_SIZE times the length of its input.
 
 `weights = "echo:"` in the catalogue selects it. Options follow as a query string: `step_ms` is the time of
 one step (0: as fast as possible), `tokens` the length of a response unless the request sets a lower limit. A
-last message that is one of `FAULTS` causes that fault.
+last message that is one of `FAULTS` causes that fault, and so does RAISE_LATER as the prompt of an image.
 """
 
 import io
@@ -161,6 +161,8 @@ class EchoEngine:
     def _image_step(self, running: _Running, job: ImageJob) -> list[Event]:
         if running.cancelled == "deadline":
             return [Failed.of(DeadlineExceeded())]
+        if job.prompt == RAISE_LATER and running.done == 3:
+            return self._misbehave(job.prompt)
         running.done += 1
         progress = Progress(running.done, running.total)
         size = (job.width or 64, job.height or 64)
