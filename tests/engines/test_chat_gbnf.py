@@ -231,6 +231,7 @@ HOSTILE = {
     + "\n".join(f"r{at} ::= r{at + 1} r{at + 1}" for at in range(40))
     + '\nr40 ::= "a"',
     "a huge repetition": 'root ::= "a"{1000000000}',
+    "comments": "#" * 30_000 + "\n" * 30_000,
     "a circle": "root ::= a\na ::= b\nb ::= a",
 }
 

@@ -16,7 +16,8 @@ from protocol.jobs import OutputFormat
 from workers.engines.chat.answer.constraint import ANY_OBJECT, CallConstraint
 from workers.engines.chat.grammar.bounds import MAX_RULES, Amounts, excess_of_grammar
 from workers.engines.chat.grammar.corrections import correct, unenforceable
-from workers.engines.chat.grammar.gbnf import is_gbnf, to_lark
+from workers.engines.chat.grammar.gbnf import is_gbnf
+from workers.engines.chat.grammar.gbnf_lark import to_lark
 from workers.engines.chat.grammar.reasons import explain
 from workers.engines.chat.grammar.schema import Schemas
 
