@@ -40,7 +40,6 @@ def reported_steps(demo: Deployment) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_sixteen_chats_share_steps_and_both_workers_serve(demo: Deployment) -> None:
     before = reported_steps(demo)
     with ThreadPoolExecutor(16) as callers:

@@ -115,7 +115,6 @@ def test_a_request_closed_while_it_waits_costs_no_step(one_slot: Deployment, str
 
 @pytest.mark.faults
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_client_that_stops_reading_is_disconnected(start: Starter) -> None:
     service = start(step_ms=5)
     # Fast enough to fill the client's window, too slow to fill the kernel's buffers in time.
@@ -252,7 +251,6 @@ def slow_openings(heads: int, bodies: int) -> list[bytes]:
 
 @pytest.mark.faults
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_heads_and_bodies_that_arrive_slowly(start: Starter) -> None:
     service = start()
     slow = SlowConnections(service.port, slow_openings(100, 100))
@@ -290,7 +288,6 @@ def connect() -> Iterator[Callable[[Deployment], HTTPConnection]]:
 
 @pytest.mark.faults
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_connections_that_were_idle_for_85_seconds(
     start: Starter, connect: Callable[[Deployment], HTTPConnection]
 ) -> None:

@@ -22,7 +22,6 @@ def wait_reason(service: Deployment, part: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_down_for_a_minute_and_back_without_its_entries(start: Starter) -> None:
     with StandInNode() as node:
         service = start(workers=2, NODE_URL=node.url)
@@ -105,7 +104,6 @@ def test_refusing(start: Starter) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_entries_of_a_former_identity_are_removed(start: Starter) -> None:
     """Everything was killed, and the host got another name: nobody knows the old cid any more."""
     with StandInNode() as node:

@@ -101,7 +101,6 @@ def test_a_stall_in_which_events_are_given_up_ends_the_stream_soon_after(start: 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_connections_killed_twenty_times_during_a_hundred_streams(start: Starter) -> None:
     service = start(workers=2, step_ms=100, slots=64)
     readers = [Reader(service.stream("count", "echo", max_tokens=300)) for _ in range(100)]

@@ -118,7 +118,6 @@ def has_ready(service: Deployment) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_two_versions_serve_side_by_side(versions: tuple[Deployment, Deployment]) -> None:
     this, later = versions
     processes = this.workers | later.workers

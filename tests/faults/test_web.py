@@ -65,7 +65,6 @@ class Streams:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(240)
 def test_sigterm_with_five_hundred_streams(start: Starter) -> None:
     service = start(step_ms=1000, slots=512, MAX_WAITING="600")
     assert service.web is not None
@@ -165,7 +164,6 @@ def stream_through(connection: HTTPConnection, tokens: int) -> Reader:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
 def test_one_of_two_web_processes_is_killed(start: Starter, clients: ExitStack) -> None:
     service = start(step_ms=50, slots=4, WEB_CONCURRENCY="2")
     victim, survivor = web_processes(service)
@@ -242,7 +240,6 @@ def test_what_a_killed_process_admitted_counts_until_its_deadline(start: Starter
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(240)
 def test_web_is_down_for_thirty_seconds(start: Starter) -> None:
     with StandInNode() as node:
         service = start(workers=2, NODE_URL=node.url)

@@ -64,7 +64,6 @@ def answers(run: Run) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_model_whose_weights_are_away_for_a_while_comes_back_by_itself(run: Run, weights: Path) -> None:
     assert answers(run)
     disk = weights.parent

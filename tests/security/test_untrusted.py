@@ -243,7 +243,6 @@ def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.skipif(not (ROOT / "demo/models/chat").is_dir(), reason="needs demo/models/chat")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_weights_that_would_run_code_are_refused(verdicts: dict[str, tuple[str, Path]], name: str) -> None:
