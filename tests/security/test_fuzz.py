@@ -166,7 +166,7 @@ def excused(path: str, error: Any) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(max(120, CASES // 5))
+@pytest.mark.timeout(max(360, CASES // 5))
 @pytest.mark.parametrize(
     ("path", "mode", "cases"), OPERATIONS, ids=[f"{mode.value}:{path}" for path, mode, _ in OPERATIONS]
 )
@@ -245,7 +245,7 @@ EDIT_BODY = {**IMAGE_BODY, "image": base64.b64encode(PNG).decode()}
 EMBEDDING_BODY = {"model": "echo-embeddings", "input": ["a", "b"], "encoding_format": "base64"}
 
 
-@pytest.mark.timeout(max(120, CASES // 5))
+@pytest.mark.timeout(max(360, CASES // 5))
 @pytest.mark.parametrize(
     ("path", "base", "share"),
     [

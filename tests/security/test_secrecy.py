@@ -27,8 +27,6 @@ from protocol.names import Keys
 from tests.deployment import ROOT, Deployment, free_port, wait_until
 from tests.security.conftest import Answer, GuardedRedis, KeyedDeployment, ask
 
-pytestmark = pytest.mark.timeout(300)  # three workers, one of them with torch, are asked what Flower asks
-
 PROMPT = "prompt" + secrets.token_hex(12)
 IMAGE = "image" + secrets.token_hex(12)
 KEY = "sk-key" + secrets.token_hex(12)
