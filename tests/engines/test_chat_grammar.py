@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from app.chat.output_format import OutputFormatFields
 from protocol.errors import Cancelled, EngineError, InvalidRequest, Overloaded, UnsupportedParameter
 from protocol.jobs import OutputFormat
 from tests.engines.tiny_chat import VOCABULARY, make_tokenizer
@@ -245,6 +246,50 @@ HOSTILE: dict[str, tuple[str, Any]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_what_would_take_too_long_is_refused_at_once(name):
     assert "too long" not in refusal(*HOSTILE[name])
+
+
+OPEN = {"type": "object", "properties": {f"p{at}": {"type": "string"} for at in range(10_000)}}
+REQUESTS: dict[str, tuple[str, Any, str]] = {
+    "10,000 properties": ("guided_json", OPEN, "bytes"),
+    "10,000 closed properties": ("guided_json", {**OPEN, "additionalProperties": False}, "bytes"),
+    "4,000 properties within the size": (
+        "guided_json",
+        {"properties": {str(at): {} for at in range(4000)}, "additionalProperties": False},
+        "at most 1000 properties",
+    ),
+    "100,000 values": ("guided_json", {"enum": list(range(100_000))}, "bytes"),
+    "10,000 values within the size": (
+        "guided_json",
+        {"enum": list(range(10_000))},
+        "at most 1000 enum values",
+    ),
+    "200,000 groups": ("guided_regex", "(" * 200_000 + "a" + ")" * 200_000, "bytes"),
+    "30,000 groups within the size": ("guided_regex", "(" * 30_000 + "a" + ")" * 30_000, "guided_regex"),
+    "a multiple": ("guided_json", {"type": "integer", "multipleOf": 1234567}, "multipleOf must be at most"),
+    "3,000 rules": (
+        "guided_grammar",
+        "start: r0\n" + "\n".join(f'r{at}: "a" r{at + 1}' for at in range(3000)) + '\nr3000: "b"',
+        "at most 1000 rules",
+    ),
+    "a reference to itself": ("guided_json", {"$ref": "#"}, "no text would fit it"),
+    "references in a circle": (
+        "guided_json",
+        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}},
+        "no text would fit it",
+    ),
+    "1 MB of a regular expression": ("guided_regex", "a" * 2**20, "bytes"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_hostile_request_is_refused_by_its_field_and_bound(name):
+    """Either where the request arrives or where its format is compiled, without a compilation of its size."""
+    field, value, words = REQUESTS[name]
+    with pytest.raises(InvalidRequest, match=words) as caught:
+        wanted = OutputFormatFields.model_validate({field: value}).output_format()
+        assert wanted is not None
+        COMPILER.compile(wanted, "tiny")
+    assert caught.value.param == field and "too long" not in caught.value.message
 
 
 LARGE: dict[str, tuple[str, Any]] = {

@@ -430,6 +430,36 @@ def test_a_request_ends_when_it_is_cancelled_while_its_grammar_is_compiled(weigh
         engine.close()
 
 
+def test_a_stream_goes_on_while_a_grammar_is_compiled(weights, monkeypatch):
+    """Whatever a compilation takes, no step waits for it: neither of a running request nor of a new one."""
+    engine, collector = make_engine(weights)
+    source, compiling, go = sources.source_of_format, threading.Event(), threading.Event()
+
+    def waits(wanted: OutputFormat) -> dict[str, Any]:
+        compiling.set()
+        assert go.wait(30)
+        return source(wanted)
+
+    monkeypatch.setattr(compiler, "source_of_format", waits)
+    monkeypatch.setattr(threads, "LIMIT_S", 60)
+    submitting = threading.Thread(target=engine.submit, args=[schema_job("slow", SMALL)])
+    try:
+        engine.submit(chat_job("running", max_tokens=400, ignore_eos=True))
+        collector.wait_first("running")
+        submitting.start()
+        assert compiling.wait(60)
+        engine.submit(chat_job("new", max_tokens=20, ignore_eos=True))
+        assert collector.result("new").usage.completion_tokens == 20
+        assert collector.result("running").usage.completion_tokens == 400
+        assert not go.is_set()
+        go.set()
+        assert json.loads(collector.result("slow").text()) in range(10)
+    finally:
+        go.set()
+        submitting.join(60)
+        engine.close()
+
+
 def test_steps_with_a_grammar_are_not_launched_before_their_tokens_are_read(weights):
     """The others are, and all texts are those of an engine that never does it."""
     jobs = [schema_job(f"s{at}", SCHEMAS["nested objects"], seed=at) for at in range(3)]
