@@ -11,6 +11,7 @@ import importlib.util
 import json
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,8 @@ from protocol.jobs import OutputFormat
 from workers.engines.chat.engine import ChatEngine
 
 ROWS = 64
-TOKENS = 32
+STEPS = 24
+"""Measured for each schema and round."""
 VOCABULARY = 128_256
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -91,6 +93,7 @@ class StepClock:
         self._step = engine.step
         self._forward = engine.parts.runner.forward
         self._costs: list[Cost] = []
+        self._enough = threading.Event()
         self._in_forward = (0.0, 0.0)
         engine.step = self.step  # type: ignore[method-assign]
         engine.parts.runner.forward = self.forward  # type: ignore[method-assign]
@@ -113,12 +116,19 @@ class StepClock:
         if self._metrics.decoded_rows - rows == ROWS and self._metrics.prefill_chunks == chunks:
             seconds = (clock, clock - self._in_forward[0], cpu - self._in_forward[1], process)
             self._costs.append(Cost(*(1000 * each for each in seconds)))
+            if len(self._costs) >= STEPS:
+                self._enough.set()
         return worked
 
+    def clear(self) -> None:
+        """Forget the steps so far."""
+        self._costs = []
+        self._enough.clear()
+
     def take(self) -> Cost:
-        """Return the mean step since the last call; by the clock the median: others lengthen single steps."""
-        costs, self._costs = self._costs, []
-        step, outside, *cpu = zip(*costs, strict=True)
+        """Wait for STEPS steps. Returns their mean; by the clock the median: others lengthen single steps."""
+        assert self._enough.wait(300)
+        step, outside, *cpu = zip(*self._costs[:STEPS], strict=True)
         return Cost(statistics.median(step), statistics.median(outside), *map(statistics.mean, cpu))
 
 
@@ -159,8 +169,14 @@ def costs(bench: EngineBench, clock: StepClock, rounds: int, **sampling: Any) ->
     """Milliseconds of a step with free rows, and by schema how many more with rows that follow it."""
 
     def step(wanted: OutputFormat | None) -> Cost:
-        bench.burst(ROWS, tokens=TOKENS, output_format=wanted, **sampling)
-        return clock.take()
+        clock.clear()
+        # no answer ends before the steps are measured, however long it takes to submit the others
+        ids = [bench.submit(14, tokens=3000, output_format=wanted, **sampling) for _ in range(ROWS)]
+        cost = clock.take()
+        for one in ids:
+            bench.engine.cancel(one, "deadline")
+        bench.wait(ids)
+        return cost
 
     free: list[Cost] = []
     more: dict[str, list[Cost]] = {name: [] for name in SCHEMAS}
