@@ -1,6 +1,9 @@
 """What the console asks for and does, over HTTP: GET /v1/activity, POST /v1/workers/<worker>/drain and
 /resume."""
 
+import http.client
+import json
+from contextlib import closing
 from typing import Any
 from urllib.parse import quote
 
@@ -69,8 +72,19 @@ def test_queues_are_told_while_requests_wait(service: Deployment) -> None:
     for stream in streams:
         next(stream.events())
     assert {"model": "echo", "waiting": 0, "running": 2} in service.get("/v1/activity")[1]["queues"]
-    for stream in streams:
-        stream.close()
+    body = {"model": "echo", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    with closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)) as waiting:
+        waiting.request(
+            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
+        )
+        wait_until(
+            lambda: {"model": "echo", "waiting": 1, "running": 2} in service.get("/v1/activity")[1]["queues"],
+            timeout_s=20,
+            what="a request for which there is no slot waits",
+        )
+        for stream in streams:
+            stream.close()
+        assert waiting.getresponse().status == 200
     wait_until(
         lambda: {"model": "echo", "waiting": 0, "running": 0} in service.get("/v1/activity")[1]["queues"],
         timeout_s=20,
