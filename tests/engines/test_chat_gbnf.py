@@ -249,6 +249,7 @@ LARGE = {
     "depth": "root ::= " + "(" * MAX_DEPTH + '"a"' + ")*" * MAX_DEPTH,
     "optional parts": "root ::= " + '"a"? ' * MAX_REPEATS,
     "characters": "root ::= [" + "".join(chr(0x4E00 + 2 * at) for at in range(9000)) + "]+",
+    "texts side by side": "root ::= " + '"a" ' * 2000 + 'root? "b"*',
     "ambiguous": 'root ::= root root | "a"',
 }
 

@@ -115,28 +115,19 @@ class _Writer:
     def _joined(self, parts: tuple[Node, ...]) -> list[Node]:
         """Join what stands side by side in a sequence and is one terminal together."""
         joined: list[Node] = []
-        run: list[Node] = []
-        for part in parts:
-            if not self._is_regular(part):
-                joined += [*run, part]
-                run = []
-                continue
-            run.append(part)
-            if self._closed(part):
-                joined.append(run[0] if len(run) == 1 else Node("sequence", parts=tuple(run)))
-                run = []
-        # two closed parts side by side are one, too
-        return _merged(self, [*joined, *run])
-
-
-def _merged(writer: _Writer, parts: list[Node]) -> list[Node]:
-    merged: list[Node] = []
-    for part in parts:
-        if merged and all(writer._closed(one) and writer._is_regular(one) for one in (merged[-1], part)):
-            merged[-1] = Node("sequence", parts=(merged[-1], part))
-        else:
-            merged.append(part)
-    return merged
+        at = 0
+        while at < len(parts):
+            end = at
+            while end < len(parts) and self._is_regular(parts[end]):
+                end += 1
+            # what is not closed at the end of the run stays apart
+            last = max((place for place in range(at, end) if self._closed(parts[place])), default=-1)
+            if last >= at:
+                joined.append(parts[at] if last == at else Node("sequence", parts=parts[at : last + 1]))
+                at = last + 1
+            joined += parts[at : end + 1]
+            at = end + 1
+        return joined
 
 
 def _regular(rules: dict[str, Node]) -> list[str]:
