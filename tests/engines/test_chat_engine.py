@@ -506,23 +506,45 @@ def test_close_fails_what_still_runs(weights):
     assert not engine.status().alive
 
 
-def test_an_emit_that_raises_does_not_stop_the_engine(weights):
+@pytest.mark.parametrize("tokens", [1, 20], ids=["the last event is lost", "the first tokens are lost"])
+def test_a_request_whose_events_are_lost_fails_and_the_others_go_on(weights, tokens):
     engine, collector = make_engine(weights)
     try:
         broken = threading.Event()
 
         def emit(events):
-            if not broken.is_set():
+            if not broken.is_set() and "lost" in dict(events):
                 broken.set()
                 raise ConnectionError("lost")
             collector(events)
 
         engine._callback = emit
-        engine.submit(chat_job("lost", max_tokens=2, ignore_eos=True))
-        assert broken.wait(60)
-        assert collector.result("lost").usage.completion_tokens == 2
+        engine.submit(chat_job("other", max_tokens=60, ignore_eos=True))
+        collector.wait_first("other")
+        engine.submit(chat_job("lost", max_tokens=tokens, ignore_eos=True))
+        assert collector.result("lost").failed.code == "engine_error"
+        assert len(collector.events["lost"]) == 1
+        engine.submit(chat_job("after", max_tokens=2, ignore_eos=True))
+        assert collector.result("after").usage.completion_tokens == 2
     finally:
         engine.close()
+
+
+def test_an_engine_that_can_send_nothing_ends(weights):
+    engine, _ = make_engine(weights)
+    ended = threading.Event()
+
+    def emit(events):
+        if any(isinstance(event, Failed) for _, event in events):
+            ended.set()
+        raise ConnectionError("lost")
+
+    engine._callback = emit
+    engine.submit(chat_job("lost", max_tokens=20, ignore_eos=True))
+    assert ended.wait(60)
+    engine._thread.join(60)
+    assert not engine.status().alive
+    engine.close()
 
 
 def refused() -> list[Any]:

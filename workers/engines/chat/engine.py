@@ -9,11 +9,12 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
 from catalogue import TextModelEntry
-from protocol.errors import EngineStopped, ShuttingDown
+from protocol.errors import EngineError, EngineStopped, ShuttingDown
 from protocol.events import Failed
 from protocol.jobs import EmbeddingJob, ImageJob, Job, TextJob
 from workers.engines.base import CancelReason, Emit, EngineCounts, EngineStatus
@@ -191,8 +192,21 @@ class ChatEngine:
         try:
             self._callback(events)
         except Exception:
-            # these events are lost; the engine goes on with the other requests
             log.exception("emit failed for %d events", len(events))
+            self._fail_incomplete(dict.fromkeys(request_id for request_id, _ in events))
+
+    def _fail_incomplete(self, request_ids: Iterable[str]) -> None:
+        """End requests whose events were lost, so that no answer misses a part; the others go on.
+
+        Raises what emit raises if the ends can't be sent either. The engine's thread ends then, which the
+        worker notices.
+        """
+        outputs, failure = self.parts.outputs, Failed.of(EngineError())
+        for request_id in request_ids:
+            if request_id in outputs.by_id:
+                outputs.fail(outputs.by_id[request_id], failure)
+        outputs.take_events()
+        self._callback([(request_id, failure) for request_id in request_ids])
 
     def _fail_all(self, failure: Failed) -> None:
         """End every request as the thread ends, so that no caller waits indefinitely."""
