@@ -219,7 +219,8 @@ def test_cancel_ends_the_work(browser: Browser, shapes: Deployment) -> None:
             parameter(page, label).fill(value)
         page.get_by_label("Prompt", exact=True).fill("a green triangle")
         page.get_by_role("button", name="Make", exact=True).click()
-        expect(page.locator("figure.preview img")).to_be_visible()
+        # a dozen steps, of some seconds each on a busy processor
+        expect(page.locator("figure.preview img")).to_be_visible(timeout=180_000)
         assert shapes.worker_rows()[0]["running"] == 1
         page.get_by_role("button", name="Cancel").click()
         expect(page.get_by_role("article")).to_have_count(0)
