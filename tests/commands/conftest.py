@@ -16,7 +16,7 @@ def flask(service: Deployment, *words: str, **environment: str) -> "subprocess.C
         env=service.environment(**environment),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=340,
         check=False,
     )
 

@@ -166,7 +166,7 @@ def test_it_loads_no_torch_starts_no_threads_and_counts_open_files(service: Depl
         env=service.environment(PUBLIC_URL="http://models"),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=340,
         check=True,
     )
     assert done.stderr.splitlines()[-1] == "[] False 1"

@@ -80,7 +80,7 @@ def test_a_command_starts_no_threads_and_patches_nothing(service: Deployment, wo
         env=service.environment(),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=340,
         check=True,
     )
     assert done.stderr == "[] {} False\n"
