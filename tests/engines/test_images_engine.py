@@ -400,6 +400,22 @@ def test_an_image_that_runs_out_of_memory_alone_fails_and_the_engine_goes_on(fre
     assert len(collector.images("next")) == 1
 
 
+def test_a_request_whose_image_is_lost_fails_and_the_engine_goes_on(fresh, monkeypatch):
+    engine, collector = fresh
+
+    def emit(events):
+        if any(isinstance(event, ImageReady) for _, event in events):
+            raise ConnectionError("lost")
+        collector(events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_emit", emit)
+        engine.submit(job("lost"))
+        assert collector.failure("lost").code == "engine_error"
+    engine.submit(job("next"))
+    assert len(collector.images("next")) == 1
+
+
 def test_a_broken_pipeline_fails_the_request_and_its_prompt_is_not_logged(fresh, monkeypatch, caplog):
     engine, collector = fresh
     pipe = engine._pipelines.text2image._pipe

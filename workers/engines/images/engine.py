@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from catalogue import ImageModelEntry
-from protocol.errors import Cancelled, DeadlineExceeded, ShuttingDown
+from protocol.errors import Cancelled, DeadlineExceeded, EngineError, ShuttingDown
 from protocol.events import Event, Failed, Finished, ImagePreview, ImageReady, Progress
 from protocol.jobs import ImageJob, Job
 from workers.engines.base import CancelReason, Emit, EngineStatus
@@ -269,7 +269,12 @@ class ImageEngine:
             self._steps += 1
             request.undelivered -= 1
             if self._is_open(request.job):
-                self._emit([(request.job.id, ready)])
+                try:
+                    self._emit([(request.job.id, ready)])
+                except Exception:
+                    # the image is lost; the engine goes on with the other requests
+                    log.exception("emit failed for an image")
+                    self._end(request.job, Failed.of(EngineError()))
             if request.undelivered == 0:
                 self._end(request.job, Finished())
 
