@@ -218,6 +218,18 @@ def test_a_mask_allows_one_token_or_some_or_all(way):
         assert own_way(logits.clone(), filters, sent).tolist() == expected.tolist()
 
 
+def test_a_mask_that_allows_nothing_still_gives_a_token():
+    """Whose grammar then refuses it: an arbitrary number would fail in the next step, for all rows."""
+    torch.manual_seed(13)
+    logits = torch.randn(2, 1000)
+    words = np.zeros((2, 32), np.int32)
+    words[1, 31] = -256  # bits behind the last token alone
+    sent = {"masked": torch.arange(2), "allowed": torch.from_numpy(words)}
+    assert compiled_choose()(logits.clone(), None, sent).tolist() == [0, 0]
+    sent["uniforms"] = torch.full((2,), 0.5, dtype=torch.float64)
+    assert compiled_choose()(logits.clone(), filters_of([{}] * 2), sent).tolist() == [0, 0]
+
+
 def test_uniform_numbers_look_uniform_and_independent():
     seeds = list(range(400))
     rows = [uniforms(seed_states(seeds, [choice] * 400), [7] * 400) for choice in range(20)]

@@ -32,7 +32,7 @@ def best_tokens(logits: Any, places: Any, mask_of: Any, allowed: Any, counts: An
 
     All but `places`: as for `draw_tokens`.
     """
-    ids = np.empty(logits.shape[1] // FEW, np.int32)
+    ids = np.zeros(max(1, logits.shape[1] // FEW), np.int32)
     for at in range(len(places)):
         row, mask = logits[places[at]], mask_of[places[at]]
         if counts[mask] <= len(ids):
@@ -68,12 +68,13 @@ def draw_tokens(
     one at which the cumulative weight of the remaining tokens, in the order of the vocabulary, exceeds
     uniforms[row] of their sum.
     """
-    ids = np.empty(logits.shape[1] // FEW, np.int32)
+    ids = np.zeros(max(1, logits.shape[1] // FEW), np.int32)
     for row in range(len(drawn)):
         weights, mask = logits[drawn[row]], mask_of[drawn[row]]
         gathered = mask >= 0 and counts[mask] <= len(ids)
         if gathered:
-            weights = weights[: _gather(weights, allowed[mask], ids)]
+            # a mask that allows none gives token 0, which its grammar then refuses
+            weights = weights[: max(1, _gather(weights, allowed[mask], ids))]
         if gathered or mask < 0:
             largest = largest_of(weights, len(weights))
         else:
