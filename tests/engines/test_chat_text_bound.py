@@ -1,4 +1,4 @@
-"""The bound on a text's number of tokens: never above the true number, whatever the tokenizer drops or
+"""The bound on a text's number of tokens: never above the true number, even where the tokenizer drops or
 joins."""
 
 from typing import Any

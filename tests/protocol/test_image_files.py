@@ -35,7 +35,7 @@ def encoded(kind: str, **options: object) -> bytes:
 
 
 def test_opening_an_image_imports_nothing() -> None:
-    """The web process opens images in several threads; their imports can wait for each other for ever,
+    """The web process opens images in several threads; their imports can wait for each other without end,
     because gevent's locks are those of its event loop."""
     two = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     photo = encoded("MPO", save_all=True, append_images=two)
