@@ -64,7 +64,7 @@ def make_workload(model: str, dtype: str, folder: Path) -> Workload:
 
 
 @contextmanager
-def started(model: str, dtype: str, threads: int) -> Iterator[dict[str, Measure]]:
+def started(model: str, dtype: str, threads: int | None) -> Iterator[dict[str, Measure]]:
     """Start all contenders."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -80,7 +80,7 @@ def started(model: str, dtype: str, threads: int) -> Iterator[dict[str, Measure]
         yield contenders
 
 
-def run(model: str, dtype: str, rounds: int, threads: int) -> dict[str, Any]:
+def run(model: str, dtype: str, rounds: int, threads: int | None) -> dict[str, Any]:
     """Run all rounds. The figures are listed by contender and concurrency, one for each round."""
     with started(model, dtype, threads) as contenders:
         figures: dict[str, dict[int, list[dict[str, float]]]] = {
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("random", "smollm2"), default="random")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of smollm2")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="torch threads of our worker")
+    parser.add_argument("--threads", type=int, help="torch_threads of our worker, by default its own default")
     options = parser.parse_args()
     if options.model == "random" and options.dtype != "float32":
         parser.error("transformers' server takes the random model in float32 alone")

@@ -67,8 +67,9 @@ def measure_server(port: int, model: str, workload: Workload, concurrency: int) 
 
 
 @contextmanager
-def ours(folder: Path, workload: Workload, threads: int) -> Iterator[Measure]:
-    """Run this service: gunicorn, one worker, Redis."""
+def ours(folder: Path, workload: Workload, threads: int | None) -> Iterator[Measure]:
+    """Run this service: gunicorn, one worker, Redis. `threads`: torch_threads, None for the default."""
+    own = "" if threads is None else f"torch_threads = {threads}"
     catalogue = f"""
 project = "Benchmark"
 [[models]]
@@ -78,7 +79,7 @@ weights = "{workload.weights}"
 [models.engine]
 dtype = "{workload.dtype}"
 max_batch_size = 64
-torch_threads = {threads}
+{own}
 kv_cache_tokens = {KV_TOKENS}
 prefix_cache = false
 """

@@ -13,7 +13,7 @@ from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model.fused_decoder import FusedDecoder
 from workers.engines.chat.model.runner import ModelRunner
-from workers.engines.chat.model.split_runner import SplitRunner
+from workers.engines.chat.model.split_runner import SplitRunner, StepCosts
 from workers.engines.chat.sequence import Chunk
 
 
@@ -37,7 +37,7 @@ def parts(weights) -> Iterator[EngineParts]:
 
 def split_runner(parts: EngineParts) -> SplitRunner:
     assert isinstance(parts.runner, SplitRunner)
-    parts.runner.set_costs(0.0, 0.0)
+    parts.runner.set_costs(StepCosts(0.0, 0.0, 0.0))
     return parts.runner
 
 
@@ -132,11 +132,15 @@ def test_rows_of_one_sequence_stay_together(parts):
 def test_a_step_is_split_only_if_that_is_faster(parts):
     runner = split_runner(parts)
     rows = [chunk(at, 1) for at in range(8)]
-    runner.set_costs(step_overhead=100.0, attention_cost=0.0)
+    runner.set_costs(StepCosts(100.0, 0.0, 0.0))
     assert runner._middle(rows) == 0
     assert runner._middle([chunk(at, 100) for at in range(8)]) == 4
+    # what is done for each row on the second core takes as long as the half
+    runner.set_costs(StepCosts(0.0, 0.0, 0.5))
+    assert runner._middle(rows) == 0
+    assert runner._middle([chunk(at, 2) for at in range(8)]) == 4
     # by the cost of attention the halves are equal when the longest context is alone
-    runner.set_costs(step_overhead=0.0, attention_cost=0.01)
+    runner.set_costs(StepCosts(0.0, 0.01, 0.0))
     assert runner._middle([Chunk(0, 999, [0], True), *(Chunk(at, 1, [0], True) for at in range(1, 8))]) == 1
 
 

@@ -19,7 +19,7 @@ from workers.engines.chat.model.likelihood import refuse_nonsense
 from workers.engines.chat.model.loader import LoadedModel, in_one_line, load_model
 from workers.engines.chat.model.precision import Precision
 from workers.engines.chat.model.runner import Runner
-from workers.engines.chat.model.split_runner import SplitRunner
+from workers.engines.chat.model.split_runner import TOKEN_S, SplitRunner, StepCosts
 from workers.engines.chat.model.tokens import refuse_foreign_tokenizer, sampled_tokens
 from workers.engines.chat.outputs import RequestOutputs
 from workers.engines.chat.pipeline import DecodePipeline
@@ -124,9 +124,10 @@ def _build(
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
-    scheduler.step_overhead = _measure_overhead(backend, min(prefill_chunk, max_context - 1))
+    scheduler.step_overhead, token_s = _measure_passes(backend, min(prefill_chunk, max_context - 1))
     if isinstance(backend.runner, SplitRunner):
-        backend.runner.set_costs(scheduler.step_overhead, attention_cost)
+        costs = StepCosts(scheduler.step_overhead, attention_cost, TOKEN_S / token_s)
+        backend.runner.set_costs(costs)
     prompts = _build_prompts(loaded, options, rows, vocabulary, max_context, vision)
     # a sampled token is also the next step's input
     sampled = sampled_tokens(loaded.tokenizer, min(rows, vocabulary))
@@ -209,16 +210,19 @@ def _attention_cost(loaded: LoadedModel) -> float:
     return 2 * of_one_key / of_weights
 
 
-def _measure_overhead(backend: Backend, chunk: int) -> float:
-    """Measure the fixed cost of a forward pass, in tokens, from passes over one and over `chunk` tokens."""
+def _measure_passes(backend: Backend, chunk: int) -> tuple[float, float]:
+    """Measure passes over one and over `chunk` tokens.
+
+    Returns the fixed cost of a forward pass, in tokens, and the seconds of each token.
+    """
     cache = backend.cache
 
-    def seconds(tokens: int) -> float:
+    def seconds(tokens: int, passes: int) -> float:
         slot = cache.take_slot()
         try:
             cache.grow(slot, tokens)
             times = []
-            for _ in range(3):
+            for _ in range(passes):
                 started = time.perf_counter()
                 backend.runner.forward([Chunk(slot, 0, [0] * tokens, True)]).sum().item()
                 times.append(time.perf_counter() - started)
@@ -226,6 +230,6 @@ def _measure_overhead(backend: Backend, chunk: int) -> float:
             cache.release(slot)
         return min(times)
 
-    one, many = seconds(1), seconds(chunk)
+    one, many = seconds(1, passes=10), seconds(chunk, passes=3)
     each = max((many - one) / max(1, chunk - 1), 1e-9)
-    return min(max(0.0, one / each - 1), 4096.0)
+    return min(max(0.0, one / each - 1), 4096.0), each

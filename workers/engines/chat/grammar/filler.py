@@ -1,5 +1,6 @@
 """Finds out which tokens the rows of a step may have, while the model computes their logits."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -77,9 +78,12 @@ class PendingMasks:
         if bits is None or constrained != self._rows:
             known = dict(zip(self._rows, bits, strict=True)) if bits is not None else {}
             bits = np.stack([known.get(row, row.grammar.first) for row in constrained if row.grammar])
-        for own, row in zip(bits, constrained, strict=True):
-            if tokens := unwanted_ends(row):
-                exclude(own, tokens)
+        rows_of_ends: defaultdict[frozenset[int], list[int]] = defaultdict(list)
+        for at, row in enumerate(constrained):
+            rows_of_ends[unwanted_ends(row)].append(at)
+        for ends, places in rows_of_ends.items():
+            for at in _with_any(ends, bits, places):
+                exclude(bits[at], ends)
         return Masks(np.array(masked), bits)
 
 
@@ -90,15 +94,21 @@ def unwanted_ends(row: Sequence) -> frozenset[int]:
     return stops | ends if len(row.output) < row.sampling.min_tokens else ends - stops
 
 
+def _with_any(tokens: frozenset[int], bits: np.ndarray, rows: list[int]) -> list[int]:
+    """Return those of the rows whose mask allows one of the tokens; bits int32 [all rows, words].
+
+    Seldom any, since within a value no end token is allowed, so this looks at all rows at once.
+    """
+    own = np.array(sorted(tokens), np.int64)
+    found = bits.view(np.uint32)[np.ix_(rows, own // 32)] >> (own % 32).astype(np.uint32) & 1
+    return [rows[at] for at in np.flatnonzero(found.any(1))]
+
+
 def exclude(bits: np.ndarray, tokens: frozenset[int]) -> None:
     """Remove these tokens from a mask, int32 [words], unless it allows no others."""
     words = bits.view(np.uint32)
-    # seldom any: within a value no end token is allowed
-    allowed = [token for token in tokens if int(words[token // 32]) >> token % 32 & 1]
-    if not allowed:
-        return
     before = bits.copy()
-    for token in allowed:
+    for token in tokens:
         words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
     if not bits.any():
         bits[:] = before

@@ -7,6 +7,7 @@ several times as long as with one thread. Halves wait for each other once, at th
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,21 @@ from workers.engines.chat.sequence import Chunk
 
 GAIN = 1.3
 """A step is split if its larger half is by this factor faster than the step, by the estimate."""
+
+TOKEN_S = 200e-6
+"""What this process, Redis and the web process do for a token that is sent, about, on the core that the
+second half needs: a step of many rows of a small model is slower in halves."""
+
+
+class StepCosts(NamedTuple):
+    """What a step costs, in units of a token's pass through the weights."""
+
+    overhead: float
+    """The fixed cost of a forward pass, which both halves have."""
+    key: float
+    """Attention to one key."""
+    row: float
+    """TOKEN_S."""
 
 
 class SplitRunner:
@@ -25,16 +41,12 @@ class SplitRunner:
 
     def __init__(self, first: Runner, second: Runner) -> None:
         self._first, self._second = first, second
-        self._step_overhead = self._attention_cost = 0.0
+        self._costs = StepCosts(0.0, 0.0, 0.0)
         self._thread = ThreadPoolExecutor(1, "chat-half", initializer=torch.set_num_threads, initargs=(1,))
 
-    def set_costs(self, step_overhead: float, attention_cost: float) -> None:
-        """Set what is known once the model runs. Before, each step of two sequences is split.
-
-        `step_overhead`: the fixed cost of a forward pass, which both halves have, and `attention_cost`: the
-        cost of attending to one key, both relative to a token's pass through the weights.
-        """
-        self._step_overhead, self._attention_cost = step_overhead, attention_cost
+    def set_costs(self, costs: StepCosts) -> None:
+        """Set what is known once the model runs. Before, each step of two sequences is split."""
+        self._costs = costs
 
     @torch.inference_mode()
     def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -63,7 +75,8 @@ class SplitRunner:
 
     def _middle(self, chunks: Sequence[Chunk]) -> int:
         """Return how many chunks the first half has, or 0 if the step isn't faster in halves."""
-        costs = [len(chunk.tokens) * (1 + self._attention_cost * chunk.end) for chunk in chunks]
+        overhead, key, row = self._costs
+        costs = [len(chunk.tokens) * (1 + key * chunk.end) for chunk in chunks]
         total, before = sum(costs), 0.0
         best, largest = 0, total
         for at, cost in enumerate(costs[:-1], 1):
@@ -72,5 +85,5 @@ class SplitRunner:
             # a sequence's drafts follow it as rows of their own
             if half < largest and chunks[at].slot != chunks[at - 1].slot:
                 best, largest = at, half
-        overhead = self._step_overhead
-        return best if (overhead + largest) * GAIN < overhead + total else 0
+        sent = row * sum(chunk.wants_logits for chunk in chunks)
+        return best if (overhead + largest + sent) * GAIN < overhead + total else 0
