@@ -154,8 +154,9 @@ def test_a_preempted_prompt_is_scored_once(engines: Engines) -> None:
 def test_choices_share_one_scored_prompt(engines: Engines) -> None:
     engine, collector, model = engines["llama"]
     (prompt,) = prompts(50)
-    sampling = {"temperature": 1.0, "max_tokens": 4, "min_tokens": 4}  # without a seed it could end at once
-    (result,) = run(engine, collector, [completion("three", prompt, n=3, **sampling)])
+    # without a seed it could end at once
+    job = completion("three", prompt, n=3, temperature=1.0, max_tokens=4, min_tokens=4)
+    (result,) = run(engine, collector, [job])
     check_scores(model, prompt, echoed(result))
     assert len({result.text(index) for index in range(3)}) > 1
     assert result.usage == Usage(50, 12, 0)

@@ -100,7 +100,7 @@ def _with_any(tokens: frozenset[int], bits: np.ndarray, rows: list[int]) -> list
     Seldom any, since within a value no end token is allowed, so this looks at all rows at once.
     """
     own = np.array(sorted(tokens), np.int64)
-    found = bits.view(np.uint32)[np.ix_(rows, own // 32)] >> (own % 32).astype(np.uint32) & 1
+    found = bits.view(np.uint32)[np.ix_(np.array(rows), own // 32)] >> (own % 32).astype(np.uint32) & 1
     return [rows[at] for at in np.flatnonzero(found.any(1))]
 
 
