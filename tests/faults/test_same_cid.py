@@ -1,5 +1,6 @@
 """Two workers with one cid: a copied WORKER_CID, or a worker that was replaced while it was paused."""
 
+import re
 import signal
 
 import pytest
@@ -34,9 +35,9 @@ def test_the_worker_that_started_first_leaves_and_changes_nothing(start: Starter
         assert served_by == [("mine", service.workers[second].pid, "ready")]
         wait_until(lambda: service.worker_rows()[0]["registered"], timeout_s=20, what="it is registered")
         wait_served(service)
-        calls = [call.name for call in node.seen("model/register", "model/unregister")]
-        # each removes at its start what an earlier incarnation may have left
-        assert calls == ["model/unregister", "model/register"] * 2
+        calls = " ".join(call.name for call in node.seen("model/register", "model/unregister"))
+        # each removes at its start what an earlier incarnation may have left, unless it serves at once
+        assert re.fullmatch("(model/unregister )?model/register (model/unregister )?model/register", calls)
 
         service.workers[second].signal(signal.SIGTERM)
         assert service.workers[second].popen.wait(30) == 0, service.workers[second].tail()
