@@ -30,7 +30,7 @@ class StepCosts(NamedTuple):
     key: float
     """Attention to one key."""
     row: float
-    """TOKEN_S."""
+    """What is done for a row that gets a token, TOKEN_S."""
 
 
 class SplitRunner:
