@@ -20,8 +20,8 @@ PROGRESS_EVERY_S = 15.0
 WATCH_S = 5.0
 """How often it is looked which workers are ready, and alarms are told; they last
 protocol.alarms.ALARM_TTL_S."""
-REGISTER_S = 3.0
-"""How long READY waits for the node's first answer to the workers."""
+REGISTER_S = 6.0
+"""How long READY waits until the node has all workers that are ready."""
 
 
 class StartFailed(Exception):
@@ -148,14 +148,16 @@ class Service:
             await asyncio.sleep(POLL_S)
 
     async def _unregistered(self) -> str:
-        """Return what keeps a worker from being registered with the node, "" if nothing does."""
+        """Return what keeps a worker from being registered with the node, "" if nothing does.
+
+        A reason counts only if it lasts: a worker's may be older than the web process's first answer.
+        """
         give_up_at = time.monotonic() + REGISTER_S
-        while time.monotonic() < give_up_at:
-            reason = await asyncio.to_thread(self._probe.unregistered)
-            if reason is not None:
-                return reason
+        while (reason := await asyncio.to_thread(self._probe.unregistered)) != "":
+            if time.monotonic() >= give_up_at:
+                return reason or "it has not answered yet, or SERVICE_URL does not reach this service"
             await asyncio.sleep(POLL_S)
-        return "it has not answered yet, or SERVICE_URL does not reach this service"
+        return ""
 
     def _web_pid(self) -> int | None:
         return next((p.pid for group in self._groups for p in group if p.spec in self._plan.web), None)

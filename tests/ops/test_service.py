@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,18 @@ from tests.ops.stand_ins import alive, noted, stand_in, until_noted
 
 
 class StubProbe(Probe):
-    """Reports ready as soon as the file `ready_when` exists."""
+    """Reports ready as soon as the file `ready_when` exists.
 
-    def __init__(self, ready_when: Path) -> None:
+    `reasons`: what it answers to `unregistered`, one after another, the last one again and again.
+    """
+
+    def __init__(self, ready_when: Path, reasons: Sequence[str | None] = ("",)) -> None:
         super().__init__(Settings(node_url=""))
         self._ready_when = ready_when
+        self._reasons = list(reasons)
+
+    def unregistered(self) -> str | None:
+        return self._reasons.pop(0) if len(self._reasons) > 1 else self._reasons[0]
 
     def ready(self, web_pid: int | None = None) -> bool:
         return self._ready_when.exists()
@@ -56,12 +64,10 @@ class Output:
         return self.so_far()
 
 
-def build(plan: Plan, ready_when: Path) -> tuple[Service, Output]:
+def build(plan: Plan, ready_when: Path, reasons: Sequence[str | None] = ("",)) -> tuple[Service, Output]:
     out = Output(ready_when.with_name("output"))
-    service = Service(
-        plan, StubProbe(ready_when), None, out.console, "READY http://stand-in", lambda texts, ended: None
-    )
-    return service, out
+    probe = StubProbe(ready_when, reasons)
+    return Service(plan, probe, None, out.console, "READY http://stand-in", lambda texts, ended: None), out
 
 
 STOPS_WITH_THE_OTHER = """
@@ -164,6 +170,36 @@ def test_a_stop_while_models_load_ends_at_once(log: Path, tmp_path: Path) -> Non
 
     asyncio.run(scenario())
     assert noted(log)[-1] == "web stopped"
+
+
+STALE = "SERVICE_URL http://stand-in does not answer"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "said"),
+    [
+        ([STALE, None, ""], ""),
+        (["code 1001"], " | not registered with the node: code 1001"),
+        ([None], " | not registered with the node: it has not answered yet"),
+    ],
+)
+def test_ready_says_only_what_lasts_of_the_node(
+    log: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str | None], said: str
+) -> None:
+    if reasons[-1] != "":
+        monkeypatch.setattr(service_module, "REGISTER_S", 0.5)
+
+    async def scenario() -> str:
+        service, out = build(Plan((), (stand_in("web", log),), (), ()), log, reasons)
+        running = asyncio.create_task(service.run())
+        while "READY" not in out.so_far():
+            await asyncio.sleep(0.02)
+        service.ask_to_stop()
+        await asyncio.wait_for(running, 60)
+        return out.to_end()
+
+    ready = next(line for line in asyncio.run(scenario()).splitlines() if "READY" in line)
+    assert (said in ready) if said else ("not registered" not in ready)
 
 
 def test_a_worker_that_exits_after_ready_is_restarted(log: Path) -> None:
