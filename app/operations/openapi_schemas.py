@@ -53,7 +53,8 @@ def component_schemas() -> dict[str, Any]:
         schemas |= _request_schemas(model)
     for model in (ImageGenerationRequest, ImageEditRequest):
         _allow_absent(schemas[model.__name__]["properties"])
-    _add_image_files(schemas["ImageEditRequest"])
+    _add_image_files(schemas["ImageGenerationRequest"], required=False)
+    _add_image_files(schemas["ImageEditRequest"], required=True)
     return {name: _json_schema(schema) for name, schema in schemas.items()}
 
 
@@ -97,13 +98,19 @@ def _allow_absent(properties: dict[str, Any]) -> None:
     properties["prompt"]["pattern"] = _NOT_BLANK
 
 
-def _add_image_files(schema: dict[str, Any]) -> None:
-    """Add the image files of an edit in JSON, which app.images.body reads before the body is validated."""
+def _add_image_files(schema: dict[str, Any], *, required: bool) -> None:
+    """Add the image files of an edit in JSON, which app.images.body reads before the body is validated.
+
+    A generation with an image is an edit, too.
+    """
     one = {**STRING, "minLength": 1, "description": "an http(s) URL, a data: URL or base64"}
     file = {"anyOf": [one, {"type": "array", "items": one, "minItems": 1, "maxItems": 1}]}
-    schema["properties"]["image"] = file
-    schema["properties"]["mask"] = {"anyOf": [file, {"type": "null"}]}
-    schema["required"] = [*schema["required"], "image"]
+    absent = {"anyOf": [file, {"type": "null"}]}
+    properties: dict[str, Any] = schema["properties"]
+    properties["mask"] = absent
+    properties["image"] = file if required else {**absent, "description": "makes the request an edit"}
+    if required:
+        schema["required"] = [*schema["required"], "image"]
 
 
 def _json_schema(schema: Any) -> Any:

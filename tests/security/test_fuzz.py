@@ -33,6 +33,7 @@ FORMATS = {"response_format", "structured_outputs", "guided_json", "guided_regex
 FORMATS |= {"guided_choice", "guided_grammar"}
 """Of these a request may have one."""
 
+OF_IMAGES = {"n", "step", "steps", "num_inference_steps", "width", "height", "size"}
 SEMANTIC = {
     # Fields with rules that JSON Schema cannot express: another field or the model limits them.
     "/v1/chat/completions": {
@@ -46,8 +47,9 @@ SEMANTIC = {
     "/v1/completions": {"min_tokens", "best_of", "n"} | FORMATS,
     "/tokenize": {"add_special_tokens", "continue_final_message"},
     "/detokenize": set(),
-    "/v1/images/generations": {"n", "step", "steps", "num_inference_steps", "width", "height", "size"},
-    "/v1/images/edits": {"n", "step", "steps", "num_inference_steps", "width", "height", "size", "mask"},
+    # a mask needs an image
+    "/v1/images/generations": {*OF_IMAGES, "image", "mask"},
+    "/v1/images/edits": {*OF_IMAGES, "mask"},
     "/v1/embeddings": set(),
 }
 MODELS = {path: "echo-images" if "images" in path else "echo" for path in SEMANTIC}
@@ -109,6 +111,14 @@ def steer(path: str, body: Any) -> None:
     if isinstance(tokens := body.get("tokens"), list) and len(tokens) % 8:
         # 1.0 is an integer for JSON Schema, and not for the service
         body["tokens"] = list(map(int, tokens))
+    if "images" in path:
+        # other names of the image files, for which the generator makes up values of any type
+        for alias in ("image[]", "file", "mask[]"):
+            body.pop(alias, None)
+    if path == "/v1/images/generations" and len(str(body.get("prompt"))) % 4:
+        # with an image it is an edit
+        body.pop("image", None)
+        body.pop("mask", None)
     for field in ("image", "mask"):
         if isinstance(given := body.get(field), bytes) and len(given) % 8:
             body[field] = PNG
