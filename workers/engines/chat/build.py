@@ -32,6 +32,7 @@ from workers.engines.chat.speculation import NgramDrafter
 from workers.engines.chat.vision.vision import Vision, warn_blind
 from workers.engines.device import available_cores, default_threads
 from workers.engines.failures import free_memory
+from workers.engines.huge_pages import use_huge_pages
 
 PREFILL_CHUNK = {"cpu": 512, "cuda": 2048}
 """Prompt tokens of a step without `prefill_chunk`. A GPU computes fewer hardly faster."""
@@ -121,6 +122,8 @@ def _build(
         torch_threads = 1
         torch.set_num_threads(torch_threads)
     vision = _checked_vision(loaded, backend, metrics)
+    if loaded.device.type == "cpu":
+        use_huge_pages()
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None
     scheduler = BatchScheduler(cache, prefixes, prefill_chunk, attention_cost, max_scored(vocabulary))
