@@ -1,6 +1,7 @@
 """The faster ways through a model give what the plain ones give, and are used only where they apply."""
 
 import gc
+import math
 import subprocess
 import sys
 import weakref
@@ -23,6 +24,7 @@ from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
 from workers.engines.chat.kernels.cpu import exp_of_differences, refine_greatest
+from workers.engines.chat.kernels.cpu_layers import add_and_normalize, gate
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model import linear, loader
 from workers.engines.chat.model.fused_decoder import FusedDecoder
@@ -262,6 +264,39 @@ def test_a_relative_of_llama_with_another_activation_is_not_fused(tmp_path):
 def test_a_worker_on_a_gpu_imports_no_compiler():
     program = "import sys, workers.engines.chat.build; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=340).returncode == 0
+
+
+def as_numbers(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_addition_and_norm_give_what_torch_gives(dtype):
+    torch.manual_seed(1)
+    x, added, weight = torch.randn(7, 90), torch.randn(7, 90).to(dtype), torch.randn(90)
+    total, out = torch.empty(7, 90), torch.empty(7, 90, dtype=dtype)
+    add_and_normalize(x.numpy(), as_numbers(added), weight.numpy(), 1e-5, total.numpy(), as_numbers(out))
+    assert torch.equal(total, x + added)
+    expected = F.rms_norm(total, weight.shape, weight, 1e-5)
+    # rounded from sums that were added in another order: at most the last bit differs
+    rtol, equal = (2**-7, 0.98) if dtype == torch.bfloat16 else (1e-5, 0.0)
+    torch.testing.assert_close(out, expected.to(dtype), rtol=rtol, atol=1e-6)
+    assert (out == expected.to(dtype)).float().mean() >= equal
+
+
+def test_the_compiled_gate_is_torchs_rounded_once():
+    torch.manual_seed(1)
+    joined = (torch.randn(9, 2 * 150) * 8).bfloat16()
+    joined[0, :6] = torch.tensor([-200.0, 200.0, 0.0, -0.0, math.inf, math.nan])
+    # the product lies in the middle between two numbers of bfloat16
+    joined[1, 0], joined[1, 150] = 96, 1 + 2**-7
+    out = torch.empty(9, 150, dtype=torch.bfloat16)
+    gate(as_numbers(joined), as_numbers(out))
+    one, other = joined.float().chunk(2, -1)
+    exact = F.silu(one) * other
+    torch.testing.assert_close(out, exact.bfloat16(), rtol=2**-7, atol=1e-30, equal_nan=True)
+    assert (out == exact.bfloat16()).float().mean() > 0.98
+    assert out[1, 0] == 64 * (1.5 + 2 * 2**-7)
 
 
 def test_the_greatest_logits_are_those_of_float32():

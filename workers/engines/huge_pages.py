@@ -43,7 +43,7 @@ def use_huge_pages() -> int:
             # the kernel finds no room
             if libc.madvise(at, HUGE, _MADV_COLLAPSE) == 0:
                 moved += HUGE
-    log.info("%d MiB of memory moved to huge pages in %.1f s", moved // 2**20, time.monotonic() - began)
+    log.debug("%d MiB of memory moved to huge pages in %.1f s", moved // 2**20, time.monotonic() - began)
     return moved
 
 

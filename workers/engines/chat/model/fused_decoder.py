@@ -93,7 +93,9 @@ class FusedDecoder:
         ]
         self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
         self._head_weight: torch.Tensor = model.lm_head.weight.detach()
-        self._refines = self._head_weight.dtype == torch.bfloat16 and model.lm_head.bias is None
+        self._last_norm = self._layers[-1].next_norm
+        rounded = self._head_weight.dtype == torch.bfloat16 and model.lm_head.bias is None
+        self._refines = rounded and operations.refines
 
     def with_attention(self, attention: ModelAttention) -> "FusedDecoder":
         """Return a decoder with the same weights around another attention of the same kind."""
@@ -121,9 +123,12 @@ class FusedDecoder:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
             x, normed = ops.add_norm(x, layer.attention_out(attended), layer.mlp_norm)
             x, normed = ops.add_norm(x, layer.down(ops.gate(layer.gate_up(normed))), layer.next_norm)
-        last = normed if outputs is None else normed[outputs]
-        logits = self._head(last)
-        return ops.refine_greatest(logits, last, self._head_weight) if self._refines else logits
+        logits = self._head(normed if outputs is None else normed[outputs]).to(self._dtype)
+        if not self._refines:
+            return logits
+        # `normed` may be rounded to the weights' dtype
+        exact = ops.norm(x if outputs is None else x[outputs], self._last_norm)
+        return ops.refine_greatest(logits, exact, self._head_weight)
 
 
 def _layer(layer: Any, joined: JoinedWeights, attention: ModelAttention, next_norm: Norm) -> _Layer:

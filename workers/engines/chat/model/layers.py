@@ -10,6 +10,7 @@ import copy
 import importlib.util
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -40,6 +41,8 @@ class LayerOperations:
 
     name = "torch's operations"
     """What the log calls this implementation."""
+    refines = False
+    """Whether `refine_greatest` does anything."""
 
     def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         """`model`: of transformers, Llama-shaped. Its rotary positions are computed up to `max_context`."""
@@ -66,7 +69,7 @@ class LayerOperations:
         return F.rms_norm(x, norm.weight.shape, *norm)
 
     def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + added, and its norm. x, added [tokens, width]."""
+        """Return x + added, and its norm as the input of a product. x, added [tokens, width]."""
         total = x + added
         return total, self.norm(total, norm)
 
@@ -107,16 +110,22 @@ class LayerOperations:
 
 
 class CompiledLayerOperations(LayerOperations):
-    """For float32 on a CPU: norm and rotation are one compiled pass each, without the interpreter lock."""
+    """For float32 on a CPU: norm and rotation are one compiled pass each, without the interpreter lock.
+
+    Products with weights in bfloat16 take and return bfloat16, which the loops read and write.
+    """
 
     name = "compiled loops"
+    refines = True
 
     def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         # imported here, so that a worker on a GPU doesn't load a compiler
-        from workers.engines.chat.kernels import cpu
+        from workers.engines.chat.kernels import cpu, cpu_layers
 
         super().__init__(model, attention, max_context)
-        self._kernels = cpu
+        self._kernels, self._layers = cpu, cpu_layers
+        half = model.lm_head.weight.dtype == torch.bfloat16
+        self._of_products = torch.bfloat16 if half else torch.float32
 
     def _tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return _half(cos), _half(sin)
@@ -127,6 +136,22 @@ class CompiledLayerOperations(LayerOperations):
         width = x.shape[-1]
         rows, weight = x.view(-1, width).numpy(), norm.weight.numpy()
         self._kernels.normalize(rows, weight, norm.eps, out.view(-1, width).numpy())
+        return out
+
+    def add_norm(self, x: torch.Tensor, added: torch.Tensor, norm: Norm) -> tuple[torch.Tensor, torch.Tensor]:
+        total, out = torch.empty_like(x), torch.empty_like(x, dtype=self._of_products)
+        arrays = x.numpy(), _numbers(added), norm.weight.numpy()
+        self._layers.add_and_normalize(*arrays, norm.eps, total.numpy(), _numbers(out))
+        return total, out
+
+    def attend(self, joined: torch.Tensor, positions: torch.Tensor, layer: LayerAttention) -> torch.Tensor:
+        return super().attend(joined.to(torch.float32), positions, layer).to(self._of_products)
+
+    def gate(self, joined: torch.Tensor) -> torch.Tensor:
+        if joined.dtype == torch.float32:
+            return super().gate(joined)
+        out = joined.new_empty(len(joined), joined.shape[1] // 2)
+        self._layers.gate(_numbers(joined), _numbers(out))
         return out
 
     def rotate(self, joined: torch.Tensor, heads: int, positions: torch.Tensor) -> torch.Tensor:
@@ -179,6 +204,11 @@ class TritonLayerOperations(LayerOperations):
 
     def gate(self, joined: torch.Tensor) -> torch.Tensor:
         return self._kernels.gate(joined)
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory as float32, or as the bits of bfloat16, uint16."""
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _half(table: torch.Tensor) -> torch.Tensor:
