@@ -123,10 +123,10 @@ class FusedDecoder:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
             x, normed = ops.add_norm(x, layer.attention_out(attended), layer.mlp_norm)
             x, normed = ops.add_norm(x, layer.down(ops.gate(layer.gate_up(normed))), layer.next_norm)
-        logits = self._head(normed if outputs is None else normed[outputs]).to(self._dtype)
+        logits = self._head(normed if outputs is None else normed[outputs])
         if not self._refines:
-            return logits
-        # `normed` may be rounded to the weights' dtype
+            return logits.to(self._dtype)
+        # `normed` is rounded to the weights' dtype
         exact = ops.norm(x if outputs is None else x[outputs], self._last_norm)
         return ops.refine_greatest(logits, exact, self._head_weight)
 

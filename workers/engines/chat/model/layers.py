@@ -42,7 +42,7 @@ class LayerOperations:
     name = "torch's operations"
     """What the log calls this implementation."""
     refines = False
-    """Whether `refine_greatest` does anything."""
+    """Whether `refine_greatest` is implemented."""
 
     def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         """`model`: of transformers, Llama-shaped. Its rotary positions are computed up to `max_context`."""
@@ -102,11 +102,11 @@ class LayerOperations:
         return F.silu(gate) * up
 
     def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the logits x weight^T, or the greatest of them more exactly.
+        """Return the logits x weight^T as float32, the greatest of them computed from x, where `refines`.
 
-        logits [rows, vocabulary], x [rows, width], weight bfloat16 [vocabulary, width].
+        logits, weight bfloat16 [rows, vocabulary] and [vocabulary, width], x float32 [rows, width].
         """
-        return logits
+        raise NotImplementedError
 
 
 class CompiledLayerOperations(LayerOperations):
@@ -161,9 +161,11 @@ class CompiledLayerOperations(LayerOperations):
         return out
 
     def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        bits = weight.view(torch.uint16).numpy()
-        self._kernels.refine_greatest(logits.numpy(), x.contiguous().numpy(), bits)
-        return logits
+        out = torch.empty_like(logits, dtype=torch.float32)
+        self._kernels.widen_and_refine(
+            _numbers(logits), x.contiguous().numpy(), _numbers(weight), out.numpy()
+        )
+        return out
 
 
 class TritonLayerOperations(LayerOperations):
