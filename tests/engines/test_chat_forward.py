@@ -288,15 +288,15 @@ def test_the_compiled_gate_is_torchs_rounded_once():
     torch.manual_seed(1)
     joined = (torch.randn(9, 2 * 150) * 8).bfloat16()
     joined[0, :6] = torch.tensor([-200.0, 200.0, 0.0, -0.0, math.inf, math.nan])
-    # the product lies in the middle between two numbers of bfloat16
-    joined[1, 0], joined[1, 150] = 96, 1 + 2**-7
+    # both products lie in the middle between two numbers of bfloat16
+    joined[1, :2], joined[1, 150:152] = 96, torch.tensor([1 + 2**-7, 1 + 3 * 2**-7])
     out = torch.empty(9, 150, dtype=torch.bfloat16)
     gate(as_numbers(joined), as_numbers(out))
     one, other = joined.float().chunk(2, -1)
     exact = F.silu(one) * other
     torch.testing.assert_close(out, exact.bfloat16(), rtol=2**-7, atol=1e-30, equal_nan=True)
     assert (out == exact.bfloat16()).float().mean() > 0.98
-    assert out[1, 0] == 64 * (1.5 + 2 * 2**-7)
+    assert out[1, :2].tolist() == [64 * (1.5 + 2 * 2**-7), 64 * (1.5 + 4 * 2**-7)]
 
 
 def test_the_greatest_logits_are_those_of_float32():

@@ -7,6 +7,7 @@ give them huge pages of their own; but they lie side by side, and the kernel can
 
 import ctypes
 import logging
+import mmap
 import re
 import time
 from collections.abc import Iterator
@@ -15,35 +16,34 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 MAPS = Path("/proc/self/maps")
+ENABLED = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 HUGE = 2 * 1024 * 1024
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
-"""Of Linux's madvise(2); Python's mmap has the first alone."""
+_MADV_COLLAPSE = 25
+"""Of Linux's madvise(2); Python's mmap lacks it."""
 _OWN = re.compile(r"(\w+)-(\w+) rw-p \w+ 00:00 0\s*(\[heap\])?$")
 """A line of /proc/self/maps for memory that belongs to no file."""
 
 
 def use_huge_pages() -> int:
-    """Move what this process has allocated to huge pages. Returns how many bytes were moved.
+    """Move what this process has allocated to huge pages. Returns how many bytes are in them afterwards.
 
-    Takes one or two seconds for a gigabyte. Contents and addresses stay as they are. Memory that was reserved
-    and never written, as most of a new KV cache, stays so and gets huge pages when it is written. Returns 0
-    where the kernel can't do it: Linux before 6.1, other systems.
+    Takes one or two seconds for a gigabyte. Contents and addresses stay as they are, and what was reserved
+    and not written, as most of a new KV cache, takes no memory. Does nothing, and returns 0, where the kernel
+    can't do it (Linux before 6.1, other systems), or the administrator has forbidden it.
     """
     try:
-        maps = MAPS.read_text()
+        # names of files in it may be of any bytes
+        maps, enabled = MAPS.read_text(errors="replace"), ENABLED.read_text()
     except OSError:
         return 0
-    began, moved = time.monotonic(), 0
-    libc = ctypes.CDLL(None)
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    if "[never]" in enabled:
+        return 0
+    began, moved, memory = time.monotonic(), 0, _Memory()
     for start, end in _regions(maps):
-        libc.madvise(start, end - start, _MADV_HUGEPAGE)
         for at in range(start, end, HUGE):
-            # it fails where nothing was written, where another thread has freed the memory since, and where
-            # the kernel finds no room
-            if libc.madvise(at, HUGE, _MADV_COLLAPSE) == 0:
+            if memory.is_written(at) and memory.collapse(at):
                 moved += HUGE
-    log.debug("%d MiB of memory moved to huge pages in %.1f s", moved // 2**20, time.monotonic() - began)
+    log.debug("%d MiB of memory are in huge pages after %.1f s", moved // 2**20, time.monotonic() - began)
     return moved
 
 
@@ -56,3 +56,22 @@ def _regions(maps: str) -> Iterator[tuple[int, int]]:
             start, end = -(-start // HUGE) * HUGE, end // HUGE * HUGE
             if start < end:
                 yield start, end
+
+
+class _Memory:
+    """The kernel's calls, for a huge page at an address."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        self._libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+        self._resident = (ctypes.c_ubyte * (HUGE // mmap.PAGESIZE))()
+
+    def is_written(self, at: int) -> bool:
+        """Whether at least half of its small pages are in memory: moving adds the others."""
+        known = self._libc.mincore(at, HUGE, self._resident) == 0
+        return known and bytes(self._resident).count(1) >= len(self._resident) // 2
+
+    def collapse(self, at: int) -> bool:
+        """Move it. Returns False where another thread has freed it since, or the kernel finds no room."""
+        return bool(self._libc.madvise(at, HUGE, _MADV_COLLAPSE) == 0)

@@ -123,6 +123,7 @@ def _build(
         torch.set_num_threads(torch_threads)
     vision = _checked_vision(loaded, backend, metrics)
     if loaded.device.type == "cpu":
+        # the weights are packed now, and passes are measured next
         use_huge_pages()
     max_context = min(loaded.max_context, cache.num_pages * cache.page_size)
     prefixes = PrefixCache(cache) if options.prefix_cache else None

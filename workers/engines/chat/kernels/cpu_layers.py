@@ -1,7 +1,8 @@
 """Loops between the matrix products of a layer on a CPU, compiled by numba.
 
 They compute in float32. What products return and take is float32, or with weights in bfloat16 its bits,
-uint16: without these loops torch would convert it in a pass of its own before and after each product.
+uint16: without these loops torch would convert it in a pass of its own before and after each product. numba
+doesn't see a change of what is imported from cpu.py: such a change must touch this file, too.
 """
 
 import math
@@ -17,7 +18,8 @@ from workers.engines.chat.kernels.cpu import REORDERED, compiled, exp_below
 def add_and_normalize(x: Any, added: Any, weight: Any, eps: float, total: Any, out: Any) -> None:
     """Write total, x + added, and out, its root mean square norm (Zhang and Sennrich 2019).
 
-    x, total float32 [rows, width]; added, out float32 or bits of bfloat16, like x; weight float32 [width].
+    x, total float32 [rows, width]; added, out [rows, width], float32 or the bits of bfloat16; weight float32
+    [width].
     """
     rows, width = x.shape
     bits = np.empty(width, np.uint32)
@@ -58,7 +60,7 @@ def gate(joined: Any, out: Any) -> None:
 # a check for division by zero would rule out vector instructions
 @numba.njit(nogil=True, fastmath=REORDERED, error_model="numpy")
 def _multiply_gate(numbers: Any, power: Any, ups: Any) -> None:
-    """numbers = silu(numbers) * ups, all float32 [width]. power: exp(-|numbers|), which can't overflow."""
+    """Replace numbers by silu(numbers) * ups, all float32 [width]. power: exp(-|numbers|), at most 1."""
     for at in range(len(numbers)):
         above = np.float32(1) if numbers[at] >= np.float32(0) else power[at]
         numbers[at] *= above / (np.float32(1) + power[at]) * ups[at]
