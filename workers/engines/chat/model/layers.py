@@ -42,7 +42,7 @@ class LayerOperations:
     name = "torch's operations"
     """What the log calls this implementation."""
     refines = False
-    """Whether `refine_greatest` is implemented."""
+    """Whether `refine_greatest` computes any."""
 
     def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         """`model`: of transformers, Llama-shaped. Its rotary positions are computed up to `max_context`."""
@@ -102,11 +102,11 @@ class LayerOperations:
         return F.silu(gate) * up
 
     def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the logits x weight^T as float32, the greatest of them computed from x, where `refines`.
+        """Return the logits x weight^T in x's dtype; where `refines`, the greatest are computed from x.
 
         logits, weight bfloat16 [rows, vocabulary] and [vocabulary, width], x float32 [rows, width].
         """
-        raise NotImplementedError
+        return logits.to(x.dtype)
 
 
 class CompiledLayerOperations(LayerOperations):
