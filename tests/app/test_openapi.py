@@ -93,6 +93,17 @@ def test_schemas_and_references_are_valid(document: Any) -> None:
     check(document)
 
 
+@pytest.mark.parametrize(
+    ("value", "is_valid"), [("data:,", True), (["data:,"], True), (None, True), ({}, False)]
+)
+def test_a_generation_may_have_an_image(document: Any, value: Any, is_valid: bool) -> None:
+    reference = {"$ref": "#/components/schemas/ImageGenerationRequest"}
+    validator = Draft202012Validator({**document, **reference})
+    body = {"model": "m", "prompt": "p"}
+    assert validator.is_valid(body)
+    assert [validator.is_valid({**body, name: value}) for name in ("image", "mask")] == [is_valid] * 2
+
+
 def test_every_body_has_examples_which_are_valid(document: Any) -> None:
     checked = 0
     for method, path, operation in operations(document):
