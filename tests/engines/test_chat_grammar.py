@@ -20,7 +20,7 @@ from workers.engines.chat.detokenizer import Vocabulary
 from workers.engines.chat.grammar import compiler as compiler_module
 from workers.engines.chat.grammar import sources, threads
 from workers.engines.chat.grammar.compiler import GrammarCompiler
-from workers.engines.chat.grammar.filler import PendingMasks
+from workers.engines.chat.grammar.filler import MaskThreads, PendingMasks
 from workers.engines.chat.grammar.matcher import Grammar
 
 TOKENIZER = make_tokenizer()
@@ -539,7 +539,8 @@ def test_a_panic_is_the_error_of_one_request():
     with pytest.raises(EngineError) as caught:
         grammar.accept(5)
     assert "Sesame" not in caught.value.message
-    failed: Future[None] = Future()
-    failed.set_exception(PanicException("Sesame"))
+    pending = PendingMasks([], np.zeros((0, 1), np.int32), MaskThreads(1))
+    pending.unfilled = Future()
+    pending.unfilled.set_exception(PanicException("Sesame"))
     with pytest.raises(EngineError):
-        PendingMasks([], None, failed).wait()
+        pending.stop()

@@ -19,7 +19,8 @@ from tests.engines.tiny_chat import CONFIGS, VOCABULARY, Collector, chat_job, ma
 from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.chat import ChatEngine
 from workers.engines.chat.grammar import compiler, sources, threads
-from workers.engines.chat.grammar.filler import MaskFiller, PendingMasks, exclude
+from workers.engines.chat.grammar.ends import exclude
+from workers.engines.chat.grammar.filler import MaskFiller, MaskThreads, PendingMasks
 from workers.engines.chat.grammar.matcher import Grammar
 from workers.engines.chat.pipeline import DecodePipeline
 
@@ -385,9 +386,10 @@ def test_a_panic_ends_its_request_and_no_other(weights, place, monkeypatch):
         rows = list(rows)
         if not any(row.grammar in grammars for row in rows if row.output and row.grammar is not None):
             return start(filler, rows)
-        failed: Future[None] = Future()
-        failed.set_exception(PanicException("Sesame"))
-        return PendingMasks([], None, failed)
+        pending = PendingMasks([], np.zeros((0, 1), np.int32), MaskThreads(1))
+        pending.unfilled = Future()
+        pending.unfilled.set_exception(PanicException("Sesame"))
+        return pending
 
     monkeypatch.setattr(engine.parts.prompts, "build", noted)
     if place == "token":
@@ -490,10 +492,10 @@ def test_rows_without_a_grammar_fill_no_masks(weights):
     engine, collector = make_engine(weights)
     try:
         run(engine, collector, [chat_job("free")])
-        assert engine.parts.masks._executor is None
+        assert engine.parts.masks._threads._executor is None
         (result,) = run(engine, collector, [format_job("guided", "choice", '["yes", "no"]')])
         assert result.text() in ("yes", "no")
-        assert engine.parts.masks._executor is not None
+        assert engine.parts.masks._threads._executor is not None
     finally:
         engine.close()
 
@@ -508,8 +510,8 @@ def test_masks_are_filled_while_the_model_computes(weights):
 
         def started(sequences):
             pending = start(sequences)
-            if pending is not None and pending._future is not None:
-                pending._future.add_done_callback(lambda _: filled.set())
+            if pending is not None and pending.unfilled is not None:
+                pending.unfilled.add_done_callback(lambda _: filled.set())
             return pending
 
         def waits_for_the_mask(chunks):

@@ -147,7 +147,9 @@ def _build(
         sampler=sampler,
         pipeline=DecodePipeline(cache, scheduler, backend.runner, sampler) if pipelined else None,
         prompts=prompts,
-        masks=MaskFiller(prompts.grammars.words, _mask_threads(torch_threads)),
+        masks=MaskFiller(
+            prompts.grammars.words, _mask_threads(torch_threads), late=loaded.device.type == "cpu"
+        ),
         outputs=RequestOutputs(scheduler, prompts.vocabulary, metrics, on_end),
         drafter=NgramDrafter(cache, options.num_speculative_tokens, options.max_batch_size)
         if options.num_speculative_tokens

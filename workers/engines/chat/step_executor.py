@@ -115,7 +115,7 @@ class StepExecutor:
                 rows, logits = self._forward(batch, chunks)
             finally:
                 if pending is not None:
-                    pending.wait()
+                    pending.stop()
             masks = pending.of(rows) if pending is not None else None
             ahead, drafted = _ahead(batch, chunks)
             tokens, logprobs = self._parts.sampler.sample(logits, rows, ahead, masks) if rows else ([], {})

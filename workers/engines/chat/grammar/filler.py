@@ -1,28 +1,51 @@
 """Finds out which tokens the rows of a step may have, while the model computes their logits."""
 
-from collections import defaultdict
+import threading
 from collections.abc import Iterable
+from collections.abc import Sequence as ListOf
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from llguidance import LLExecutor
 
-from workers.engines.chat.grammar.matcher import panics_as_errors
+from workers.engines.chat.grammar.ends import exclude_ends, unwanted_ends
+from workers.engines.chat.grammar.matcher import Grammar, panics_as_errors
 from workers.engines.chat.sampling.masks import Masks
 from workers.engines.chat.sequence import Sequence
 
+TRIES = 8
+"""How many tokens are asked for before a mask is filled after all, which takes longer."""
+
+
+class MaskThreads:
+    """Fill masks without the interpreter's lock."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._executor: LLExecutor | None = None
+
+    def fill(self, rows: dict[int, Sequence], bits: np.ndarray) -> None:
+        """Fill the masks of rows, by place in bits, int32 [all rows, words]. Returns when that is done."""
+        self._executor = self._executor or LLExecutor(num_threads=self.count)
+        matchers = [(grammar_of(row).matcher, at) for at, row in rows.items()]
+        self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(bits))
+
 
 class MaskFiller:
-    """Fills masks in threads of its own, without the interpreter's lock."""
+    """Begins to fill the masks of a step.
 
-    def __init__(self, words: int, threads: int) -> None:
-        """`words`: of 32 bits, of a mask."""
+    If the sampler takes late masks, those of greedy rows come last, and filling ends with the forward pass.
+    Asking for one token takes a hundredth of a mask's time, and most often one of the best is allowed.
+    """
+
+    def __init__(self, words: int, threads: int, *, late: bool) -> None:
+        """`words`: of 32 bits, of a mask. `late`: whether the sampler takes late masks."""
         self._words = words
-        self._threads = threads
-        self._executor: LLExecutor | None = None
+        self._late = late
+        self._threads = MaskThreads(threads)
         self._bits = np.empty((0, words), np.int32)
         """The masks of a step, which the next one overwrites: new memory is mapped page by page."""
-        # calling the executor waits for its threads
+        # the threads' caller waits for them
         self._caller = ThreadPoolExecutor(1, thread_name_prefix="grammar masks")
 
     def start(self, sequences: Iterable[Sequence]) -> "PendingMasks | None":
@@ -31,21 +54,12 @@ class MaskFiller:
         if not rows:
             return None
         known = [row for row in rows if row.output]
-        if not known:
-            return PendingMasks([])
-        self._executor = self._executor or LLExecutor(num_threads=self._threads)
         if len(self._bits) < len(known):
             self._bits = np.empty((len(known), self._words), np.int32)
-        bits = self._bits[: len(known)]
-        matchers = [(row.grammar.matcher, at) for at, row in enumerate(known) if row.grammar is not None]
-        future = self._caller.submit(
-            self._executor.unsafe_compute_mask_ptr,
-            matchers,
-            bits.ctypes.data,
-            4 * self._words,
-            len(known),
-        )
-        return PendingMasks(known, bits, future)
+        pending = PendingMasks(known, self._bits[: len(known)], self._threads)
+        if known:
+            pending.unfilled = self._caller.submit(pending.fill, late=self._late)
+        return pending
 
     def close(self) -> None:
         self._caller.shutdown()
@@ -54,61 +68,82 @@ class MaskFiller:
 class PendingMasks:
     """The masks of a step. A choice without output has the first mask of its grammar."""
 
-    def __init__(
-        self, rows: list[Sequence], bits: np.ndarray | None = None, future: "Future[None] | None" = None
-    ) -> None:
-        """bits int32 [rows, words], valid once `future` is done; both None without rows."""
+    def __init__(self, rows: list[Sequence], bits: np.ndarray, threads: MaskThreads) -> None:
+        """bits int32 [rows, words], valid after `stop`, but for `unfilled`."""
         self._rows = rows
         self._bits = bits
-        self._future = future
+        self._threads = threads
+        self._stopped = threading.Event()
+        self.unfilled: Future[set[Sequence]] | None = None
+        """The rows whose masks were not filled; None: all are."""
 
-    def wait(self) -> None:
+    def fill(self, *, late: bool) -> set[Sequence]:
+        """Fill the masks. Returns the rows that were left out, if masks may be late, because of `stop`."""
+        rows = dict(enumerate(self._rows))
+        last = [at for at, row in rows.items() if late and row.sampling.greedy]
+        if first := {at: row for at, row in rows.items() if at not in last}:
+            self._threads.fill(first, self._bits)
+        while last and not self._stopped.is_set():
+            # few at once: the engine thread waits for them
+            now, last = last[: self._threads.count], last[self._threads.count :]
+            self._threads.fill({at: rows[at] for at in now}, self._bits)
+        return {rows[at] for at in last}
+
+    def stop(self) -> None:
         """Return when no thread uses the rows' grammars any more. Raises EngineError for a panic."""
-        if self._future is not None:
+        self._stopped.set()
+        if self.unfilled is not None:
             with panics_as_errors():
-                self._future.result()
+                self.unfilled.result()
 
     def of(self, rows: list[Sequence]) -> Masks | None:
-        """Return the masks of a step's rows, which may have forks that `start` did not know."""
+        """Return the masks of a step's rows, which may have forks that `MaskFiller.start` did not know."""
         masked = [at for at, row in enumerate(rows) if row.grammar is not None]
         if not masked:
             return None
         constrained = [rows[at] for at in masked]
         bits = self._bits
-        if bits is None or constrained != self._rows:
-            known = dict(zip(self._rows, bits, strict=True)) if bits is not None else {}
-            bits = np.stack([known.get(row, row.grammar.first) for row in constrained if row.grammar])
-        rows_of_ends: defaultdict[frozenset[int], list[int]] = defaultdict(list)
-        for at, row in enumerate(constrained):
-            rows_of_ends[unwanted_ends(row)].append(at)
-        for ends, places in rows_of_ends.items():
-            for at in _with_any(ends, bits, places):
-                exclude(bits[at], ends)
-        return Masks(np.array(masked), bits)
+        if constrained != self._rows:
+            known = dict(zip(self._rows, bits, strict=True))
+            bits = np.stack([known.get(row, grammar_of(row).first) for row in constrained])
+        unfilled = self.unfilled.result() if self.unfilled is not None else set()
+        late = {at: row for at, row in enumerate(constrained) if row in unfilled}
+        exclude_ends(bits, {at: row for at, row in enumerate(constrained) if at not in late})
+        return Masks(np.array(masked), bits, LateRows(late, self._threads) if late else None)
 
 
-def unwanted_ends(row: Sequence) -> frozenset[int]:
-    """The tokens that would end a choice too early, as min_tokens and ignore_eos say."""
+def grammar_of(row: Sequence) -> Grammar:
+    """Return the grammar of a row that has one."""
     assert row.grammar is not None
-    stops, ends = row.sampling.stop_token_ids, row.grammar.ends
-    return stops | ends if len(row.output) < row.sampling.min_tokens else ends - stops
+    return row.grammar
 
 
-def _with_any(tokens: frozenset[int], bits: np.ndarray, rows: list[int]) -> list[int]:
-    """Return those of the rows whose mask allows one of the tokens; bits int32 [all rows, words].
+class LateRows:
+    """Implements LateMasks."""
 
-    Seldom any, since within a value no end token is allowed, so this looks at all rows at once.
-    """
-    own = np.array(sorted(tokens), np.int64)
-    found = bits.view(np.uint32)[np.ix_(np.array(rows), own // 32)] >> (own % 32).astype(np.uint32) & 1
-    return [rows[at] for at in np.flatnonzero(found.any(1))]
+    def __init__(self, rows: dict[int, Sequence], threads: MaskThreads) -> None:
+        self._rows = rows
+        self._threads = threads
 
+    def __contains__(self, mask: object) -> bool:
+        return mask in self._rows
 
-def exclude(bits: np.ndarray, tokens: frozenset[int]) -> None:
-    """Remove these tokens from a mask, int32 [words], unless it allows no others."""
-    words = bits.view(np.uint32)
-    before = bits.copy()
-    for token in tokens:
-        words[token // 32] &= np.uint32(0xFFFFFFFF ^ (1 << token % 32))
-    if not bits.any():
-        bits[:] = before
+    def best(self, mask: int, logits: np.ndarray) -> int | None:
+        """Implements LateMasks.best."""
+        row = self._rows[mask]
+        grammar, unwanted = grammar_of(row), unwanted_ends(row)
+        for _ in range(TRIES):
+            token = int(logits.argmax())
+            # a mask keeps its unwanted ends if it has nothing else
+            allowed = None if token in unwanted else grammar.allows(token)
+            if allowed is not False:
+                return token if allowed else None
+            logits[token] = -np.inf
+        return None
+
+    def fill(self, masks: ListOf[int], allowed: np.ndarray) -> None:
+        """Implements LateMasks.fill. Raises EngineError for a panic."""
+        rows = {at: self._rows[at] for at in masks}
+        with panics_as_errors():
+            self._threads.fill(rows, allowed)
+        exclude_ends(allowed, rows)

@@ -91,6 +91,17 @@ class Grammar:
             self.thinking = token == self._tags.opening
         return stopped
 
+    def allows(self, token: int) -> bool | None:
+        """Whether the mask would allow the token, found in a hundredth of the mask's time.
+
+        None if only the mask tells: where a single text can follow, which tokens may divide in several ways,
+        the mask allows the first token of the usual division alone.
+        """
+        with panics_as_errors():
+            if self._matcher.validate_tokens([token]) != 1:
+                return False
+            return None if self._matcher.compute_ff_tokens() else True
+
     def _failure(self) -> ServiceError:
         if TOO_COMPLEX.search(self._matcher.get_error()):
             return InvalidRequest(

@@ -3,24 +3,43 @@
 There are two implementations, in torch and compiled for a CPU.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from workers.engines.chat.sampling.draw import Filters, draw
-from workers.engines.chat.sampling.masks import exclude
+from workers.engines.chat.sampling.masks import LateMasks, exclude
 
-Choose = Callable[[torch.Tensor, Filters | None, dict[str, torch.Tensor]], torch.Tensor]
-"""(logits float32 [rows, vocabulary], filters, sent) -> tokens int64 [rows]. The logits may be overwritten.
-
-filters: of the rows that are drawn, None: none. sent: `uniforms`, float64 [drawn rows], if there are any, and
-`masked` and `allowed`, those of Masks, if rows have a grammar.
-"""
+TRIES = 4
+"""How many of the best tokens are looked up in a mask before a pass over all of it."""
 
 
-def choose(logits: torch.Tensor, filters: Filters | None, sent: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`Choose` with torch's operations, on any device."""
+class Choose(Protocol):
+    """Chooses tokens."""
+
+    def __call__(
+        self,
+        logits: torch.Tensor,
+        filters: Filters | None,
+        sent: dict[str, torch.Tensor],
+        late: LateMasks | None = None,
+    ) -> torch.Tensor:
+        """Return the rows' tokens, int64 [rows]. logits float32 [rows, vocabulary] may be overwritten.
+
+        filters: of the rows that are drawn, None: none. sent: `uniforms`, float64 [drawn rows], if there are
+        any, and `masked` and `allowed`, those of Masks, if rows have a grammar. late: that of Masks.
+        """
+
+
+def choose(
+    logits: torch.Tensor,
+    filters: Filters | None,
+    sent: dict[str, torch.Tensor],
+    late: LateMasks | None = None,
+) -> torch.Tensor:
+    """`Choose` with torch's operations, on any device, without late masks."""
+    assert late is None
     if "allowed" in sent:
         exclude(logits, sent["masked"], sent["allowed"])
     if filters is None:
@@ -36,30 +55,35 @@ def compiled_choose() -> Choose:
     # imported here, so that a worker on a GPU doesn't load a compiler
     from workers.engines.chat.kernels.cpu_sampling import FEW, best_tokens, draw_tokens
 
-    def choose(logits: torch.Tensor, filters: Filters | None, sent: dict[str, torch.Tensor]) -> torch.Tensor:
+    def choose(
+        logits: torch.Tensor,
+        filters: Filters | None,
+        sent: dict[str, torch.Tensor],
+        late: LateMasks | None = None,
+    ) -> torch.Tensor:
         values = logits.contiguous().numpy()
         if filters is None and "allowed" not in sent:
             # numpy uses vector instructions here and takes a tenth of torch's time
             return torch.from_numpy(values.argmax(-1))
         tokens, greedy = np.zeros(len(values), np.int64), np.ones(len(values), np.bool_)
-        masks = mask_of, allowed, counts = _masks(len(values), sent)
+        mask_of, allowed, counts = masks = _masks(len(values), sent)
         if filters is not None:
             rows, *columns = (column.numpy() for column in (*filters[:5], sent["uniforms"]))
             drawn = np.zeros(len(rows), np.int64)
             draw_tokens(values, rows, *columns, *masks, drawn)
             tokens[rows], greedy[rows] = drawn, False
         others = []
-        for row in np.flatnonzero(greedy):
-            mask = mask_of[row]
-            if mask < 0:
-                tokens[row] = values[row].argmax()
-            elif counts[mask] <= values.shape[1] // FEW:
+        for row in np.flatnonzero(greedy).tolist():
+            mask = int(mask_of[row])
+            filled = mask >= 0 and (late is None or mask not in late)
+            if filled and counts[mask] <= values.shape[1] // FEW:
                 others.append(row)
-            elif (best := _best_if_allowed(values[row], allowed[mask])) is not None:
+            elif (best := _best_if_allowed(values[row], mask, allowed, late)) is not None:
                 tokens[row] = best
             else:
                 others.append(row)
         if others:
+            _fill_late([int(mask_of[row]) for row in others], allowed, counts, late)
             found = np.zeros(len(others), np.int64)
             best_tokens(values, np.array(others), *masks, found)
             tokens[others] = found
@@ -68,13 +92,28 @@ def compiled_choose() -> Choose:
     return choose
 
 
-def _best_if_allowed(row: np.ndarray, words: np.ndarray) -> int | None:
-    """Return the token with the greatest logit; None if the mask doesn't allow it.
+def _best_if_allowed(row: np.ndarray, mask: int, allowed: np.ndarray, late: LateMasks | None) -> int | None:
+    """Return the token with the greatest logit; None if the mask, -1 for none, doesn't allow it.
 
-    Most masks of many tokens do, and numpy needs less time than a pass that looks at the mask.
+    Most masks of many tokens allow one of the best, and numpy finds some in less time than a pass takes that
+    looks at the mask.
     """
-    best = int(row.argmax())
-    return best if words[best // 32] >> best % 32 & 1 else None
+    if late is not None and mask in late:
+        return late.best(mask, row)
+    for _ in range(TRIES):
+        best = int(row.argmax())
+        if mask < 0 or allowed[mask, best // 32] >> best % 32 & 1:
+            return best
+        row[best] = -np.inf
+    return None
+
+
+def _fill_late(masks: list[int], allowed: np.ndarray, counts: np.ndarray, late: LateMasks | None) -> None:
+    """Fill those of the masks that are late, and their counts."""
+    unfilled = [mask for mask in masks if late is not None and mask in late]
+    if late is not None and unfilled:
+        late.fill(unfilled, allowed)
+        counts[unfilled] = _counts(allowed[unfilled])
 
 
 def _masks(rows: int, sent: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,4 +123,9 @@ def _masks(rows: int, sent: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.nda
         return mask_of, np.zeros((1, 1), np.int32), np.zeros(1, np.int64)
     allowed = sent["allowed"].numpy()
     mask_of[sent["masked"].numpy()] = np.arange(len(allowed))
-    return mask_of, allowed, np.bitwise_count(allowed.view(np.uint32)).sum(1, dtype=np.int64)
+    return mask_of, allowed, _counts(allowed)
+
+
+def _counts(allowed: np.ndarray) -> np.ndarray:
+    """Return how many tokens each of the masks, int32 [masks, words], allows."""
+    return np.bitwise_count(allowed.view(np.uint32)).sum(1, dtype=np.int64)

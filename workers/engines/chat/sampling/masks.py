@@ -1,11 +1,31 @@
 """Excludes the tokens that a row's grammar does not allow next."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from workers.engines.chat.sampling.device import pieces
+
+
+class LateMasks(Protocol):
+    """The masks of greedy rows that were not filled before the logits were known.
+
+    Only a CPU's sampler takes them. A mask is meant by its place among those of a step.
+    """
+
+    def __contains__(self, mask: object) -> bool:
+        """Whether the mask is one of these."""
+
+    def best(self, mask: int, logits: np.ndarray) -> int | None:
+        """Return the token with the greatest logit that the mask would allow; None if only the mask tells.
+
+        logits float32 [vocabulary]: those of tokens that it would not allow may become -inf.
+        """
+
+    def fill(self, masks: Sequence[int], allowed: np.ndarray) -> None:
+        """Fill these rows of `allowed`, that of Masks."""
 
 
 class Masks(NamedTuple):
@@ -18,6 +38,12 @@ class Masks(NamedTuple):
 
     There are at least as many bits as logits.
     """
+    late: LateMasks | None = None
+    """Of which rows `allowed` is not filled; None: it is."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return what goes to the device."""
+        return {"masked": self.masked, "allowed": self.allowed}
 
 
 def exclude(logits: torch.Tensor, masked: torch.Tensor, allowed: torch.Tensor) -> None:

@@ -102,13 +102,14 @@ class Sampler:
             return self._choose(logits, None, {}), None
         news = batch.news(ahead or [])
         if masks is not None:
-            news |= masks._asdict()
+            news |= masks.arrays()
         if batch.penalised:
             news |= self._penalties.news(batch.penalised)
         sent = self._uploads.named(news)
         raw = logits[batch.logprob_places] if batch.logprob_places is not None else None
         self._adjust(logits, batch, sent, unread)
-        return self._choose(logits, batch.filters, sent), raw
+        late = masks.late if masks is not None else None
+        return self._choose(logits, batch.filters, sent, late), raw
 
     def _batch_of(self, rows: list[Sequence]) -> Batch:
         slots = [row.slot for row in rows]
