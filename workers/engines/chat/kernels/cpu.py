@@ -3,7 +3,7 @@
 torch needs a dozen passes over scores and partial results for attention, and takes the interpreter lock again
 after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in
 one file because numba's cache of a function is valid until its file changes, even if a function that it calls
-has changed.
+has changed: a change of instructions.py must touch this file, too.
 """
 
 import math
@@ -12,15 +12,22 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
-REORDERED = {"reassoc", "contract", "nsz", "arcp"}
-"""LLVM's fast-math flags: sums may be reordered, as vector instructions require.
+from workers.engines.chat.kernels.instructions import (
+    REORDERED,
+    prefetch,
+    tile_1x8,
+    tile_1x16,
+    tile_2x8,
+    tile_2x16,
+    tile_3x8,
+    tile_3x16,
+    tile_4x8,
+    tile_4x16,
+)
 
-Infinities keep their meaning.
-"""
+CACHE_LINE = 64
+"""Bytes that are loaded together, on x86-64 and most ARM64 processors."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,73 +118,6 @@ def exp_below(row: Any, count: int, best: Any, scale: Any) -> Any:
     return total
 
 
-def _tile(rows: int, width: int) -> Any:
-    """Make the inner loop of `add_product` for `rows` rows and `width` columns, whose sums stay in registers.
-
-    In LLVM's instructions, because its vectorizer takes twice the time: it tests in each of these short loops
-    whether the arrays overlap.
-    """
-    vector, words = ir.VectorType(ir.FloatType(), width), ir.VectorType(ir.IntType(32), width)
-
-    def row_of(builder: Any, array: Any, row: Any, kind: Any) -> Any:
-        """The address of a row's first item, as one of `kind`."""
-        start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        offset = builder.mul(row, builder.extract_value(array.strides, 0))
-        return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
-
-    def load_vector(builder: Any, array: Any, row: Any, half: bool) -> Any:
-        if not half:
-            return builder.load(row_of(builder, array, row, vector), align=4)
-        bits = builder.load(row_of(builder, array, row, ir.VectorType(ir.IntType(16), width)), align=2)
-        return builder.bitcast(builder.shl(builder.zext(bits, words), words([16] * width)), vector)
-
-    def repeat(builder: Any, number: Any) -> Any:
-        empty = ir.Constant(vector, ir.Undefined)
-        first = builder.insert_element(empty, number, ir.IntType(32)(0))
-        return builder.shuffle_vector(first, empty, words([0] * width))
-
-    @intrinsic
-    def tile(_: Any, weights: Any, vectors: Any, out: Any) -> Any:
-        kinds = weights, vectors, out
-
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            weight_rows, vector_rows, out_rows = (
-                context.make_array(kind)(context, builder, array)
-                for kind, array in zip(kinds, arguments, strict=True)
-            )
-            size, flags = context.get_value_type(types.intp), tuple(REORDERED)
-            places = [row_of(builder, out_rows, size(row), vector) for row in range(rows)]
-            weights_of = [row_of(builder, weight_rows, size(row), ir.FloatType()) for row in range(rows)]
-            before, loop, after = builder.block, *(builder.append_basic_block() for _ in range(2))
-            sums = [builder.load(place, align=4) for place in places]
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            at, *totals = (builder.phi(kind) for kind in (size, *(vector for _ in range(rows))))
-            loaded = load_vector(builder, vector_rows, at, vectors.dtype == types.uint16)
-            following = builder.add(at, size(1))
-            at.add_incoming(size(0), before)
-            at.add_incoming(following, loop)
-            for row, total in enumerate(totals):
-                weight = repeat(builder, builder.load(builder.gep(weights_of[row], [at])))
-                total.add_incoming(sums[row], before)
-                sums[row] = builder.fadd(total, builder.fmul(weight, loaded, flags), flags=flags)
-                total.add_incoming(sums[row], loop)
-            length = builder.extract_value(vector_rows.shape, 0)
-            builder.cbranch(builder.icmp_signed("<", following, length), loop, after)
-            builder.position_at_end(after)
-            for total, place in zip(sums, places, strict=True):
-                builder.store(total, place, align=4)
-            return context.get_dummy_value()
-
-        return types.void(*kinds), generate
-
-    return tile
-
-
-_tile_1x16, _tile_2x16, _tile_3x16, _tile_4x16 = (_tile(rows, 16) for rows in (1, 2, 3, 4))
-_tile_1x8, _tile_2x8, _tile_3x8, _tile_4x8 = (_tile(rows, 8) for rows in (1, 2, 3, 4))
-
-
 @compiled
 def add_product(weights: Any, vectors: Any, out: Any) -> None:
     """out += weights @ vectors, float32 [rows, length] and [length, columns]; columns: a multiple of 8.
@@ -191,21 +131,28 @@ def add_product(weights: Any, vectors: Any, out: Any) -> None:
             part, sums = vectors[:, column:], out[row:, column:]
             if columns - column >= 16:
                 if left >= 4:
-                    _tile_4x16(own, part, sums)
+                    tile_4x16(own, part, sums)
                 elif left == 3:
-                    _tile_3x16(own, part, sums)
+                    tile_3x16(own, part, sums)
                 elif left == 2:
-                    _tile_2x16(own, part, sums)
+                    tile_2x16(own, part, sums)
                 else:
-                    _tile_1x16(own, part, sums)
+                    tile_1x16(own, part, sums)
             elif left >= 4:
-                _tile_4x8(own, part, sums)
+                tile_4x8(own, part, sums)
             elif left == 3:
-                _tile_3x8(own, part, sums)
+                tile_3x8(own, part, sums)
             elif left == 2:
-                _tile_2x8(own, part, sums)
+                tile_2x8(own, part, sums)
             else:
-                _tile_1x8(own, part, sums)
+                tile_1x8(own, part, sums)
+
+
+@numba.njit(nogil=True)
+def _prefetch_head(pages: Any, page: Any, head: Any) -> None:
+    """Begin to load the part of one head in a page, of [pages, kv_heads, two contiguous dimensions]."""
+    for offset in range(0, pages.strides[1], CACHE_LINE):
+        prefetch(pages, np.intp(page), np.intp(head), np.intp(offset))
 
 
 @compiled
@@ -226,6 +173,9 @@ def decode_rows(
     page_size, head_dim], both float32 or the bits of bfloat16, uint16; tables [rows, most pages of a row];
     ends [rows]: number of keys that the row sees. window, softcap: 0 for none. page_size and head_dim are
     multiples of 8.
+
+    While a head's part of a page is read, that of the next page is loaded: where it lies only the table
+    tells, and without that each page would begin with a wait for memory.
     """
     rows, heads, head_dim = query.shape
     kv_heads, page_size = values.shape[1], values.shape[2]
@@ -244,6 +194,10 @@ def decode_rows(
         for number in range(first_page, end_page):
             block, place = keys[tables[row, number]], number * page_size - start
             for kv_head in range(kv_heads):
+                if number + 1 < end_page:
+                    _prefetch_head(keys, tables[row, number + 1], kv_head)
+                else:
+                    _prefetch_head(values, tables[row, first_page], kv_head)
                 own = slice(kv_head * group, kv_head * group + group)
                 add_product(scaled[own], block[kv_head], scores[own, place : place + page_size])
         out[row] = 0
@@ -259,6 +213,10 @@ def decode_rows(
             block, place = values[tables[row, number]], number * page_size - start
             begin, stop = max(low - place, 0), min(high - place, page_size)
             for kv_head in range(kv_heads):
+                if number + 1 < end_page:
+                    _prefetch_head(values, tables[row, number + 1], kv_head)
+                elif row + 1 < rows:
+                    _prefetch_head(keys, tables[row + 1, first_page], kv_head)
                 own = slice(kv_head * group, kv_head * group + group)
                 weights = scores[own, place + begin : place + stop]
                 add_product(weights, block[kv_head, begin:stop], out[row, own])

@@ -11,7 +11,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from workers.engines.chat.kernels.cpu import REORDERED, compiled, exp_below
+from workers.engines.chat.kernels.cpu import compiled, exp_below
+from workers.engines.chat.kernels.instructions import REORDERED
 
 
 @compiled

@@ -9,7 +9,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from workers.engines.chat.kernels.cpu import REORDERED, compiled, exp_below, largest_of
+from workers.engines.chat.kernels.cpu import compiled, exp_below, largest_of
+from workers.engines.chat.kernels.instructions import REORDERED
 
 BITS_OF_ONE = np.int32(0x3F800000)
 """The bits of 1.0 in float32. Positive floats are ordered like their bits."""
