@@ -16,7 +16,8 @@ from tests.engines.test_chat_structured import SCHEMAS, closing, format_job, sch
 from tests.engines.tiny_chat import CONFIGS, VOCABULARY, make_engine, run, save_model
 from tests.engines.tiny_sentencepiece import save_sentencepiece_model, train
 from workers.engines.chat.grammar.compiler import GrammarCompiler
-from workers.engines.chat.grammar.filler import LateRows, MaskThreads, PendingMasks
+from workers.engines.chat.grammar.filler import MOST_LATE, LateRows, MaskThreads, PendingMasks
+from workers.engines.chat.grammar.reasoning import Reasoning
 from workers.engines.chat.sampling.choose import choose, compiled_choose
 from workers.engines.chat.sequence import Sampling
 
@@ -27,6 +28,9 @@ FORMATS: list[tuple[Any, str]] = [
     ("grammar", 'start: "<b>" inner "</b>"\ninner: start | /[0-9]*/'),
     *(("json_schema", json.dumps(schema)) for schema in SCHEMAS.values()),
 ]
+ENDS = frozenset([0, 1])
+"""Of the tokenizers' special tokens."""
+REASONING = Reasoning("<|user|>", "<|assistant|>", opened=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +45,7 @@ def compiler(
     if request.param == "sentencepiece":
         weights = save_sentencepiece_model(tmp_path_factory.mktemp("sentencepiece"), train("bpe"))
     tokenizer = AutoTokenizer.from_pretrained(weights)
-    return GrammarCompiler(tokenizer, VOCABULARY, frozenset([tokenizer.eos_token_id]))
+    return GrammarCompiler(tokenizer, VOCABULARY, ENDS)
 
 
 def tokens_of(words: np.ndarray) -> list[int]:
@@ -53,19 +57,22 @@ def test_what_a_mask_would_allow_is_known_without_it(compiler: GrammarCompiler) 
     words = np.empty(compiler.words, np.int32)
     free = forced = 0
     for kind, text in FORMATS:
-        grammar = compiler.compile(OutputFormat(kind=kind, text=text, param="guided"), "tiny")
-        for _ in range(2):
-            own = grammar.copy()
-            for _ in range(20):
+        wanted = OutputFormat(kind=kind, text=text, param="guided")
+        for reasoning in (None, REASONING):
+            own = compiler.compile(wanted, "tiny", reasoning)
+            for _ in range(25):
+                before = own.copy()
                 told = [own.allows(token) for token in range(32 * compiler.words)]
-                own.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+                before.matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
                 allowed = tokens_of(words)
-                if None in told:
+                others = [token for token in allowed if token not in ENDS]
+                if others and told[others[0]] is None:
                     forced += 1
-                    assert all(told[token] is None for token in allowed) and True not in told, (kind, text)
+                    assert all(told[token] is None for token in others) and True not in told, (kind, text)
                 else:
                     free += 1
-                    assert [at for at, one in enumerate(told) if one] == allowed, (kind, text)
+                    assert [at for at, one in enumerate(told) if one] == others, (kind, text)
+                assert all(told[token] is None for token in ENDS)
                 if own.accept(draw.choice(allowed)):
                     break
     assert min(free, forced) > 100
@@ -122,7 +129,7 @@ def test_answers_do_not_depend_on_when_masks_are_filled(
             results = run(engine, collector, wanted)
             answers.append(
                 [
-                    (result.finish(index), result.deltas(index))
+                    (result.finish(index), [(d.text, d.tokens, d.logprobs) for d in result.deltas(index)])
                     for result, job in zip(results, wanted, strict=True)
                     for index in range(job.sampling.n)
                 ]
@@ -131,8 +138,7 @@ def test_answers_do_not_depend_on_when_masks_are_filled(
             assert bool(found) == bool(filled) == late
     finally:
         engine.close()
-    texts = [[(finish, "".join(d.text for d in deltas)) for finish, deltas in own] for own in answers]
-    assert texts[0] == texts[1]
+    assert answers[0] == answers[1]
     assert found.count(False) == len(filled) > 100
     assert found.count(True) > 100
 
@@ -140,13 +146,27 @@ def test_answers_do_not_depend_on_when_masks_are_filled(
 class Row:
     """What PendingMasks needs of a sequence."""
 
-    def __init__(self, temperature: float) -> None:
+    def __init__(self, temperature: float, late: int = 0) -> None:
         self.sampling = Sampling(max_tokens=1, temperature=temperature)
+        self.output = [1]
+        self.grammar = AnyToken(late)
+
+
+class AnyToken:
+    """A grammar that allows each token."""
+
+    ends: frozenset[int] = frozenset()
+
+    def __init__(self, late: int) -> None:
+        self.late = late
+
+    def allows(self, token: int) -> bool:
+        return True
 
 
 def test_filling_ends_with_the_forward_pass() -> None:
     """Rows that are drawn need their masks; of the others, those that threads have begun are waited for."""
-    rows: list[Any] = [Row(at % 2) for at in range(12)]
+    rows: list[Any] = [Row(at % 2, late=at // 6) for at in range(12)]
     calls: list[list[int]] = []
 
     class Threads(MaskThreads):
@@ -157,11 +177,25 @@ def test_filling_ends_with_the_forward_pass() -> None:
 
     bits = np.zeros((12, 1), np.int32)
     pending = PendingMasks(rows, bits, Threads(2))
-    assert pending.fill(late=True) == {rows[8], rows[10]}
-    assert calls == [[1, 3, 5, 7, 9, 11], [0, 2], [4, 6]]
+    assert pending.fill(late=True) == {rows[2], rows[4]}
+    assert calls == [[1, 3, 5, 7, 9, 11], [6, 8], [10, 0]], "the one that was late most often is first"
     calls.clear()
     assert pending.fill(late=False) == set()
     assert calls == [list(range(12))]
+
+
+def test_a_row_is_not_without_a_mask_for_long() -> None:
+    row: Any = Row(0)
+    late = LateRows({3: row}, MaskThreads(1))
+    logits = np.array([0.5, 2, 1], np.float32)
+    assert [late.best(3, logits) for _ in range(MOST_LATE + 1)] == [1] * MOST_LATE + [None]
+
+
+def test_logits_that_are_no_numbers_are_left_to_the_mask() -> None:
+    row: Any = Row(0)
+    late = LateRows({0: row}, MaskThreads(1))
+    for number in (np.nan, np.inf, -np.inf):
+        assert late.best(0, np.full(4, number, np.float32)) is None
 
 
 def test_late_masks_give_the_best_token_that_they_allow() -> None:

@@ -16,6 +16,9 @@ from workers.engines.chat.sequence import Sequence
 TRIES = 8
 """How many tokens are asked for before a mask is filled after all, which takes longer."""
 
+MOST_LATE = 16
+"""How many tokens a row takes without a mask. Each mask renews what llguidance may spend on a text."""
+
 
 class MaskThreads:
     """Fill masks without the interpreter's lock."""
@@ -27,7 +30,10 @@ class MaskThreads:
     def fill(self, rows: dict[int, Sequence], bits: np.ndarray) -> None:
         """Fill the masks of rows, by place in bits, int32 [all rows, words]. Returns when that is done."""
         self._executor = self._executor or LLExecutor(num_threads=self.count)
-        matchers = [(grammar_of(row).matcher, at) for at, row in rows.items()]
+        grammars = {at: grammar_of(row) for at, row in rows.items()}
+        matchers = [(grammar.matcher, at) for at, grammar in grammars.items()]
+        for grammar in grammars.values():
+            grammar.late = 0
         self._executor.unsafe_compute_mask_ptr(matchers, bits.ctypes.data, bits.strides[0], len(bits))
 
 
@@ -80,9 +86,12 @@ class PendingMasks:
     def fill(self, *, late: bool) -> set[Sequence]:
         """Fill the masks. Returns the rows that were left out, if masks may be late, because of `stop`."""
         rows = dict(enumerate(self._rows))
-        last = [at for at, row in rows.items() if late and row.sampling.greedy]
-        if first := {at: row for at, row in rows.items() if at not in last}:
+        may_be_late = [late and row.sampling.greedy for row in self._rows]
+        if first := {at: row for at, row in rows.items() if not may_be_late[at]}:
             self._threads.fill(first, self._bits)
+        last = sorted(
+            (at for at in rows if may_be_late[at]), key=lambda at: grammar_of(rows[at]).late, reverse=True
+        )
         while last and not self._stopped.is_set():
             # few at once: the engine thread waits for them
             now, last = last[: self._threads.count], last[self._threads.count :]
@@ -132,11 +141,16 @@ class LateRows:
         """Implements LateMasks.best."""
         row = self._rows[mask]
         grammar, unwanted = grammar_of(row), unwanted_ends(row)
+        if grammar.late >= MOST_LATE:
+            return None
         for _ in range(TRIES):
             token = int(logits.argmax())
             # a mask keeps its unwanted ends if it has nothing else
-            allowed = None if token in unwanted else grammar.allows(token)
+            if token in unwanted or not np.isfinite(logits[token]):
+                return None
+            allowed = grammar.allows(token)
             if allowed is not False:
+                grammar.late += 1
                 return token if allowed else None
             logits[token] = -np.inf
         return None

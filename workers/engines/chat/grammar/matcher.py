@@ -43,7 +43,7 @@ class Tags(NamedTuple):
 class Grammar:
     """A grammar, and how far the tokens of one choice have come in it. Used by one thread at a time."""
 
-    __slots__ = ("_matcher", "_param", "_tags", "ends", "first", "thinking")
+    __slots__ = ("_matcher", "_param", "_tags", "ends", "first", "late", "thinking")
 
     def __init__(
         self,
@@ -63,6 +63,8 @@ class Grammar:
         self._tags = tags if tags is not None and tags.closing is not None else None
         self.thinking = thinking and self._tags is not None
         """Whether the tokens so far end in reasoning, of which the closing tag is a token."""
+        self.late = 0
+        """How many tokens were taken since the last mask (filler.py)."""
         self._matcher = matcher
         self._param = param
         self.first = first
@@ -94,9 +96,11 @@ class Grammar:
     def allows(self, token: int) -> bool | None:
         """Whether the mask would allow the token, found in a hundredth of the mask's time.
 
-        None if only the mask tells: where a single text can follow, which tokens may divide in several ways,
-        the mask allows the first token of the usual division alone.
+        None if only the mask tells: of end tokens, and where a single text can follow, which tokens may
+        divide in several ways, and of which the mask allows the first token of the usual division alone.
         """
+        if token in self.ends:
+            return None
         with panics_as_errors():
             if self._matcher.validate_tokens([token]) != 1:
                 return False

@@ -64,7 +64,7 @@ def _values(row: Sequence) -> tuple[float, ...]:
         own.presence_penalty,
         own.frequency_penalty,
         bool(own.logit_bias),
-        # a row with a grammar: grammar/filler.py
+        # a row with a grammar: grammar/ends.py
         own.min_tokens if own.stop_token_ids and row.grammar is None else 0,
         -1 if own.logprobs is None else own.logprobs,
         seed_states([own.seed], [row.index])[0],
