@@ -1,9 +1,9 @@
 """Inner loops for float32 on a CPU, compiled by numba: attention over pages, norm, rotation.
 
 torch needs a dozen passes over scores and partial results for attention, and takes the interpreter lock again
-after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). They are in
-one file because numba's cache of a function is valid until its file changes, even if a function that it calls
-has changed: a change of instructions.py must touch this file, too.
+after each operation. These loops run without the lock (figures: docs/adr/0004-chat-engine.md). numba's cache
+of a function is valid until its file changes, even if a function that it calls has changed: a change of
+instructions.py must touch this file, too.
 """
 
 import math
@@ -188,6 +188,9 @@ def decode_rows(
         first_page, end_page = first // page_size, -(-end // page_size)
         # places in `scores` count from the first page that is seen
         start = first_page * page_size
+        next_first = 0
+        if row + 1 < rows and window > 0:
+            next_first = max(0, ends[row + 1] - window) // page_size
         low, high = first - start, end - start
         scaled[:] = query[row] * scale
         scores[:, : end_page * page_size - start] = np.float32(0)
@@ -216,7 +219,7 @@ def decode_rows(
                 if number + 1 < end_page:
                     _prefetch_head(values, tables[row, number + 1], kv_head)
                 elif row + 1 < rows:
-                    _prefetch_head(keys, tables[row + 1, first_page], kv_head)
+                    _prefetch_head(keys, tables[row + 1, next_first], kv_head)
                 own = slice(kv_head * group, kv_head * group + group)
                 weights = scores[own, place + begin : place + stop]
                 add_product(weights, block[kv_head, begin:stop], out[row, own])

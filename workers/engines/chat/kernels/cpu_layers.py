@@ -2,7 +2,7 @@
 
 They compute in float32. What products return and take is float32, or with weights in bfloat16 its bits,
 uint16: without these loops torch would convert it in a pass of its own before and after each product. numba
-doesn't see a change of what is imported from cpu.py: such a change must touch this file, too.
+doesn't see a change of what is imported from other files here: such a change must touch this file, too.
 """
 
 import math

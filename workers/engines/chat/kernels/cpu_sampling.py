@@ -1,6 +1,6 @@
 """Inner loops for sampling on a CPU, compiled by numba: what grammars allow, the best token, drawing tokens.
 
-torch needs a sort of every row for drawing. numba doesn't see a change of what is imported from cpu.py: such
+torch needs a sort of every row for drawing. numba doesn't see a change of what is imported here: such
 a change must touch this file, too.
 """
 

@@ -16,8 +16,7 @@ _READ, _INTO_L1, _DATA = 0, 3, 1
 """Arguments of llvm.prefetch."""
 
 
-@intrinsic
-def prefetch(_: Any, array: Any, first: Any, second: Any, offset: Any) -> Any:
+def _prefetch(_: Any, array: Any, first: Any, second: Any, offset: Any) -> Any:
     """Begin to load the cache line that is `offset` bytes after array[first, second]; no address is wrong."""
 
     def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
@@ -33,6 +32,9 @@ def prefetch(_: Any, array: Any, first: Any, second: Any, offset: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp, types.intp), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
 
 
 def _tile(rows: int, width: int) -> Any:
