@@ -113,7 +113,7 @@ def wait_until_idle() -> None:
     processes = psutil.Process().children(recursive=True)
 
     def used_s() -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in processes if process.is_running())
+        return sum(map(_cpu_s, processes))
 
     def idle() -> bool:
         before = used_s()
@@ -121,6 +121,13 @@ def wait_until_idle() -> None:
         return used_s() - before < 0.05
 
     wait_until(idle, timeout_s=60, what="all contenders are idle")
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    try:
+        return sum(process.cpu_times()[:2])
+    except psutil.NoSuchProcess:
+        return 0.0
 
 
 def ratios(figures: dict[str, Any], other: str) -> dict[int, float]:
