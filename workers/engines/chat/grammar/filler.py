@@ -143,6 +143,10 @@ class LateRows:
         grammar, unwanted = grammar_of(row), unwanted_ends(row)
         if grammar.late >= MOST_LATE:
             return None
+        grammar.late += 1
+        forced = grammar.forced()
+        if forced is not None and forced not in grammar.ends:
+            return forced
         for _ in range(TRIES):
             token = int(logits.argmax())
             # a mask keeps its unwanted ends if it has nothing else
@@ -150,7 +154,6 @@ class LateRows:
                 return None
             allowed = grammar.allows(token)
             if allowed is not False:
-                grammar.late += 1
                 return token if allowed else None
             logits[token] = -np.inf
         return None

@@ -94,17 +94,23 @@ class Grammar:
         return stopped
 
     def allows(self, token: int) -> bool | None:
-        """Whether the mask would allow the token, found in a hundredth of the mask's time.
+        """Whether the mask would allow the token if nothing is `forced`, in a hundredth of the mask's time.
 
-        None if only the mask tells: of end tokens, and where a single text can follow, which tokens may
-        divide in several ways, and of which the mask allows the first token of the usual division alone.
+        None of an end token: only the mask tells.
         """
         if token in self.ends:
             return None
         with panics_as_errors():
-            if self._matcher.validate_tokens([token]) != 1:
-                return False
-            return None if self._matcher.compute_ff_tokens() else True
+            return self._matcher.validate_tokens([token]) == 1
+
+    def forced(self) -> int | None:
+        """The only token that the mask would allow where a single text can follow, None elsewhere.
+
+        Tokens may divide a text in several ways. The mask allows the first token of the usual one.
+        """
+        with panics_as_errors():
+            tokens = self._matcher.compute_ff_tokens()
+        return tokens[0] if tokens else None
 
     def _failure(self) -> ServiceError:
         if TOO_COMPLEX.search(self._matcher.get_error()):
