@@ -23,7 +23,7 @@ from workers.engines.chat.attention.cpu import CpuPagedAttention
 from workers.engines.chat.attention.paged import PagedAttention
 from workers.engines.chat.build import EngineParts, build_engine
 from workers.engines.chat.cache.kv_cache import CacheShape, KVCache
-from workers.engines.chat.kernels.cpu import exp_of_differences, widen_and_refine
+from workers.engines.chat.kernels.cpu import exp_of_differences, refine
 from workers.engines.chat.kernels.cpu_layers import add_and_normalize, gate
 from workers.engines.chat.metrics import Metrics
 from workers.engines.chat.model import linear, loader
@@ -307,8 +307,8 @@ def test_the_greatest_logits_are_those_of_float32():
     x[0] = weight[0].float() * 3
     exact = x @ weight.float().T
     rounded = exact.bfloat16().float()
-    refined = torch.empty_like(exact)
-    widen_and_refine(as_numbers(exact.bfloat16()), x.numpy(), as_numbers(weight), refined.numpy())
+    refined = rounded.clone()
+    refine(refined.numpy(), x.numpy(), as_numbers(weight))
     greatest = exact.amax(1, keepdim=True)
     near = exact >= greatest - greatest.abs() * 2**-8
     torch.testing.assert_close(refined[near], exact[near], rtol=1e-5, atol=1e-5)

@@ -93,7 +93,11 @@ def test_a_model_that_reads_on_the_host_can_not_be_recorded(gpu: StandInGpu, rea
     forward = ModelForward(model.model)
 
     def reading(
-        ids: torch.Tensor, positions: torch.Tensor, outputs: torch.Tensor | None, images: Any = None
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        outputs: torch.Tensor | None,
+        images: Any = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if reads == "a value":
             assert positions.max() < 1024

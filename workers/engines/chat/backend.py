@@ -85,7 +85,7 @@ def _split(loaded: LoadedModel, runner: ModelRunner, attention: ModelAttention, 
     decoder = runner.model_forward
     assert isinstance(decoder, FusedDecoder)
     other = ModelRunner(decoder.with_attention(attention), attention, loaded.device)
-    split = SplitRunner(runner, other)
+    split = SplitRunner(runner, other, decoder.head.room)
     try:
         check(split)
     except EngineLoadError as error:

@@ -69,6 +69,11 @@ class Chunk(NamedTuple):
     def end(self) -> int:
         return self.start + len(self.tokens)
 
+    @property
+    def logit_rows(self) -> int:
+        """How many rows of logits the step needs."""
+        return len(self.tokens) if self.scored else int(self.wants_logits)
+
 
 class SequenceStatus(Enum):
     """NEW -> WAITING <-> RUNNING -> FINISHED. A fork goes from NEW to RUNNING directly."""

@@ -172,7 +172,7 @@ class StepExecutor:
             if chunk.scored:
                 tokens = sequence.request.prompt[chunk.start + 1 : chunk.end + 1]
                 following.append((sequence.request, chunk.start + 1, slice(row, row + len(tokens)), tokens))
-            row += len(chunk.tokens) if chunk.scored else int(chunk.wants_logits)
+            row += chunk.logit_rows
             last_rows.append(row - 1)
         # all are computed before the first is sent: if one fails, the step is repeated
         scores = [

@@ -230,21 +230,19 @@ BLOCK = 128
 
 
 @compiled
-def widen_and_refine(rounded: Any, x: Any, weight: Any, logits: Any) -> None:
-    """Write the logits, and compute those again that rounding may have put below or above the greatest one.
+def refine(logits: Any, x: Any, weight: Any) -> None:
+    """Compute those logits again that rounding may have put below or above the greatest one, in place.
 
-    rounded: the bits of bfloat16, uint16 [rows, vocabulary]; x float32 [rows, width]; weight the bits of
-    bfloat16, uint16 [vocabulary, width]; logits float32 [rows, vocabulary]. A logit of 25 is rounded to
-    eighths, so that the most probable tokens are often equal.
+    logits float32 [rows, vocabulary], rounded to bfloat16; x float32 [rows, width]; weight the bits of
+    bfloat16, uint16 [vocabulary, width]. A logit of 25 is rounded to eighths, so that the most probable
+    tokens are often equal.
     """
     rows, vocabulary = logits.shape
     width = x.shape[1]
     bits = np.empty(width, np.uint32)
     numbers = bits.view(np.float32)
     for row in range(rows):
-        own, own_bits = logits[row], logits[row].view(np.uint32)
-        for token in range(vocabulary):
-            own_bits[token] = np.uint32(rounded[row, token]) << np.uint32(16)
+        own = logits[row]
         best = largest_of(own, vocabulary)
         # two numbers that each are rounded by at most half of the last of 8 bits
         least = best - abs(best) * np.float32(2**-7)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workers.engines.chat.attention.base import ModelAttention
+from workers.engines.chat.model.head import Head
 from workers.engines.chat.model.layers import LayerAttention, LayerOperations, Norm
 from workers.engines.chat.model.linear import LinearProduct, join, linear_product
 
@@ -91,8 +92,8 @@ class FusedDecoder:
             _layer(layer, weights, attention, _norm(next_norm, self._dtype))
             for layer, weights, next_norm in zip(inner.layers, joined, next_norms, strict=True)
         ]
-        self._head = linear_product(model.lm_head.weight, model.lm_head.bias)
         self._head_weight: torch.Tensor = model.lm_head.weight.detach()
+        self.head = Head(self._head_weight, model.lm_head.bias, self._dtype)
         self._last_norm = self._layers[-1].next_norm
         rounded = self._head_weight.dtype == torch.bfloat16 and model.lm_head.bias is None
         self._refines = rounded and operations.refines
@@ -109,12 +110,9 @@ class FusedDecoder:
         positions: torch.Tensor,
         outputs: torch.Tensor | None,
         images: "ImageInput | None" = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
-
-        ids, positions int64 [tokens]. `images` replaces the ids; in these architectures positions are in
-        order.
-        """
+        """Implements Forward. In these architectures the positions of images are in order."""
         ops = self._operations
         x = F.embedding(ids, self._embedding) if images is None else images.embeds
         x = x.to(self._dtype)
@@ -123,12 +121,12 @@ class FusedDecoder:
             attended = ops.attend(layer.query_key_value(normed), positions, layer.attention)
             x, normed = ops.add_norm(x, layer.attention_out(attended), layer.mlp_norm)
             x, normed = ops.add_norm(x, layer.down(ops.gate(layer.gate_up(normed))), layer.next_norm)
-        logits = self._head(normed if outputs is None else normed[outputs])
-        if not self._refines:
-            return logits.to(self._dtype)
-        # `normed` is rounded to the weights' dtype
-        exact = ops.norm(x if outputs is None else x[outputs], self._last_norm)
-        return ops.refine_greatest(logits, exact, self._head_weight)
+        logits = self.head(normed if outputs is None else normed[outputs], out)
+        if self._refines:
+            # `normed` is rounded to the weights' dtype
+            exact = ops.norm(x if outputs is None else x[outputs], self._last_norm)
+            ops.refine_greatest(logits, exact, self._head_weight)
+        return logits
 
 
 def _layer(layer: Any, joined: JoinedWeights, attention: ModelAttention, next_norm: Norm) -> _Layer:

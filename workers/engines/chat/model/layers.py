@@ -42,7 +42,7 @@ class LayerOperations:
     name = "torch's operations"
     """What the log calls this implementation."""
     refines = False
-    """Whether `refine_greatest` computes any."""
+    """Whether there is a `refine_greatest`."""
 
     def __init__(self, model: Any, attention: ModelAttention, max_context: int) -> None:
         """`model`: of transformers, Llama-shaped. Its rotary positions are computed up to `max_context`."""
@@ -101,12 +101,13 @@ class LayerOperations:
         gate, up = joined.chunk(2, -1)
         return F.silu(gate) * up
 
-    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the logits x weight^T in x's dtype; where `refines`, the greatest are computed from x.
+    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Compute the greatest of the logits x weight^T again, in float32, in place.
 
-        logits, weight bfloat16 [rows, vocabulary] and [vocabulary, width], x float32 [rows, width].
+        logits float32 [rows, vocabulary], rounded to bfloat16; x float32 [rows, width]; weight bfloat16
+        [vocabulary, width].
         """
-        return logits.to(x.dtype)
+        raise NotImplementedError
 
 
 class CompiledLayerOperations(LayerOperations):
@@ -160,12 +161,8 @@ class CompiledLayerOperations(LayerOperations):
         self._kernels.rotate_heads(joined.numpy(), *tables, positions.numpy(), out.numpy())
         return out
 
-    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(logits, dtype=torch.float32)
-        self._kernels.widen_and_refine(
-            _numbers(logits), x.contiguous().numpy(), _numbers(weight), out.numpy()
-        )
-        return out
+    def refine_greatest(self, logits: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+        self._kernels.refine(logits.numpy(), x.contiguous().numpy(), _numbers(weight))
 
 
 class TritonLayerOperations(LayerOperations):

@@ -50,10 +50,12 @@ class Forward(Protocol):
         positions: torch.Tensor,
         outputs: torch.Tensor | None,
         images: "ImageInput | None" = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the logits [outputs, vocabulary] of the tokens `outputs`, int64; None: of all tokens.
 
-        ids, positions int64 [tokens]. `images` replaces both.
+        ids, positions int64 [tokens]. `images` replaces both. `out`: where the logits go; without it they are
+        valid until the next call.
         """
 
 
@@ -70,12 +72,13 @@ class ModelForward:
         positions: torch.Tensor,
         outputs: torch.Tensor | None,
         images: "ImageInput | None" = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         keep = {"logits_to_keep": outputs} if self._keeps_logits and outputs is not None else {}
         if images is None:
-            out = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
+            result = self._model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **keep)
         else:
-            out = self._model(
+            result = self._model(
                 inputs_embeds=images.embeds[None],
                 # [1, tokens] or [3, 1, tokens]
                 position_ids=images.positions.unsqueeze(-2),
@@ -83,8 +86,10 @@ class ModelForward:
                 **images.extra,
                 **keep,
             )
-        logits: torch.Tensor = out.logits[0]
-        return logits if outputs is None or self._keeps_logits else logits[outputs]
+        logits: torch.Tensor = result.logits[0]
+        if outputs is not None and not self._keeps_logits:
+            logits = logits[outputs]
+        return logits if out is None else out.copy_(logits)
 
 
 class ModelRunner:
@@ -104,26 +109,33 @@ class ModelRunner:
         self.uploads = Uploads(device)
 
     @torch.inference_mode()
-    def forward(self, chunks: list[Chunk], ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Implements Runner.forward."""
+    def forward(
+        self, chunks: list[Chunk], ids: torch.Tensor | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Implements Runner.forward. `out`: where the logits go."""
         inputs = self.uploads.tensors([*model_input(chunks), *self.attention.prepare(chunks)])
         if ids is not None:
             inputs[0][0].copy_(ids)
         images = None if self._encoder is None else self._encoder.inputs(chunks, inputs[0][0])
-        return self.run(inputs, images).float()
+        return self.run(inputs, images, out).float()
 
     def decode_steps(self) -> list[DecodeStep]:
         """Implements Runner.decode_steps: kernels divide few rows among the multiprocessors in other ways."""
         return [DecodeStep(f"rows: {rows}", rows, self.forward) for rows in (1, 2, 4, 8)]
 
-    def run(self, inputs: list[torch.Tensor], images: "ImageInput | None" = None) -> torch.Tensor:
+    def run(
+        self,
+        inputs: list[torch.Tensor],
+        images: "ImageInput | None" = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the forward pass that attention was prepared for last. Returns logits in the model's dtype.
 
         `inputs`: `model_input` and attention's own, on the device. `images`: of a step that computes any.
         """
         (ids, positions), outputs, *others = inputs
         self.attention.bind(others)
-        return self.model_forward(ids, positions, None if len(outputs) == len(ids) else outputs, images)
+        return self.model_forward(ids, positions, None if len(outputs) == len(ids) else outputs, images, out)
 
 
 def model_input(chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,13 +5,13 @@ whose cores have other work too, web processes for example, one of them often ha
 several times as long as with one thread. Halves wait for each other once, at the end of the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 
-from workers.engines.chat.model.runner import DecodeStep, Runner
+from workers.engines.chat.model.runner import DecodeStep, ModelRunner
 from workers.engines.chat.sequence import Chunk
 
 GAIN = 1.3
@@ -39,8 +39,10 @@ class SplitRunner:
     Sequences are divided, never the tokens of one: these read each other's keys and values.
     """
 
-    def __init__(self, first: Runner, second: Runner) -> None:
+    def __init__(self, first: ModelRunner, second: ModelRunner, room: Callable[[int], torch.Tensor]) -> None:
+        """`room`: returns memory for a number of rows of logits."""
         self._first, self._second = first, second
+        self._room = room
         self._costs = StepCosts(0.0, 0.0, 0.0)
         self._thread = ThreadPoolExecutor(1, "chat-half", initializer=torch.set_num_threads, initargs=(1,))
 
@@ -54,16 +56,18 @@ class SplitRunner:
         middle = self._middle(chunks)
         if not middle:
             return self._first.forward(chunks, ids)
-        heads = (None, None) if ids is None else (ids[:middle], ids[middle:])
-        other = self._thread.submit(self._second.forward, chunks[middle:], heads[1])
+        ids_of = (None, None) if ids is None else (ids[:middle], ids[middle:])
+        rows = [chunk.logit_rows for chunk in chunks]
+        logits, own = self._room(sum(rows)), sum(rows[:middle])
+        other = self._thread.submit(self._second.forward, chunks[middle:], ids_of[1], logits[own:])
         try:
-            logits = self._first.forward(chunks[:middle], heads[0])
+            self._first.forward(chunks[:middle], ids_of[0], logits[:own])
         finally:
             # also after a failure: nothing may use the cache while the other half writes to it
             error = other.exception()
         if error is not None:
             raise error
-        return torch.cat([logits, other.result()])
+        return logits
 
     def decode_steps(self) -> list[DecodeStep]:
         """Implements Runner.decode_steps."""
