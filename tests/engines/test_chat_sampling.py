@@ -19,6 +19,7 @@ from transformers import (
 
 from tests.engines.sampling_cases import FILTERS, KINDS, expected_token, masks_of, row, row_of
 from tests.engines.tiny_chat import CONFIGS, chat_job, make_engine, run, save_model
+from workers.engines.chat.kernels.cpu_sampling import count_bits
 from workers.engines.chat.model.uploads import Uploads
 from workers.engines.chat.sampling.batch import Batch
 from workers.engines.chat.sampling.choose import choose, compiled_choose
@@ -424,3 +425,14 @@ def test_without_a_seed_answers_differ(weights):
         assert len({result.text() for result in run(engine, collector, jobs)}) == 3
     finally:
         engine.close()
+
+
+def test_bits_are_counted_in_rows_of_any_length() -> None:
+    words = np.random.default_rng(1).integers(0, 2**32, (3, 37), np.uint32)
+    words[0] = 0xFFFFFFFF
+    counts = np.full(3, -1)
+    count_bits(words, counts)
+    assert counts.tolist() == [
+        32 * 37,
+        *(sum(word.bit_count() for word in row.tolist()) for row in words[1:]),
+    ]

@@ -488,14 +488,22 @@ def test_steps_with_a_grammar_are_not_launched_before_their_tokens_are_read(weig
     assert texts[0] == texts[1]
 
 
-def test_rows_without_a_grammar_fill_no_masks(weights):
+def test_rows_without_a_grammar_fill_no_masks(weights, monkeypatch):
+    filled: list[int] = []
+    fill = MaskThreads.fill
+
+    def counted(threads, rows, bits):
+        filled.append(len(rows))
+        fill(threads, rows, bits)
+
+    monkeypatch.setattr(MaskThreads, "fill", counted)
     engine, collector = make_engine(weights)
     try:
         run(engine, collector, [chat_job("free")])
-        assert engine.parts.masks._threads._executor is None
-        (result,) = run(engine, collector, [format_job("guided", "choice", '["yes", "no"]')])
-        assert result.text() in ("yes", "no")
-        assert engine.parts.masks._threads._executor is not None
+        assert filled == []
+        (result,) = run(engine, collector, [format_job("guided", "regex", "[0-9]{20}")])
+        assert re.fullmatch("[0-9]{20}", result.text())
+        assert set(filled) == {1}
     finally:
         engine.close()
 

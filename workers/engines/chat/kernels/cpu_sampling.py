@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from workers.engines.chat.kernels.cpu import compiled, exp_below, largest_of
-from workers.engines.chat.kernels.instructions import REORDERED
+from workers.engines.chat.kernels.instructions import REORDERED, count_ones
 
 BITS_OF_ONE = np.int32(0x3F800000)
 """The bits of 1.0 in float32. Positive floats are ordered like their bits."""
@@ -25,6 +25,16 @@ FEW = 8
 BIT_OF = np.zeros(37, np.int32)
 """The number of a bit, by its value modulo 37: all 32 differ."""
 BIT_OF[[(1 << bit) % 37 for bit in range(32)]] = np.arange(32)
+
+
+@compiled
+def count_bits(words: Any, counts: Any) -> None:
+    """Write how many bits of each row are 1. words uint32 [rows, words], counts int64 [rows]."""
+    for row in range(len(words)):
+        total = 0
+        for word in words[row]:
+            total += count_ones(word)
+        counts[row] = total
 
 
 @compiled

@@ -34,7 +34,13 @@ def _prefetch(_: Any, array: Any, first: Any, second: Any, offset: Any) -> Any:
     return types.void(array, types.intp, types.intp, types.intp), generate
 
 
+def _count_ones(_: Any, word: Any) -> Any:
+    """Return how many bits of a word are 1."""
+    return word(word), lambda context, builder, signature, arguments: builder.ctpop(arguments[0])
+
+
 prefetch: Any = intrinsic(_prefetch)
+count_ones: Any = intrinsic(_count_ones)
 
 
 def _tile(rows: int, width: int) -> Any:

@@ -53,7 +53,12 @@ def choose(
 def compiled_choose() -> Choose:
     """Return the `Choose` for a CPU."""
     # imported here, so that a worker on a GPU doesn't load a compiler
-    from workers.engines.chat.kernels.cpu_sampling import FEW, best_tokens, draw_tokens
+    from workers.engines.chat.kernels.cpu_sampling import FEW, best_tokens, count_bits, draw_tokens
+
+    def count(masks: np.ndarray) -> np.ndarray:
+        counts = np.empty(len(masks), np.int64)
+        count_bits(masks.view(np.uint32), counts)
+        return counts
 
     def choose(
         logits: torch.Tensor,
@@ -66,7 +71,8 @@ def compiled_choose() -> Choose:
             # numpy uses vector instructions here and takes a tenth of torch's time
             return torch.from_numpy(values.argmax(-1))
         tokens, greedy = np.zeros(len(values), np.int64), np.ones(len(values), np.bool_)
-        mask_of, allowed, counts = masks = _masks(len(values), sent)
+        mask_of, allowed = _masks(len(values), sent)
+        masks = mask_of, allowed, (counts := count(allowed))
         if filters is not None:
             rows, *columns = (column.numpy() for column in (*filters[:5], sent["uniforms"]))
             drawn = np.zeros(len(rows), np.int64)
@@ -83,7 +89,8 @@ def compiled_choose() -> Choose:
             else:
                 others.append(row)
         if others:
-            _fill_late([int(mask_of[row]) for row in others], allowed, counts, late)
+            if filled_late := _fill_late([int(mask_of[row]) for row in others], allowed, late):
+                counts[filled_late] = count(allowed[filled_late])
             found = np.zeros(len(others), np.int64)
             best_tokens(values, np.array(others), *masks, found)
             tokens[others] = found
@@ -108,24 +115,19 @@ def _best_if_allowed(row: np.ndarray, mask: int, allowed: np.ndarray, late: Late
     return None
 
 
-def _fill_late(masks: list[int], allowed: np.ndarray, counts: np.ndarray, late: LateMasks | None) -> None:
-    """Fill those of the masks that are late, and their counts."""
+def _fill_late(masks: list[int], allowed: np.ndarray, late: LateMasks | None) -> list[int]:
+    """Fill those of the masks that are late, and return them."""
     unfilled = [mask for mask in masks if late is not None and mask in late]
     if late is not None and unfilled:
         late.fill(unfilled, allowed)
-        counts[unfilled] = _counts(allowed[unfilled])
+    return unfilled
 
 
-def _masks(rows: int, sent: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return mask_of, allowed and counts for the compiled loops."""
+def _masks(rows: int, sent: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Return mask_of and allowed for the compiled loops."""
     mask_of = np.full(rows, -1)
     if "allowed" not in sent:
-        return mask_of, np.zeros((1, 1), np.int32), np.zeros(1, np.int64)
+        return mask_of, np.zeros((1, 1), np.int32)
     allowed = sent["allowed"].numpy()
     mask_of[sent["masked"].numpy()] = np.arange(len(allowed))
-    return mask_of, allowed, _counts(allowed)
-
-
-def _counts(allowed: np.ndarray) -> np.ndarray:
-    """Return how many tokens each of the masks, int32 [masks, words], allows."""
-    return np.bitwise_count(allowed.view(np.uint32)).sum(1, dtype=np.int64)
+    return mask_of, allowed
