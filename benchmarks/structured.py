@@ -3,7 +3,8 @@
 Usage: `python -m benchmarks.structured`; `benchmarks.engine` runs it, too. The tokenizer is that of the
 package llama-models. The weights are random, so each allowed token is about as probable as any other; the
 model is small, so a step leaves less time for masks than that of a useful one. In each round each schema's
-requests and free ones run one after the other, and the difference of their steps is taken there.
+requests and free ones run one after the other, and the difference of their steps is taken there. The line
+"free once more" is such a difference of two free runs: what the machine's noise is.
 """
 
 import argparse
@@ -179,11 +180,13 @@ def costs(bench: EngineBench, clock: StepClock, rounds: int, **sampling: Any) ->
         return cost
 
     free: list[Cost] = []
-    more: dict[str, list[Cost]] = {name: [] for name in SCHEMAS}
+    formats: dict[str, OutputFormat | None] = {"free once more": None}
+    formats |= {name: output_format(items) for name, items in SCHEMAS.items()}
+    more: dict[str, list[Cost]] = {name: [] for name in formats}
     for _ in range(rounds):
-        for name, items in SCHEMAS.items():
+        for name, wanted in formats.items():
             free.append(step(None))
-            bound = step(output_format(items))
+            bound = step(wanted)
             more[name].append(Cost(*(own - other for own, other in zip(bound, free[-1], strict=True))))
     result: dict[str, Any] = {"free": _medians(free)}
     return result | {"more": {name: _medians(own) for name, own in more.items()}}
